@@ -1,0 +1,35 @@
+"""The cold start of the tiny Atlas model: it learns the format, where to look and to copy names, with an expert's mistakes.
+
+    python launch/sft.py --config=configs/sft_atlas.py --workdir=/tmp/atlas_sft
+
+About an hour and a half on two cores. WORKDIR/export becomes tapo_jax/data/atlas_tiny. Arguments: `steps=…`, `seed=…`.
+"""
+
+from ml_collections import ConfigDict
+
+from tapo_jax.config import parse_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    a = parse_arg(arg, steps=5000, seed=0)
+    c = ConfigDict()
+    c.seed = a.seed
+    c.total_steps = a.steps
+    c.log_every = 25
+    c.save_every = 250
+    c.context_weight = 0.1  # of text that is read, against 1 of text that is written
+    c.atlas = dict(hops=(1, 2), outlines=3)
+    # rows × tokens (× patches) of each kind of batch
+    c.shapes = dict(
+        copy=dict(rows=32, length=64),
+        text_part=dict(rows=16, length=176),
+        first_turn=dict(rows=16, length=160, patches=256),
+        full=dict(rows=8, length=480, patches=320),
+    )
+    c.phases = (
+        ConfigDict(dict(until=0.25, mixture=dict(copy=0.5, text_part=0.35, first_turn=0.15))),
+        ConfigDict(dict(until=0.5, mixture=dict(copy=0.1, text_part=0.4, first_turn=0.3, full=0.2))),
+        ConfigDict(dict(until=1.0, mixture=dict(copy=0.05, text_part=0.2, first_turn=0.25, full=0.5))),
+    )
+    c.lr, c.warmup_steps = 3e-3, 50
+    return c

@@ -1,0 +1,104 @@
+"""TAPO on GRPO. The complete config: every field that the program reads is here.
+
+    python launch/train.py --config=configs/tapo_grpo.py --workdir=/tmp/tapo
+    python launch/train.py --config=configs/tapo_grpo.py:steps=20,seed=1 --workdir=/tmp/tapo_1
+    python launch/train.py --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=DIR --workdir=…      # on every host of a pod
+
+Without an argument: Atlas (the embedded world) and the tiny model that ships with the package; runs on any machine.
+Arguments: `steps=…`, `seed=…`, `test` (a setting of seconds, for tests), `qwen3_vl_4b` (the paper's recipe, for pods).
+Any field can be set on the command line: `--config.tapo.beta=0.4`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from tapo_jax.config import parse_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    a = parse_arg(arg, steps=80, seed=0, test=False, qwen3_vl_4b=False)
+    c = ConfigDict()
+    c.seed = a.seed
+    c.total_steps = a.steps
+    c.total_epochs = 0.0  # > 0: this many passes over the training questions instead of total_steps
+
+    c.data = ConfigDict(dict(
+        name="atlas", split="train", prompts_per_step=8,
+        dir="",  # "" is a folder of the user's cache
+        # Atlas: numbers of look-ups a question takes, countries of a scene, its side in pixels, smallest and largest outline as a
+        # share of it, seed of the questions, and the number of questions of the splits "train" and "held_out".
+        hops=(1, 2), outlines=3, size=256, outline=(0.18, 0.30), world_seed=0, sizes=(2048, 512),
+    ))  # fmt: skip
+    c.model = ConfigDict(dict(
+        path="",  # a directory in Hugging Face form; "" is the tiny Atlas model that ships with the package
+        dtype="float32",  # of the computation
+        param_dtype="float32",
+        remat="none",  # what the backward pass computes again: "none", "dots", "full"
+        train_vision=True,
+    ))  # fmt: skip
+    c.rollout = ConfigDict(dict(
+        group_size=8,
+        slots=64,  # conversations that are played at a time, over all devices
+        max_turns=6,
+        max_new_tokens=96,  # of one turn
+        max_length=640,  # of a conversation, images and tool responses included
+        temperature=1.0, top_p=1.0,
+        decode_chunk=16,  # tokens between two looks at who has finished
+        tool_wait_s=float("inf"),  # how long a round waits for tools; finite: faster with slow tools, but not repeatable
+    ))  # fmt: skip
+    c.tools = ConfigDict(dict(
+        names=("image_zoom_in_tool", "image_search_tool", "text_search_tool"), timeout_s=10.0, retries=1, workers=4,
+        zoom_size=64, image_top_k=3, thumbnails=0, text_top_k=2, text_budget=400, endpoint="",
+    ))  # fmt: skip
+    c.reward = ConfigDict(dict(accuracy=1.0, format=0.5))  # weight of each; success for TAPO is accuracy alone
+    c.algorithm = ConfigDict(dict(
+        estimator="grpo",  # grpo, dr_grpo, rloo, reinforce_pp_baseline
+        loss="grpo",  # grpo, gspo (token form), sapo, cispo
+        clip_low=0.2, clip_high=0.2, clip_dual=placeholder(float), tau_pos=1.0, tau_neg=1.05,
+        aggregation=placeholder(str),  # None: the loss's own; token_mean, seq_mean_token_mean, seq_mean_token_sum_norm
+        kl_coef=0.0, kl_estimator="k3",  # towards the model that the run begins with
+        importance_cap=2.0,  # truncation of trainer / sampler probability; None: no correction
+        dynamic_sampling=False,  # groups without signal leave the loss
+        overlong_buffer=0,  # tokens before max_length in which a penalty grows to 1
+    ))  # fmt: skip
+    c.tapo = ConfigDict(dict(
+        enabled=True, theta=0.7, alpha_min=0.25, beta=0.8, cluster="components", cluster_theta=placeholder(float),
+        aggregate="mean", support=True, clip=True, scope="prompt", text="dice",
+        features=256,  # hashed text features
+        steps=6,  # tool steps of a rollout, at least rollout.max_turns
+        control="none",  # "shuffled", "zero_tools": what TAPO must beat
+    ))  # fmt: skip
+    c.optimizer = ConfigDict(dict(
+        lr=3e-4, schedule="constant", warmup_steps=5, b1=0.9, b2=0.95, weight_decay=0.0, grad_clip=1.0,
+        vision_lr_multiplier=1.0,
+    ))  # fmt: skip
+    c.train = ConfigDict(dict(
+        updates_per_batch=2, micro_batches=1,
+        max_nonfinite=5,  # updates in a row without a finite loss and gradient, after which the run ends
+        length_buckets=(384, 512), patch_buckets=(320, 448),  # sizes that batches are padded to; the largest possible is added
+        warm_up=False,  # compile every such size before the first step
+    ))  # fmt: skip
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
+    c.checkpoint = ConfigDict(dict(every=10, keep=2))
+    c.log = ConfigDict(dict(episodes_every=20, tensorboard=True))
+    c.eval = ConfigDict(dict(split="held_out", prompts=128, every=0, at_start=True, at_end=True, temperature=0.0))
+
+    if a.test:
+        c.data.update(prompts_per_step=4, sizes=(32, 16), outlines=2)
+        c.rollout.update(group_size=4, slots=16, max_turns=4, max_new_tokens=48, max_length=320, decode_chunk=8)
+        c.tapo.steps = 4
+        c.train.update(length_buckets=(), patch_buckets=(320,))
+        c.optimizer.warmup_steps = 0
+        c.checkpoint.every = 2
+        c.log.update(episodes_every=2, tensorboard=False)
+        c.eval.prompts = 8
+    if a.qwen3_vl_4b:
+        c.data.prompts_per_step = 128
+        c.model.update(dtype="bfloat16", remat="full")
+        c.rollout.update(slots=1024, max_turns=10, max_new_tokens=2048, max_length=16384, decode_chunk=64)
+        c.tapo.steps = 10
+        c.optimizer.update(lr=1e-6, warmup_steps=0)
+        c.train.update(updates_per_batch=1, micro_batches=4, length_buckets=(8192,), patch_buckets=(16384, 32768), warm_up=True)
+        c.mesh.update(data=1, fsdp=-1)
+        c.log.episodes_every = 10
+    return c

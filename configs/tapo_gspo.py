@@ -1,0 +1,11 @@
+"""TAPO on GSPO: `tapo_grpo.py` with another loss."""
+
+from ml_collections import ConfigDict
+
+from tapo_jax.config import beside
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = beside(__file__, "tapo_grpo.py")(arg)
+    c.algorithm.update(loss="gspo", clip_low=3e-4, clip_high=4e-4)
+    return c

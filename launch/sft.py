@@ -1,0 +1,20 @@
+"""python launch/sft.py --config=configs/sft_atlas.py --workdir=DIR: the cold start of the tiny Atlas model."""
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from tapo_jax import sft
+from tapo_jax.config import run_main
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/sft_atlas.py", "The config file, with its argument after a colon.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.INFO)
+    sft.run(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    run_main(main)

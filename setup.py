@@ -1,0 +1,46 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="tapo_jax",
+    version="0.1.0",
+    description="TAPO: reinforcement learning of vision-language agents that use tools, in JAX",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["tapo_jax", "tapo_jax.*"]),
+    # The tiny model that ships with the package, a directory in Hugging Face form, and page templates.
+    package_data={"tapo_jax": ["data/*/*.json", "data/*/*.safetensors", "data/*/*.jinja", "data/*/*.txt", "*.html"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.0,<0.13",
+        "tensorflow-datasets>=4.9.10,<5",
+        "importlib_resources>=6",  # tensorflow-datasets imports it and does not ask for it
+        "array_record>=0.8.3",
+        "grain>=0.2.15,<0.3",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22,<0.24",
+        "safetensors>=0.6",
+        "ml-collections>=1.0",
+        "absl-py>=2.1",
+        "bm25s>=0.2.14",
+        "countryinfo>=1.0,<2",
+        "numpy>=2.0",
+        "pillow>=11.0",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "tqdm>=4.66",
+        "tensorboardX>=2.6.2",
+        "httpx>=0.27",
+    ],
+    extras_require={
+        "cpu": [],  # plain jax runs on the CPU
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "colab": ["ipykernel", "nbformat"],
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel", "torch==2.13.0"],
+    },
+)

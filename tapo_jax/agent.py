@@ -1,0 +1,93 @@
+"""Everything that plays episodes besides the weights: tokenizer, image processor, tools, sampler, budgets, rewards.
+
+Built once from a config; training and evaluation play with the same one.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tapo_jax import rewards
+from tapo_jax.chat import Chat
+from tapo_jax.config import UserError
+from tapo_jax.data import tiny_model
+from tapo_jax.episode import Limits
+from tapo_jax.inputs import PixelStore
+from tapo_jax.models import hf
+from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.models.qwen3_vl import Qwen3VL
+from tapo_jax.rollout import rollout
+from tapo_jax.sampler import Sampler
+from tapo_jax.tools.base import Tool, ToolRunner
+from tapo_jax.types import Episode, Prompt
+
+SHIPPED_MODEL = tiny_model.PACKAGED
+
+
+def model_directory(path: str) -> Path:
+    """The directory of a config's model.path; "" is the model that ships with the package. Raises UserError where it lacks a part."""
+    directory = Path(path) if path else SHIPPED_MODEL
+    if not directory.is_dir():
+        raise UserError(f"model.path is '{directory}', which is no directory: give a model directory in Hugging Face form.")
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        if not (directory / name).is_file():
+            raise UserError(f"The model directory {directory} has no {name}: give a complete directory in Hugging Face form.")
+    return directory
+
+
+def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL, Qwen3VLConfig]:
+    """The model of a directory, laid out over the mesh. Raises UserError where the files are not a model of this family."""
+    try:
+        return hf.load(directory, mesh=mesh, dtype=model.param_dtype, compute_dtype=model.dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The model directory {directory} cannot be loaded ({error}): give a Qwen3-VL model.") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    """One player of episodes. weights: reward name -> weight."""
+
+    sampler: Sampler
+    chat: Chat
+    pixels: PixelStore
+    runner: ToolRunner
+    limits: Limits
+    weights: Mapping[str, float]
+    tool_wait_s: float
+
+    def play(
+        self, params: Any, prompts: Sequence[Prompt], *, group_size: int, temperature: float, top_p: float, seed: int, step: int,
+        first_prompt: int = 0,
+    ) -> tuple[list[Episode], dict[str, float]]:
+        """`group_size` scored episodes of each of this process's prompts, prompt-major, and the rollout's metrics.
+
+        first_prompt: the number of prompts[0] among those of all processes. In a pod every process calls this together.
+        """
+        episodes, metrics = rollout(
+            self.sampler, params, prompts, chat=self.chat, pixels=self.pixels, runner=self.runner, group_size=group_size,
+            limits=self.limits, temperature=temperature, top_p=top_p, seed=seed, step=step, tool_wait_s=self.tool_wait_s,
+            first_prompt=first_prompt,
+        )
+        for episode in episodes:
+            episode.rewards = rewards.score(episode)
+            episode.reward = rewards.total(episode.rewards, self.weights)
+        return episodes, metrics
+
+
+def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Sequence[Tool], mesh: Mesh) -> Agent:
+    """An agent as the config says. Raises UserError for a directory without a usable tokenizer or slots that the mesh does not divide."""
+    chat = Chat.from_dir(directory)
+    rollout_config = config.rollout
+    sampler = Sampler(
+        model, mesh=mesh, slots=rollout_config.slots, capacity=rollout_config.max_length, chunk=rollout_config.decode_chunk,
+        stop_ids=chat.stop_ids, forbidden_V=chat.forbidden_V(model.config.vocab),
+    )
+    runner = ToolRunner(tools, workers=config.tools.workers, timeout_s=config.tools.timeout_s, retries=config.tools.retries)
+    limits = Limits(rollout_config.max_turns, rollout_config.max_new_tokens, rollout_config.max_length)
+    pixels = PixelStore(ImageProcessor.from_dir(directory))
+    return Agent(sampler, chat, pixels, runner, limits, dict(config.reward), rollout_config.tool_wait_s)

@@ -1,0 +1,68 @@
+"""A config against everything that can be known before anything is compiled. Raises UserError."""
+
+from ml_collections import ConfigDict
+
+from tapo_jax import advantages, losses, optimizer
+from tapo_jax.config import UserError, check_choice, check_positive
+
+
+def check(config: ConfigDict) -> None:
+    """Everything about an RL config that can be wrong without looking at a device or a file. Raises UserError."""
+    algorithm, train, rollout = config.algorithm, config.train, config.rollout
+    check_choice("algorithm.estimator", algorithm.estimator, advantages.ESTIMATORS)
+    check_choice("algorithm.loss", algorithm.loss, tuple(losses.ALGORITHMS))
+    if algorithm.aggregation is not None:
+        check_choice("algorithm.aggregation", algorithm.aggregation, losses.AGGREGATIONS)
+    check_choice("algorithm.kl_estimator", algorithm.kl_estimator, losses.KL_ESTIMATORS)
+    check_choice("optimizer.schedule", config.optimizer.schedule, optimizer.SCHEDULES)
+    check_choice("tapo.cluster", config.tapo.cluster, ("components", "leader"))
+    check_choice("tapo.aggregate", config.tapo.aggregate, ("mean", "max", "min"))
+    check_choice("tapo.scope", config.tapo.scope, ("prompt", "batch"))
+    check_choice("tapo.text", config.tapo.text, ("dice", "cosine", "jaccard", "exact"))
+    for field, value in (
+        ("data.prompts_per_step", config.data.prompts_per_step),
+        ("rollout.group_size", rollout.group_size),
+        ("rollout.slots", rollout.slots),
+        ("rollout.max_turns", rollout.max_turns),
+        ("rollout.max_new_tokens", rollout.max_new_tokens),
+        ("rollout.max_length", rollout.max_length),
+        ("rollout.temperature", rollout.temperature),
+        ("rollout.top_p", rollout.top_p),
+        ("train.updates_per_batch", train.updates_per_batch),
+        ("train.micro_batches", train.micro_batches),
+        ("train.max_nonfinite", train.max_nonfinite),
+        ("optimizer.lr", config.optimizer.lr),
+        ("checkpoint.every", config.checkpoint.every),
+        ("checkpoint.keep", config.checkpoint.keep),
+    ):
+        check_positive(field, value)
+    if config.total_steps <= 0 and config.total_epochs <= 0:
+        raise UserError("total_steps and total_epochs are both 0: set one of them.")
+    if config.tapo.enabled and config.tapo.steps < rollout.max_turns:
+        raise UserError(
+            f"tapo.steps is {config.tapo.steps} and rollout.max_turns is {rollout.max_turns}: "
+            "set tapo.steps to at least the number of turns, so that every tool step has a slot."
+        )
+    if not config.reward or "accuracy" not in config.reward:
+        raise UserError("reward has no field 'accuracy': TAPO's success is the accuracy part of the reward, so give it a weight.")
+
+
+def check_rows(*, prompts: int, group_size: int, shards: int, processes: int, updates: int, micro_batches: int) -> None:
+    """The batch of prompts × group_size rows must divide into updates × micro_batches pieces, each over `shards` devices."""
+    rows = prompts * group_size
+    if rows % shards:
+        raise UserError(
+            f"The batch has {rows} rows (data.prompts_per_step {prompts} × rollout.group_size {group_size}) and the mesh splits it "
+            f"{shards} ways (mesh.data × mesh.fsdp): change one of these fields so that {shards} divides the rows."
+        )
+    pieces = updates * micro_batches
+    if rows % pieces or (rows // pieces) % shards:
+        raise UserError(
+            f"The batch of {rows} rows does not divide into train.updates_per_batch {updates} × train.micro_batches {micro_batches} "
+            f"pieces of a multiple of {shards} rows (mesh.data × mesh.fsdp): change one of these fields."
+        )
+    if prompts % processes:
+        raise UserError(
+            f"data.prompts_per_step is {prompts} and there are {processes} processes: "
+            "choose a multiple, because all samples of one prompt are rolled out by one process."
+        )

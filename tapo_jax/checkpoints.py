@@ -1,0 +1,110 @@
+"""Checkpoints of a run with orbax: {state, data iterator, run}, each written whole or not at all.
+
+What is saved after step n (`WORKDIR/checkpoints/n/`): `state`, the TrainState with its layout over the mesh; `data`, the position
+of the data iterator; `run`, the step, the seed and a fingerprint of the state. There is no generator state: every random number
+of a run is folded from (seed, step, prompt, sample, turn).
+
+The order of resuming, which `train.py` follows:
+1. build mesh, model and optimizer from the config, so that shapes and layouts are known;
+2. find the newest complete checkpoint (a folder that a kill left half-written has a temporary name and is removed);
+3. restore the state into the layout and compare its fingerprint; 4. set the data iterator; 5. cut metrics.jsonl after step n;
+6. go on with step n + 1, whose keys are folded from n + 1.
+So a run that was killed after any step, and started again, writes what the run would have written.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from tapo_jax.config import UserError
+
+
+@jax.jit
+def fingerprint(tree: Any) -> jax.Array:
+    """A uint32 of the bits of every leaf: changes when any bit of the state does (short of a coincidence of 1 in 4 billion)."""
+
+    def leaf(array: jax.Array) -> jax.Array:
+        kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+        bits = jax.lax.bitcast_convert_type(array, kinds[array.dtype.itemsize]).astype(jnp.uint32)
+        weight = jnp.ones(array.shape, jnp.uint32)
+        for axis in range(array.ndim):  # an odd weight for each place, so that swapped values are seen
+            weight *= 2 * jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(40503 + 2 * axis) + jnp.uint32(1)
+        return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+    total = jnp.uint32(0)
+    for array in jax.tree.leaves(tree):
+        total = total * jnp.uint32(1664525) + leaf(array)
+    return total
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process makes one and calls every method."""
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        self.directory = directory.absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint, None in a fresh folder."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, *, data: dict[str, Any], seed: int) -> None:
+        """Starts writing; the state may be donated as soon as this returns. Raises UserError where the disk refuses."""
+        run = {"step": step, "seed": seed, "fingerprint": int(jax.device_get(fingerprint(state)))}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), run=ocp.args.JsonSave(run)
+        )
+        try:
+            self._manager.save(step, args=items, force=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unwritten(error) from error
+
+    def wait(self) -> None:
+        """Returns when everything saved is on the disk. Raises UserError where it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unwritten(error) from error
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """-> (state, data, run). `like`: a state of the same shapes, whose layout is taken. Raises UserError where it cannot be read."""
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore()
+        )
+        try:
+            found = self._manager.restore(step, args=items)
+        except Exception as error:  # orbax and its readers raise many kinds for a damaged file
+            raise self._unreadable(step, _first_line(error)) from error
+        if int(jax.device_get(fingerprint(found["state"]))) != found["run"]["fingerprint"]:
+            raise self._unreadable(step, "its arrays are not those that were saved")
+        return found["state"], found["data"], found["run"]
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _unreadable(self, step: int, reason: str) -> UserError:
+        older = [other for other in self._manager.all_steps() if other < step]
+        way = f"the run goes on from step {max(older)}" if older else "the run starts again"
+        return UserError(
+            f"The checkpoint {self.directory / str(step)} cannot be read into this model and optimizer ({reason}): "
+            f"use the config that wrote it, or delete that folder, and {way}."
+        )
+
+    def _unwritten(self, error: Exception) -> UserError:
+        return UserError(
+            f"The checkpoint in {self.directory} could not be written ({_first_line(error)}): "
+            "make room on the disk and run the same command again; older checkpoints are intact."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,0 +1,91 @@
+"""Arguments of the config files, the simplest checks, and how a user's mistake ends a program.
+
+Holds no defaults: the files in `configs/` are complete. Imports no jax, so that a config can be read anywhere.
+"""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+
+class UserError(Exception):
+    """A mistake in what the user gave. The message is one sentence that names the field and the way out."""
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """absl's `app.run`; a UserError is printed as its sentence and ends the program with code 1, without a traceback."""
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _parse_flags(args: list[str]) -> list[str]:
+    """absl's parsing; a --config.… flag that the config has no field for, or a config file that does not exist, is a UserError."""
+    try:
+        rest = app.parse_flags_with_usage(args)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        sentence = str(error).strip("'\"").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
+        raise UserError(f"A --config.… flag does not fit the config: {sentence}.") from error
+    try:
+        flags.FLAGS["config"].value.is_locked  # noqa: B018 - a file that could not be read says so when it is looked at
+    except OSError as error:
+        raise UserError("--config names a file that cannot be read: give FILE.py or FILE.py:ARGUMENT.") from error
+    return rest
+
+
+def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+    """Reads a config file's string argument, `"steps=20,seed=1,test"`, against the names and types of `defaults`.
+
+    A bare name sets a bool to True. Raises UserError for an unknown name or a value of another type.
+    """
+    values = dict(defaults)
+    for item in filter(None, (part.strip() for part in arg.split(","))):
+        name, separator, text = item.partition("=")
+        if name not in defaults:
+            raise UserError(f"Unknown config argument '{name}': the arguments of this config are {', '.join(defaults)}.")
+        kind = type(defaults[name])
+        if not separator and kind is not bool:
+            raise UserError(f"Config argument '{name}' needs a value: write {name}={defaults[name]!r} or another {kind.__name__}.")
+        values[name] = _parse_value(name, text if separator else "true", kind)
+    return ConfigDict(values)
+
+
+def _parse_value(name: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        words = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in words:
+            raise UserError(f"Config argument '{name}' is true or false, not '{text}'.")
+        return words[text.lower()]
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UserError(f"Config argument '{name}' must be of type {kind.__name__}, and '{text}' is not.") from error
+
+
+def beside(config_file: str, name: str) -> Callable[[str], ConfigDict]:
+    """`get_config` of another config file in the same folder, for a config that changes a few of its fields."""
+    return runpy.run_path(str(Path(config_file).with_name(name)))["get_config"]
+
+
+def total_steps(steps: int, epochs: float, examples: int, prompts_per_step: int) -> int:
+    """Steps of the loop: `steps`, or where epochs > 0 that many passes over `examples` prompts, rounded, at least one."""
+    if epochs > 0:
+        return max(1, round(epochs * examples / prompts_per_step))
+    return steps
+
+
+def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{field} is '{value}': choose one of {', '.join(choices)}.")
+
+
+def check_positive(field: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(f"{field} is {value}: it must be greater than 0.")

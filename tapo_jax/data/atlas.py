@@ -1,0 +1,106 @@
+"""Atlas as a TFDS data set: questions about country outlines in a scene, with accepted answers.
+
+The builder writes array_record files without TensorFlow; the same settings and seed give the same bytes.
+"""
+
+import io
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+
+from tapo_jax.data.atlas_world import Settings, make_prompt
+from tapo_jax.data.world import real_world
+from tapo_jax.types import Prompt
+
+SPLITS = ("train", "held_out")
+MAX_PIXELS = 1 << 24  # of an image that is decoded, from anywhere
+
+
+class Atlas(tfds.core.GeneratorBasedBuilder):
+    """Splits "train" and "held_out" share no country. `sizes` are the numbers of questions of the two splits."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = pathlib.Path(__file__).parent  # TFDS looks for description files here
+
+    def __init__(self, *, settings: Settings, seed: int, sizes: tuple[int, int], **options):
+        self._settings, self._seed, self._sizes = settings, seed, sizes
+        super().__init__(file_format="array_record", **options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({
+            "id": tfds.features.Text(),
+            "question": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "answers": tfds.features.Sequence(tfds.features.Text()),
+            "hops": np.int32,
+            "chain": tfds.features.Sequence(tfds.features.Text()),
+            "attribute": tfds.features.Text(),
+        })
+        return self.dataset_info_from_configs(features=features, description=Atlas.__doc__)
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        del dl_manager
+        return {split: self._generate_examples(split, size) for split, size in zip(SPLITS, self._sizes, strict=True)}
+
+    def _generate_examples(self, split: str, size: int) -> Iterator[tuple[int, dict]]:
+        world = real_world(split)
+        for i in range(size):
+            rng = np.random.default_rng((self._seed, SPLITS.index(split), i))
+            prompt, question, _ = make_prompt(world, self._settings, rng)
+            png = io.BytesIO()
+            PIL.Image.fromarray(prompt.images[0]).save(png, format="PNG")
+            yield i, {
+                "id": prompt.id,
+                "question": prompt.question,
+                "image": png.getvalue(),
+                "answers": list(prompt.answers),
+                "hops": prompt.hops,
+                "chain": list(question.chain),
+                "attribute": question.attribute,
+            }
+
+
+class AtlasPrompts(Sequence):
+    """One split as prompts, with random access."""
+
+    def __init__(self, builder: Atlas, split: str):
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        self._source = builder.as_data_source(split=split, decoders=decoders)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Prompt:
+        row = self._source[int(index)]
+        return Prompt(
+            id=_text(row["id"]),
+            question=_text(row["question"]),
+            images=(decode_image(row["image"]),),
+            answers=tuple(_text(answer) for answer in row["answers"]),
+            hops=int(row["hops"]),
+            meta={"chain": [_text(name) for name in row["chain"]], "attribute": _text(row["attribute"])},
+        )
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3]. Raises ValueError for an image of more than MAX_PIXELS, before it is decoded."""
+    image = PIL.Image.open(io.BytesIO(data))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"an image of {image.width} x {image.height} pixels is larger than the limit of {MAX_PIXELS}")
+    return np.asarray(image.convert("RGB"))
+
+
+def prepare(directory: str | pathlib.Path, *, settings: Settings, seed: int, sizes: tuple[int, int]) -> Atlas:
+    """The builder with its files in place under `directory`; made where they are not there yet (seconds)."""
+    os.environ.setdefault("NO_GCE_CHECK", "true")  # the data set is made here; nothing is looked up
+    builder = Atlas(settings=settings, seed=seed, sizes=sizes, data_dir=str(directory))
+    builder.download_and_prepare()
+    return builder
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

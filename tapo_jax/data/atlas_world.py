@@ -1,0 +1,92 @@
+"""A world to play in: its scenes and questions, and the tools that search it."""
+
+import dataclasses
+
+import numpy as np
+
+from tapo_jax.chat import Chat
+from tapo_jax.data.questions import Question, ask, corpus
+from tapo_jax.data.scene import Placed, draw_outline, draw_scene
+from tapo_jax.data.world import World, fictional_world, real_world
+from tapo_jax.episode import Opening
+from tapo_jax.inputs import PixelStore
+from tapo_jax.tools.base import Tool, ToolRunner
+from tapo_jax.tools.image_search import ImageSearch
+from tapo_jax.tools.text_search import TextSearch
+from tapo_jax.tools.zoom import ZoomTool
+from tapo_jax.types import Prompt, root_image
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Size and difficulty. hops: the numbers of look-ups that are asked for, equally often. outlines: countries of a scene.
+    size: the scene's side in pixels. outline: smallest and largest long side of an outline, as a share of the scene."""
+
+    hops: tuple[int, ...] = (1, 2)
+    outlines: int = 3
+    size: int = 256
+    outline: tuple[float, float] = (0.18, 0.30)
+    zoom_size: int = 64
+    image_top_k: int = 3
+    thumbnails: int = 0
+    text_top_k: int = 2
+    text_budget: int = 400
+
+
+def make_tools(world: World, settings: Settings) -> list[Tool]:
+    """The three tools over all countries of a world."""
+    names = sorted(world.countries)
+    pictures = [draw_outline(world.countries[name]) for name in names]
+    return [
+        ZoomTool(size=settings.zoom_size),
+        ImageSearch(names, pictures, top_k=settings.image_top_k, thumbnails=settings.thumbnails),
+        TextSearch(corpus(world), top_k=settings.text_top_k, budget=settings.text_budget),
+    ]
+
+
+def make_prompt(world: World, settings: Settings, rng: np.random.Generator) -> tuple[Prompt, Question, tuple[Placed, ...]]:
+    """A scene and a question about one of its countries; drawn again until the facts allow the number of hops."""
+    hops = int(rng.choice(settings.hops))
+    while True:
+        names = rng.choice(world.asked, settings.outlines, replace=False).tolist()
+        pixels, scene = draw_scene([world.countries[n] for n in names], size=settings.size, outline=settings.outline, rng=rng)
+        question = ask(world, names[0], scene[0].colour, hops, rng)
+        if question is not None:
+            break
+    image = root_image(pixels)
+    prompt = Prompt(
+        id=f"{question.attribute}/{'/'.join(question.chain)}/{image.root & 0xFFFFFFFF:08x}",
+        question=question.text,
+        images=(pixels,),
+        answers=question.answers,
+        hops=hops,
+        meta={"chain": list(question.chain), "relations": list(question.relations), "attribute": question.attribute},
+    )
+    return prompt, question, scene
+
+
+class Game:
+    """A world with its tools running."""
+
+    def __init__(self, world: World, settings: Settings):
+        self.world, self.settings = world, settings
+        self.runner = ToolRunner(make_tools(world, settings), workers=1, timeout_s=10.0, retries=0, threaded=False)
+
+    @classmethod
+    def fictional(cls, seed: int, settings: Settings) -> "Game":
+        return cls(fictional_world(seed), settings)
+
+    @classmethod
+    def real(cls, split: str, settings: Settings) -> "Game":
+        return cls(real_world(split), settings)
+
+    def prompt(self, rng: np.random.Generator) -> tuple[Prompt, Question, tuple[Placed, ...]]:
+        return make_prompt(self.world, self.settings, rng)
+
+
+def opening(prompt: Prompt, chat: Chat, pixels: PixelStore, schemas: list[dict]) -> Opening:
+    """The prompt as ids, with its images as roots."""
+    images = tuple(root_image(image) for image in prompt.images)
+    counts = tuple(pixels.tokens(image) for image in images)
+    ids = chat.prompt_ids(prompt.question, counts, schemas)
+    return Opening(prompt, np.array(ids, np.int32), images, counts)

@@ -1,0 +1,121 @@
+"""Batches for the cold start: expert episodes in invented worlds, parts of them, and sequences to copy.
+
+Everything is drawn anew for every batch, so that nothing can be learned by heart.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from tapo_jax.batch import ModelInputs
+from tapo_jax.chat import Chat
+from tapo_jax.data import atlas_world
+from tapo_jax.data.experts import Flaws, expert, play
+from tapo_jax.episode import Limits
+from tapo_jax.inputs import PixelStore, make_row, model_inputs
+from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.types import Episode
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """inputs: ModelInputs of numpy arrays. weight_BxT float32: the weight of each token's negative log-likelihood."""
+
+    inputs: ModelInputs
+    weight_BxT: np.ndarray
+
+
+class ColdStart:
+    """Draws batches. `context_weight` is the weight of text that the policy reads but does not write (0 on images)."""
+
+    def __init__(
+        self, chat: Chat, config: Qwen3VLConfig, processor, *, settings: atlas_world.Settings, flaws: Flaws, seed: int, context_weight: float
+    ):
+        self._chat, self._config, self._processor = chat, config, processor
+        self._settings, self._flaws, self._seed, self._context_weight = settings, flaws, seed, context_weight
+        self._limits = Limits(max_turns=12, max_new_tokens=96, max_length=2048)
+        self._world_number, self._game, self._uses = -1, None, 0
+
+    def episode(self, rng: np.random.Generator) -> Episode:
+        """One expert episode; a new world after every 256."""
+        if self._uses % 256 == 0:
+            self._world_number += 1
+            self._game = atlas_world.Game.fictional(self._seed * 1_000_003 + self._world_number, self._settings)
+        self._uses += 1
+        prompt, question, scene = self._game.prompt(rng)
+        pixels = PixelStore(self._processor)
+        opening = atlas_world.opening(prompt, self._chat, pixels, self._game.runner.schemas)
+        script = expert(question, scene, rng, self._flaws)
+        return play(opening, script, runner=self._game.runner, chat=self._chat, limits=self._limits, image_tokens=pixels.tokens)
+
+    def full(self, rng: np.random.Generator, rows: int, length: int, patches: int) -> Batch:
+        """Whole episodes; one that is too long is drawn again."""
+        kept = []
+        pixels = PixelStore(self._processor)
+        while len(kept) < rows:
+            episode = self.episode(rng)
+            if len(episode.token_T) <= length and sum(int(np.prod(pixels.grid(image))) for image in episode.images) <= patches:
+                kept.append((episode.token_T, episode.mask_T, episode.images))
+        return self._batch(kept, length, patches, pixels)
+
+    def first_turn(self, rng: np.random.Generator, rows: int, length: int, patches: int) -> Batch:
+        """The question, its scene and the first turn: where to look."""
+        kept = []
+        while len(kept) < rows:
+            episode = self.episode(rng)
+            stop = episode.turns[0].stop
+            if stop <= length:
+                kept.append((episode.token_T[:stop], episode.mask_T[:stop], episode.images[:1]))
+        return self._batch(kept, length, patches, PixelStore(self._processor))
+
+    def text_part(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
+        """What follows an image search, and, where it fits, the question before it: names to be carried on."""
+        kept = []
+        while len(kept) < rows:
+            episode = self.episode(rng)
+            found = [turn.stop for turn in episode.turns if turn.call is not None and turn.call.name == "image_search_tool"]
+            if not found:
+                continue
+            token_T, mask_T = episode.token_T[found[-1] :], episode.mask_T[found[-1] :]
+            question_T = self._question(episode)
+            token_T = np.concatenate([question_T, token_T])[:length]
+            mask_T = np.concatenate([np.zeros(len(question_T), bool), mask_T])[:length]
+            if mask_T.any():
+                kept.append((token_T, mask_T, []))
+        return self._batch(kept, length, 0, PixelStore(self._processor))
+
+    def _question(self, episode: Episode) -> np.ndarray:
+        ids = self._chat.tokenizer.encode(f"user\n{episode.prompt.question}", add_special_tokens=False).ids
+        return np.array(ids, np.int32)
+
+    def copy(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
+        """A random sequence and itself again, the weight on the second time."""
+        first_id = self._chat.stop_ids[0] + 1
+        token_BxT = np.zeros((rows, length), np.int32)
+        weight_BxT = np.zeros((rows, length), np.float32)
+        for b in range(rows):
+            period = int(rng.integers(8, length // 2 + 1))
+            # A pool of few tokens makes pairs ambiguous, so that more than one token of history has to match.
+            pool = rng.integers(first_id, self._chat.vocab_size, int(rng.choice([12, 60, 1000])))
+            pool = pool[pool != self._chat.image_token]
+            sequence = np.tile(rng.choice(pool[~np.isin(pool, self._special())], period), 2)
+            token_BxT[b, : 2 * period] = sequence
+            weight_BxT[b, period + 1 : 2 * period] = 1.0
+        segment = np.ones((rows, length), np.int32)
+        position = np.broadcast_to(np.arange(length, dtype=np.int32)[None, :, None], (rows, length, 3)).copy()
+        return Batch(ModelInputs(token_BxT=token_BxT, segment_BxT=segment, position_BxTx3=position), weight_BxT)
+
+    def _special(self) -> np.ndarray:
+        return np.array(list(self._chat.tokenizer.get_added_tokens_decoder()), np.int32)
+
+    def _batch(self, kept: list, length: int, patches: int, pixels: PixelStore) -> Batch:
+        rows = [make_row(token_T, images, self._config, pixels)[0] for token_T, _, images in kept]
+        inputs = model_inputs(rows, length=length, patches=patches, config=self._config)
+        weight_BxT = np.where(inputs.token_BxT == self._config.image_token, 0.0, self._context_weight).astype(np.float32)
+        weight_BxT *= inputs.segment_BxT > 0
+        for b, (_, mask_T, _) in enumerate(kept):
+            weight_BxT[b, : len(mask_T)][mask_T] = 1.0
+        weight_BxT[:, 0] = 0.0
+        return Batch(inputs, weight_BxT)

@@ -1,0 +1,140 @@
+"""Scripted players of Atlas, for the cold start: they know the scene, follow the tools' results and make mistakes on purpose.
+
+An expert copies only from what it was shown, so a policy that imitates it learns to look things up. Its mistakes are what
+reinforcement learning has to remove.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Generator, Sequence
+
+import numpy as np
+
+from tapo_jax.chat import Chat
+from tapo_jax.data.questions import Question
+from tapo_jax.data.scene import Placed
+from tapo_jax.data.world import ATTRIBUTES, NEIGHBOURS
+from tapo_jax.episode import Conversation, Limits, Opening
+from tapo_jax.tools.base import ToolRunner
+from tapo_jax.types import Episode
+
+Script = Generator[str, str, None]  # yields a turn's text, is sent the tool's response
+
+
+@dataclasses.dataclass(frozen=True)
+class Flaws:
+    """Probabilities of the deliberate mistakes, each where the occasion arises."""
+
+    skip_zoom: float = 0.16  # searches with the whole scene
+    wrong_outline: float = 0.10  # looks at another country of the scene
+    sloppy_box: float = 0.35  # a box far from the outline
+    bad_call: float = 0.03  # a call that is an error; it is then made right
+    wrong_image: float = 0.05  # searches with the scene after zooming
+    wrong_title: float = 0.14  # takes the second title
+    wrong_attribute: float = 0.18  # looks up something else
+    skip_hop: float = 0.25  # asks about a country one hop too early
+    wrong_relation: float = 0.15  # largest for smallest
+    early_answer: float = 0.05  # answers with a title
+    wrong_line: float = 0.10  # answers with the value of another line
+
+
+def play(
+    opening: Opening, script: Script, *, runner: ToolRunner, chat: Chat, limits: Limits, image_tokens
+) -> Episode:
+    """Lets a script play an episode through the same state machine and the same tools as the policy."""
+    conversation = Conversation(opening, 0, limits=limits, chat=chat, image_tokens=image_tokens)
+    text = next(script)
+    while conversation.finish is None:
+        ids = [*chat.tokenizer.encode(text, add_special_tokens=False).ids, chat.stop_ids[0]]
+        conversation.add_sampled(ids, [0.0] * len(ids))
+        call = conversation.end_turn()
+        response = ""
+        if call is not None:
+            call, result = runner.run(call, conversation.images)
+            conversation.add_result(call, result)
+            response = result.text
+        if conversation.finish is None:
+            text = script.send(response)
+    return conversation.episode()
+
+
+def expert(question: Question, scene: Sequence[Placed], rng: np.random.Generator, flaws: Flaws) -> Script:
+    """One episode's turns."""
+    titles = yield from _identify(question.chain[0], scene, rng, flaws)
+    name = titles[1] if len(titles) > 1 and _happens(rng, flaws.wrong_title) else titles[0]
+    if _happens(rng, flaws.early_answer):
+        yield _answer(name)
+        return
+    for relation in question.relations:
+        if _happens(rng, flaws.skip_hop):
+            break
+        if _happens(rng, flaws.wrong_relation):
+            relation = next(other for other in NEIGHBOURS if other != relation)
+        result = yield _search_text(name, "neighbours")
+        found = _read(result, relation)
+        if not found:
+            break
+        name = found
+    attribute = question.attribute
+    if _happens(rng, flaws.wrong_attribute):
+        attribute = str(rng.choice(ATTRIBUTES))
+    result = yield _search_text(name, attribute)
+    values = re.findall(r": ([^:\n]+?)\.(?: |$)", result, re.MULTILINE)
+    right = _read(result, attribute)
+    if values and (not right or _happens(rng, flaws.wrong_line)):
+        right = str(rng.choice(values))
+    yield _answer(right or name)
+
+
+def _identify(name: str, scene: Sequence[Placed], rng: np.random.Generator, flaws: Flaws) -> Generator[str, str, list[str]]:
+    target = next(placed for placed in scene if placed.name == name)
+    if _happens(rng, flaws.wrong_outline):
+        target = scene[int(rng.integers(len(scene)))]
+    image = 0
+    if not _happens(rng, flaws.skip_zoom):
+        box = _box(target.box, rng, sloppy=_happens(rng, flaws.sloppy_box))
+        if _happens(rng, flaws.bad_call):
+            yield _zoom([box[2], box[3], box[0], box[1]], target.colour)
+        yield _zoom(box, target.colour)
+        image = 0 if _happens(rng, flaws.wrong_image) else 1
+    result = yield _call("search the image", "image_search_tool", {"img_idx": image})
+    return re.findall(r"^\d+\. (.+)$", result, re.MULTILINE) or ["unknown"]
+
+
+def _box(box: Sequence[float], rng: np.random.Generator, *, sloppy: bool) -> list[int]:
+    """In thousandths, rounded to tens: the outline's box with a margin; a sloppy one is moved and scaled besides."""
+    x1, y1, x2, y2 = box
+    w, h = x2 - x1, y2 - y1
+    margin = 0.08 * max(w, h)
+    noise = rng.normal(size=4) * (0.25 if sloppy else 0.02) * np.array([w, h, w, h])
+    corners = np.array([x1 - margin, y1 - margin, x2 + margin, y2 + margin]) + noise
+    corners = np.clip(np.round(corners * 100), 0, 100).astype(int) * 10
+    x1, y1, x2, y2 = corners.tolist()
+    return [min(x1, x2 - 30), min(y1, y2 - 30), x2, y2] if x2 > 30 and y2 > 30 else [0, 0, 300, 300]
+
+
+def _read(result: str, key: str) -> str | None:
+    """The value of "the {key} …: value." in a text search's result."""
+    found = re.search(rf"[Tt]he {re.escape(key)}(?: of [^:\n]+)?: ([^:\n]+?)\.(?: |$)", result, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def _zoom(box: list[int], colour: str) -> str:
+    return _call(f"zoom in on {colour}", "image_zoom_in_tool", {"bbox_2d": box, "label": colour, "img_idx": 0})
+
+
+def _search_text(name: str, what: str) -> str:
+    return _call(f"find the {what}", "text_search_tool", {"query": f"{name}: {what}"})
+
+
+def _call(think: str, name: str, arguments: dict) -> str:
+    return f"<think>{think}</think><tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def _answer(text: str) -> str:
+    return f"<think>answer</think><answer>{text}</answer>"
+
+
+def _happens(rng: np.random.Generator, probability: float) -> bool:
+    return bool(rng.random() < probability)

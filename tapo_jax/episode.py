@@ -1,0 +1,149 @@
+"""One conversation's state machine: prompt -> turn -> tool -> turn -> … -> answer. Plain Python, no jax.
+
+Token in, token out: the ids given to `add_sampled` are kept as they are; text is decoded only to be parsed, never encoded again.
+Whatever goes wrong in a turn becomes either a response that the policy reads or a named finish; nothing here raises on the
+policy's output.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tapo_jax.chat import Chat, parse_turn
+from tapo_jax.types import Episode, Image, Prompt, ToolCall, ToolResult, Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Budgets. max_turns: assistant turns of an episode; max_new_tokens: tokens of one turn, its stop token included;
+    max_length: tokens of the whole episode, prompt and tool responses included."""
+
+    max_turns: int
+    max_new_tokens: int
+    max_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """What the samples of one prompt share: its ids and its images, and the number of placeholders of each image."""
+
+    prompt: Prompt
+    token_T: np.ndarray
+    images: tuple[Image, ...]
+    image_tokens: tuple[int, ...]
+
+
+class Conversation:
+    """One episode while it is played.
+
+    `image_tokens` gives the number of placeholders of an image. `finish` is None until the episode has ended.
+    """
+
+    def __init__(
+        self, opening: Opening, sample: int, *, limits: Limits, chat: Chat, image_tokens: Callable[[Image], int]
+    ):
+        self.opening = opening
+        self.sample = sample
+        self.limits = limits
+        self.token: list[int] = []
+        self.images: list[Image] = []
+        self.image_start: list[int] = []
+        self.turns: list[Turn] = []
+        self.answer: str | None = None
+        self.finish: str | None = None
+        self._chat = chat
+        self._image_tokens = image_tokens
+        self._mask: list[bool] = []
+        self._logp: list[float] = []
+        self._turn_start = 0
+        if len(opening.token_T) < limits.max_length:
+            self._append(opening.token_T.tolist(), opening.images, opening.image_tokens)
+            self._turn_start = len(self.token)
+        else:
+            self.finish = "length"  # no room for one token: an episode of no turns, which the sampler never sees
+
+    @property
+    def turn_tokens(self) -> int:
+        """Tokens that the policy wrote in the turn that is open."""
+        return len(self.token) - self._turn_start
+
+    @property
+    def allowance(self) -> int:
+        """Tokens that the open turn may still get."""
+        return min(self.limits.max_new_tokens - self.turn_tokens, self.limits.max_length - len(self.token))
+
+    def add_sampled(self, token_N: Sequence[int], logp_N: Sequence[float]) -> None:
+        """Tokens of the open turn as the sampler drew them, the stop token included, with their log-probabilities."""
+        self.token.extend(int(token) for token in token_N)
+        self._logp.extend(float(logp) for logp in logp_N)
+        self._mask.extend([True] * len(token_N))
+
+    def end_turn(self) -> ToolCall | None:
+        """Closes the turn. Returns the call to execute, or None: then the episode has finished or a response was appended."""
+        stopped = self.token[-1] in self._chat.stop_ids
+        written = self.token[self._turn_start : len(self.token) - int(stopped)]
+        turn = Turn(start=self._turn_start, stop=len(self.token), text=self._chat.decode(written))
+        self.turns.append(turn)
+        if not stopped:
+            self.finish = "length"
+            return None
+        parsed = parse_turn(turn.text)
+        turn.call = parsed.call
+        if parsed.answer is not None:
+            self.answer = parsed.answer
+            self.finish = "answer"
+        elif parsed.call is None and parsed.error is None:
+            self.finish = "malformed"
+        elif len(self.turns) >= self.limits.max_turns:
+            self.finish = "turns"  # a call whose result nobody can read is not executed
+        elif parsed.call is None:
+            self.add_result(None, ToolResult(text=parsed.error, error="unparsable"))
+        else:
+            return parsed.call
+        return None
+
+    def add_result(self, call: ToolCall | None, result: ToolResult) -> None:
+        """The response to the turn just closed. Where it does not fit into the budget as a whole nothing is appended:
+        an image is never cut."""
+        try:
+            counts = [self._image_tokens(image) for image in result.images]
+        except ValueError as error:  # a crop 300 times as long as wide: the model cannot be shown it
+            result, counts = ToolResult(text=f"Error: {error}.", error="bad_image", seconds=result.seconds), []
+        self.turns[-1].call = call
+        self.turns[-1].result = result
+        response = self._chat.tool_response_ids(result.text, counts)
+        if len(self.token) + len(response) >= self.limits.max_length:
+            self.finish = "length"
+            return
+        self._append(response, result.images, counts)
+        self._turn_start = len(self.token)
+
+    def _append(self, tokens: Sequence[int], images: Sequence[Image], counts: Sequence[int]) -> None:
+        """Tokens that the policy did not write."""
+        places = [at for at, token in enumerate(tokens) if token == self._chat.image_token]
+        if len(places) != sum(counts):
+            raise ValueError(f"{len(places)} image placeholders in the ids for {sum(counts)} image tokens of {len(images)} images")
+        firsts = np.cumsum([0, *counts])[:-1]
+        self.image_start.extend(len(self.token) + places[first] for first in firsts)
+        self.images.extend(images)
+        self.token.extend(tokens)
+        self._mask.extend([False] * len(tokens))
+        self._logp.extend([0.0] * len(tokens))
+
+    def episode(self) -> Episode:
+        """The finished episode. Raises ValueError while it is still being played."""
+        if self.finish is None:
+            raise ValueError("the conversation has not finished")
+        return Episode(
+            prompt=self.opening.prompt,
+            sample=self.sample,
+            token_T=np.array(self.token, np.int32),
+            mask_T=np.array(self._mask, bool),
+            sampler_logp_T=np.array(self._logp, np.float32),
+            images=self.images,
+            image_start=self.image_start,
+            turns=self.turns,
+            answer=self.answer,
+            finish=self.finish,
+        )

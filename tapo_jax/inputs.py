@@ -1,0 +1,220 @@
+"""Conversations -> arrays of a few fixed shapes, in numpy. The sampler's extensions and the trainer's batches are filled by
+the same function, so that both read the same ids, positions and patches.
+
+Shapes come from ladders of allowed sizes (buckets): after every rung has been seen once nothing compiles again.
+"""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from tapo_jax.batch import ModelInputs, TrainBatch
+from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.models.positions import rope_positions, vision_inputs
+from tapo_jax.types import Episode, Image, Turn
+
+
+def ladder(maximum: int, *, smallest: int, factor: float = 2.0) -> tuple[int, ...]:
+    """Ascending sizes smallest, smallest·factor, … that end with exactly `maximum`."""
+    rungs = []
+    rung = smallest
+    while rung < maximum:
+        rungs.append(rung)
+        rung = max(rung + 1, int(rung * factor))
+    return (*rungs, maximum)
+
+
+def bucket(size: int, rungs: Sequence[int]) -> int:
+    """The smallest rung that holds `size`. Raises ValueError where none does."""
+    for rung in rungs:
+        if size <= rung:
+            return rung
+    raise ValueError(f"size {size} is larger than the largest bucket of {tuple(rungs)}")
+
+
+class PixelStore:
+    """Patches of images: each distinct image is processed once, for the sampler and the trainer together.
+
+    Keeps the most recently used patches up to `max_bytes`.
+    """
+
+    def __init__(self, processor: ImageProcessor, max_bytes: int = 1 << 30):
+        self.processor = processor
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._kept: collections.OrderedDict[bytes, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
+
+    def __call__(self, image: Image) -> tuple[np.ndarray, np.ndarray]:
+        """(pixels_NxF float32, grid_thw int32 [3])."""
+        key = hashlib.blake2b(image.pixels.tobytes(), digest_size=16, salt=_salt(image.pixels.shape)).digest()
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        pixels_NxF, grid = self.processor(image.pixels)
+        value = (pixels_NxF, np.asarray(grid, np.int32))
+        self._kept[key] = value
+        self._bytes += pixels_NxF.nbytes
+        while self._bytes > self._max_bytes and len(self._kept) > 1:
+            _, (oldest_NxF, _) = self._kept.popitem(last=False)
+            self._bytes -= oldest_NxF.nbytes
+        return value
+
+    def tokens(self, image: Image) -> int:
+        """Placeholders of an image, without processing it."""
+        return self.processor.tokens(self.grid(image))
+
+    def grid(self, image: Image) -> tuple[int, int, int]:
+        return self.processor.grid(*image.pixels.shape[:2])
+
+
+def _salt(shape: tuple[int, ...]) -> bytes:
+    """Two images of the same bytes and another shape are different images."""
+    return np.array(shape[:2], np.int32).tobytes()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Consecutive tokens of one conversation and all the images among them.
+
+    token_T int32, position_Tx3 int32; pixels: [n_i, F] of each image; grids: its (t, h, w).
+    """
+
+    token_T: np.ndarray
+    position_Tx3: np.ndarray
+    pixels: tuple[np.ndarray, ...] = ()
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def patches(self) -> int:
+        return sum(len(pixels_nxF) for pixels_nxF in self.pixels)
+
+
+def make_row(
+    token_T: np.ndarray, images: Sequence[Image], config: Qwen3VLConfig, pixels: PixelStore, start: int = 0
+) -> tuple[Row, int]:
+    """A row and the position of the token that follows it. `start`: the position of token_T[0]."""
+    processed = [pixels(image) for image in images]
+    grid_Ix3 = np.array([grid for _, grid in processed], np.int32).reshape(-1, 3)
+    position_Tx3, after = rope_positions(token_T, grid_Ix3, config, start)
+    grids = tuple(tuple(int(n) for n in grid) for grid in grid_Ix3)
+    return Row(np.asarray(token_T, np.int32), position_Tx3, tuple(patches for patches, _ in processed), grids), int(after)
+
+
+def model_inputs(rows: Sequence[Row | None], *, length: int, patches: int, config: Qwen3VLConfig) -> ModelInputs:
+    """Numpy ModelInputs of len(rows) rows × `length` tokens × `patches` patches (0: no image fields). None: a row of padding.
+
+    Raises ValueError where a row does not fit, or where its placeholders are not as many as its image features.
+    """
+    B, N, F = len(rows), patches, config.vision.patch_features
+    text = {
+        "token_BxT": np.zeros((B, length), np.int32),
+        "segment_BxT": np.zeros((B, length), np.int32),
+        "position_BxTx3": np.zeros((B, length, 3), np.int32),
+    }
+    vision = {
+        "feature_BxT": np.full((B, length), -1, np.int32),
+        "pixels_BxNxF": np.zeros((B, N, F), np.float32),
+        "patch_image_BxN": np.zeros((B, N), np.int32),
+        "patch_rowcol_BxNx2": np.zeros((B, N, 2), np.int32),
+        "patch_corner_BxNx4": np.zeros((B, N, 4), np.int32),
+        "patch_weight_BxNx4": np.zeros((B, N, 4), np.float32),
+    }
+    for b, row in enumerate(rows):
+        if row is None:
+            continue
+        count = len(row.token_T)
+        if count > length or row.patches > N:
+            raise ValueError(f"a row of {count} tokens and {row.patches} patches does not fit {length} × {N}")
+        text["token_BxT"][b, :count] = row.token_T
+        text["segment_BxT"][b, :count] = 1
+        text["position_BxTx3"][b, :count] = row.position_Tx3
+        place_T = row.token_T == config.image_token
+        if place_T.sum() * config.vision.merge**2 != row.patches:
+            raise ValueError(f"{place_T.sum()} image placeholders for {row.patches} patches: tokens and images do not belong together")
+        if row.patches:
+            vision["feature_BxT"][b, :count] = np.where(place_T, np.cumsum(place_T) - 1, -1)
+            vision["pixels_BxNxF"][b, : row.patches] = np.concatenate(row.pixels)
+            for name, value in vision_inputs(np.array(row.grids, np.int32), config).items():
+                vision[name.replace("_N", "_BxN")][b, : row.patches] = value
+    return ModelInputs(**text, **(vision if N else {}))
+
+
+# What the trainer reads.
+
+
+def tool_steps(episode: Episode, steps: int) -> list[Turn]:
+    """The executed calls of an episode in order, at most `steps`: slot k of TAPO is the k-th of this list."""
+    return [turn for turn in episode.turns if turn.is_step][:steps]
+
+
+def sizes(episodes: Sequence[Episode], pixels: PixelStore) -> tuple[int, int]:
+    """Tokens and patches of the largest row: (T, N)."""
+    length = max((len(episode.token_T) for episode in episodes), default=0)
+    patches = max((sum(_patches(image, pixels) for image in episode.images) for episode in episodes), default=0)
+    return length, patches
+
+
+def _patches(image: Image, pixels: PixelStore) -> int:
+    t, h, w = pixels.grid(image)
+    return t * h * w
+
+
+def pack(
+    episodes: Sequence[Episode],
+    config: Qwen3VLConfig,
+    pixels: PixelStore,
+    *,
+    length_buckets: Sequence[int],
+    patch_buckets: Sequence[int],
+    steps: int,
+) -> TrainBatch:
+    """Episodes (B of them, row b is episodes[b]) -> TrainBatch of numpy arrays, without old_logp and advantage.
+
+    The shape is the smallest rung of each ladder that holds the largest row; an empty `patch_buckets` means a model input
+    without image fields. Raises ValueError where a row does not fit, or where an episode's ids, mask and log-probabilities
+    do not line up.
+    """
+    longest, most_patches = sizes(episodes, pixels)
+    length = bucket(longest, length_buckets)
+    patches = bucket(most_patches, patch_buckets) if patch_buckets else 0
+    B = len(episodes)
+    mask_BxT = np.zeros((B, length), bool)
+    step_BxT = np.full((B, length), -1, np.int32)
+    logp_BxT = np.zeros((B, length), np.float32)
+    rows = []
+    for b, episode in enumerate(episodes):
+        check_episode(episode, config)
+        count = len(episode.token_T)
+        rows.append(make_row(episode.token_T, episode.images, config, pixels)[0] if count else None)
+        mask_BxT[b, :count] = episode.mask_T
+        logp_BxT[b, :count] = episode.sampler_logp_T
+        for k, turn in enumerate(tool_steps(episode, steps)):
+            step_BxT[b, turn.start : turn.stop] = k
+    inputs = model_inputs(rows, length=length, patches=patches, config=config)
+    return TrainBatch(inputs=inputs, mask_BxT=mask_BxT, step_BxT=step_BxT, sampler_logp_BxT=logp_BxT)
+
+
+def check_episode(episode: Episode, config: Qwen3VLConfig) -> None:
+    """Raises ValueError unless ids, mask, log-probabilities, turns and images of an episode line up."""
+    count = len(episode.token_T)
+    written_T = np.zeros(count, bool)
+    for turn in episode.turns:
+        written_T[turn.start : turn.stop] = True
+    starts = np.array(episode.image_start, np.int64)
+    problems = {
+        "mask_T or sampler_logp_T has another length than token_T": not count == len(episode.mask_T) == len(episode.sampler_logp_T),
+        "the first token is in the loss": bool(count and written_T[0]),
+        "mask_T is not the union of the turns": not np.array_equal(written_T, episode.mask_T),
+        "a log-probability outside of the mask": bool(np.any(episode.sampler_logp_T[~written_T])),
+        "a log-probability above 0": bool(np.any(episode.sampler_logp_T > 0)),
+        "image_start has another length than images": len(starts) != len(episode.images),
+        "image_start is no placeholder": bool(np.any(episode.token_T[starts] != config.image_token)),
+        "the policy wrote a placeholder": bool(np.any(episode.token_T[written_T] == config.image_token)),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(f"episode {episode.prompt.id!r} sample {episode.sample}: {problem}")

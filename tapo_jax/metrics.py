@@ -1,0 +1,149 @@
+"""Where a run's numbers go: one JSON line a step, TensorBoard, a progress bar. Only process 0 writes.
+
+`metrics.jsonl` is the record that everything else reads: {"step": 12, "reward/mean": 0.61, …}. A number that is not finite is
+written as null, so that every JSON reader can read the file and no maximum can hide it.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+_compiles = [0]
+
+
+def _on_event(event: str, _seconds: float, **_: Any) -> None:
+    _compiles[0] += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_event)
+
+
+def compile_count() -> int:
+    """How many programs XLA compiled (or read from the compilation cache) in this process since this file was imported."""
+    return _compiles[0]
+
+
+class Clock:
+    """Seconds spent under a name: `with clock("rollout"): …`; `take()` gives {"time/rollout": …} and starts again."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds = {}
+        return taken
+
+
+# Peak dense bfloat16 operations a second of one device, by a part of its name.
+PEAK_FLOPS = {
+    "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v6": 918e12, "v4": 275e12, "H100": 989e12, "H200": 989e12,
+    "A100": 312e12,
+}  # fmt: skip
+
+
+def throughput(values: Mapping[str, float], *, rows: int, parameters: int) -> dict[str, float]:
+    """perf/… of one step: tokens that the policy wrote per second of the whole step; floating point operations per second
+    and device of the updates (6 · parameters · tokens, attention not counted) and, on devices with a known peak, their share of it."""
+    devices = jax.devices()
+    written, length = values["rollout/written"] * rows, values["rollout/length"] * rows
+    flops = 6.0 * parameters * length / values["time/update"] / len(devices)
+    perf = {"perf/tokens_per_s": written / values["time/step"], "perf/tflops": flops / 1e12}
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in devices[0].device_kind), None)
+    return perf if peak is None else perf | {"perf/mfu": flops / peak}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class MetricWriter:
+    """Writes the numbers of steps. On resuming, lines of steps later than `resumed_step` (None: a fresh start) are cut."""
+
+    def __init__(self, workdir: Path, *, total_steps: int, resumed_step: int | None, tensorboard: bool) -> None:
+        self._main = jax.process_index() == 0
+        if not self._main:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.path = workdir / "metrics.jsonl"
+        last = -1 if resumed_step is None else resumed_step
+        kept = [line for line in read(self.path) if line["step"] <= last]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1) if tensorboard else None
+        self._bar = tqdm(total=total_steps, initial=max(last, 0), unit="step", dynamic_ncols=True)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._main:
+            return
+        line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        self._bar.set_postfix_str(summary(values), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches, above the progress bar."""
+        if self._main:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        if not self._main:
+            return
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def summary(values: Mapping[str, float]) -> str:
+    """reward 0.61  accuracy 0.42  1.2k tok/s  rollout 61% (tools 3%, prefill 20%, decode 35%) logprobs 5% update 30%"""
+    parts = []
+    for label, name in (("reward", "reward/mean"), ("accuracy", "reward/accuracy"), ("held-out", "eval/accuracy")):
+        if name in values:
+            parts.append(f"{label} {values[name]:.3f}")
+    if "perf/tokens_per_s" in values:
+        parts.append(f"{values['perf/tokens_per_s']:.0f} tok/s")
+    total = values.get("time/step", 0.0)
+    if total > 0:
+        names = ("rollout", "tool_wait", "prefill", "decode", "logprobs", "update")
+        shares = [f"{name} {100 * values['time/' + name] / total:.0f}%" for name in names if "time/" + name in values]
+        parts.append(" ".join(shares))
+    return "  ".join(parts)
+
+
+def _json_number(value: Any) -> float | int | None:
+    number = value.item() if isinstance(value, np.generic | np.ndarray) else value
+    return number if math.isfinite(number) else None

@@ -1,0 +1,73 @@
+"""The key/value cache: a fixed set of slots, each with its own length."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tapo_jax.models.config import Qwen3VLConfig
+
+UNROLLED_LAYERS = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys (already rotated) and values of B slots.
+
+    k, v: a tuple of arrays [layers, B, K, S, A] (K key/value heads, S places of a slot, A numbers of a head). A shallow
+    model has one array for each layer, so that no layer is ever sliced out (on a CPU a slice is a copy); a deep one
+    has a single array, so that its layers can be scanned.
+    length_B: int32, the places of each slot that are filled. What lies behind is never read.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+    @property
+    def slots(self) -> int:
+        return self.k[0].shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.k[0].shape[3]
+
+
+def init_cache(config: Qwen3VLConfig, slots: int, capacity: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """An empty cache. slots · capacity · 2 · layers · kv_heads · head_dim numbers."""
+    parts = config.layers if config.layers <= UNROLLED_LAYERS else 1
+    shape = (config.layers // parts, slots, config.kv_heads, capacity, config.head_dim)
+    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(parts)) for _ in range(2))
+    return Cache(k, v, jnp.zeros(slots, jnp.int32))
+
+
+def reset(cache: Cache, done_B: jax.Array) -> Cache:
+    """Empties the slots where done_B is True. Nothing is written but the lengths."""
+    return dataclasses.replace(cache, length_B=jnp.where(done_B, 0, cache.length_B))
+
+
+def head(cache: Cache, window: int) -> Cache:
+    """The first `window` places of every slot as a cache of its own: copy once, decode many steps, `put_head` back."""
+    k, v = (tuple(x[:, :, :, :window] for x in part) for part in (cache.k, cache.v))
+    return Cache(k, v, cache.length_B)
+
+
+def put_head(cache: Cache, small: Cache) -> Cache:
+    """Writes the places of `small` (from `head`) back over the first places of `cache`, with its lengths."""
+    k, v = (
+        tuple(jax.lax.dynamic_update_slice_in_dim(x, s, 0, 3) for x, s in zip(whole, part, strict=True))
+        for whole, part in ((cache.k, small.k), (cache.v, small.v))
+    )
+    return Cache(k, v, small.length_B)
+
+
+def write(x_LxBxKxSxA: jax.Array, new_RxKxTxA: jax.Array, layer: int | jax.Array, slot_R: jax.Array, place_R: jax.Array):
+    """Puts T new places at (layer, slot_R, :, place_R …). A slot beyond the last one is left out."""
+    layer_R = jnp.full_like(slot_R, layer)
+    start_Rx3 = jnp.stack([layer_R, slot_R, place_R], axis=-1)
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 3)
+    )
+    mode = jax.lax.GatherScatterMode.FILL_OR_DROP
+    return jax.lax.scatter(x_LxBxKxSxA, start_Rx3, new_RxKxTxA.astype(x_LxBxKxSxA.dtype), numbers, mode=mode)

@@ -1,0 +1,224 @@
+"""A model directory in Hugging Face form: the only file that knows the names of its tensors.
+
+Loading goes parameter by parameter and shard by shard from memory-mapped files, so a host never holds more than one
+parameter's part besides what its devices hold. Saving goes tensor by tensor.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from tapo_jax.models import parameters, safetensors_files
+from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.models.qwen3_vl import Qwen3VL
+
+ASSETS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+_TEXT, _VISION = "model.language_model", "model.visual"
+_TOP = {
+    ("embedding",): f"{_TEXT}.embed_tokens.weight",
+    ("lm_head",): "lm_head.weight",
+    ("norm",): f"{_TEXT}.norm.weight",
+    ("vision", "patch"): f"{_VISION}.patch_embed.proj.weight",
+    ("vision", "patch_bias"): f"{_VISION}.patch_embed.proj.bias",
+    ("vision", "position"): f"{_VISION}.pos_embed.weight",
+}
+_STACKS = {
+    ("decoder",): (
+        f"{_TEXT}.layers.{{}}.",
+        {
+            "input_norm": "input_layernorm",
+            "q": "self_attn.q_proj",
+            "k": "self_attn.k_proj",
+            "v": "self_attn.v_proj",
+            "o": "self_attn.o_proj",
+            "q_norm": "self_attn.q_norm",
+            "k_norm": "self_attn.k_norm",
+            "mlp_norm": "post_attention_layernorm",
+            "gate": "mlp.gate_proj",
+            "up": "mlp.up_proj",
+            "down": "mlp.down_proj",
+        },
+    ),
+    ("vision", "blocks"): (
+        f"{_VISION}.blocks.{{}}.",
+        {
+            "norm1": "norm1",
+            "norm2": "norm2",
+            "qkv": "attn.qkv",
+            "proj": "attn.proj",
+            "fc1": "mlp.linear_fc1",
+            "fc2": "mlp.linear_fc2",
+        },
+    ),
+    ("vision", "merger"): (f"{_VISION}.merger.", {"norm": "norm", "fc1": "linear_fc1", "fc2": "linear_fc2"}),
+    ("vision", "deepstack"): (
+        f"{_VISION}.deepstack_merger_list.{{}}.",
+        {"norm": "norm", "fc1": "linear_fc1", "fc2": "linear_fc2"},
+    ),
+}
+# Stored [inputs, outputs] here and [outputs, inputs] there.
+_KERNELS = {"q", "k", "v", "o", "gate", "up", "down", "qkv", "proj", "fc1", "fc2", "patch"}
+
+
+def tensor_names(path: parameters.Path, spec: parameters.Spec) -> list[str]:
+    """The tensors that make up a parameter: one, or one for each layer of a stack."""
+    if path in _TOP:
+        return [_TOP[path]]
+    prefix, modules = _STACKS[path[:-1]]
+    leaf = path[-1]
+    name = prefix + (f"{modules[leaf]}.weight" if leaf in modules else f"{modules[leaf.removesuffix('_bias')]}.bias")
+    return [name.format(i) for i in range(spec.shape[0])] if spec.axes[0] == "layers" else [name]
+
+
+def tensor_shape(path: parameters.Path, spec: parameters.Spec, config: Qwen3VLConfig) -> tuple[int, ...]:
+    """The shape of one of those tensors in the file."""
+    vision, shape = config.vision, spec.shape[1:] if spec.axes[0] == "layers" else spec.shape
+    if path == ("vision", "patch"):
+        return (vision.hidden, vision.channels, vision.temporal, vision.patch, vision.patch)
+    inputs = 2 if path[-1] in ("o", "proj") else 1
+    if path[-1] in _KERNELS:
+        return (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs])))
+    return (int(np.prod(shape)),) if path[-1].endswith("_bias") else shape
+
+
+def load(
+    path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: str = "float32", compute_dtype: str | None = None
+) -> tuple[Qwen3VL, Qwen3VLConfig]:
+    """The model of a directory (config.json and *.safetensors), on `mesh` by the rules of `sharding`, or on one device.
+
+    dtype: of the parameters; compute_dtype: of the computation, the same where it is None.
+    Raises FileNotFoundError, or ValueError naming a tensor that is missing, has no place, or has the wrong shape.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path} has no config.json")
+    config = Qwen3VLConfig.from_hf(json.loads((path / "config.json").read_text()))
+    tensors = safetensors_files.open_all(path)
+    table = parameters.specs(config)
+    _check(tensors, table, config)
+    model = abstract(config, param_dtype=dtype, dtype=compute_dtype or dtype)
+    shardings = _shardings(config, mesh)
+    values = {}
+    for place, spec in table.items():
+        parts = [_as_ours(tensors[name], place, spec) for name in tensor_names(place, spec)]
+        values[place] = _put(parts, spec, jnp.dtype(dtype), shardings[place])
+    state = nnx.state(model, nnx.Param)
+    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
+    nnx.update(model, state)
+    return model, config
+
+
+def abstract(config: Qwen3VLConfig, *, param_dtype: str = "float32", dtype: str = "float32") -> Qwen3VL:
+    """The model with jax.ShapeDtypeStruct in place of arrays."""
+    return nnx.eval_shape(
+        lambda: Qwen3VL(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(param_dtype), dtype=jnp.dtype(dtype))
+    )
+
+
+def save(
+    model: Qwen3VL, config: Qwen3VLConfig, path: str | Path, *, dtype: str | None = None, assets: str | Path | None = None
+) -> None:
+    """Writes config.json and model.safetensors (in `dtype`; None: the parameters' own) for transformers and vLLM.
+
+    assets: a model directory whose tokenizer, chat template and preprocessor files are copied along.
+    Every process of a run must call it; the first one writes.
+    """
+    path = Path(path)
+    table = parameters.specs(config)
+    arrays = {place: leaf for place, leaf in nnx.traversals.flatten_mapping(model.arrays()).items()}
+    first = jax.process_index() == 0
+    out = np.dtype(jnp.dtype(dtype or arrays[("embedding",)].dtype))
+    source = {name: (place, i) for place, spec in table.items() for i, name in enumerate(tensor_names(place, spec))}
+    shapes = {name: tensor_shape(place, table[place], config) for name, (place, _) in source.items()}
+
+    def read(name: str) -> np.ndarray:
+        place, i = source[name]
+        array = arrays[place][i] if table[place].axes[0] == "layers" else arrays[place]
+        return _as_theirs(_to_host(array), place, shapes[name])
+
+    if not first:
+        for name in shapes:
+            read(name)
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    safetensors_files.write_all(path, shapes, out, read)
+    raw = config.to_hf() | {"dtype": str(out)}
+    (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    for name in ASSETS if assets is not None and Path(assets) != path else ():
+        if (Path(assets) / name).exists():
+            shutil.copy(Path(assets) / name, path / name)
+
+
+def _check(tensors: dict[str, np.ndarray], table: dict, config: Qwen3VLConfig) -> None:
+    expected = {
+        name: tensor_shape(place, spec, config) for place, spec in table.items() for name in tensor_names(place, spec)
+    }
+    missing = sorted(expected.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - expected.keys() - ({"lm_head.weight"} if config.tied else set()))
+    if missing:
+        raise ValueError(f'tensor "{missing[0]}" is missing ({len(missing)} missing in all)')
+    if extra:
+        raise ValueError(f'tensor "{extra[0]}" has no place in the model ({len(extra)} such tensors in all)')
+    for name, shape in expected.items():
+        if tensors[name].shape != tuple(shape):
+            raise ValueError(f'tensor "{name}" has shape {tensors[name].shape}, expected {tuple(shape)}')
+
+
+def _as_ours(tensor: np.ndarray, path: parameters.Path, spec: parameters.Spec) -> np.ndarray:
+    """A view of a file's tensor in our layout (splitting axes and transposing copy nothing)."""
+    shape = spec.shape[1:] if spec.axes[0] == "layers" else spec.shape
+    return (tensor.reshape(tensor.shape[0], -1).T if path[-1] in _KERNELS else tensor).reshape(shape)
+
+
+def _as_theirs(array: np.ndarray, path: parameters.Path, shape: tuple[int, ...]) -> np.ndarray:
+    return (array.reshape(-1, shape[0]).T if path[-1] in _KERNELS else array).reshape(shape)
+
+
+def _put(parts: list[np.ndarray], spec: parameters.Spec, dtype: jnp.dtype, sharding: object) -> jax.Array:
+    """Device array of a parameter: each device's part is read from the files when it is its turn."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if spec.axes[0] != "layers":
+            return parts[0][index].astype(dtype)
+        chosen = parts[index[0]]
+        out = np.empty((len(chosen), *chosen[0][index[1:]].shape), dtype)
+        for i, part in enumerate(chosen):
+            out[i] = part[index[1:]]
+        return out
+
+    if sharding is None:
+        return jnp.asarray(read((slice(None),) * len(spec.shape)))
+    return jax.make_array_from_callback(spec.shape, sharding, read)
+
+
+def _shardings(config: Qwen3VLConfig, mesh: jax.sharding.Mesh | None) -> dict[parameters.Path, object]:
+    if mesh is None:
+        return dict.fromkeys(parameters.specs(config))
+    from tapo_jax import sharding  # noqa: PLC0415 - only a mesh needs the rules
+
+    return sharding.param_shardings(config, mesh)
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

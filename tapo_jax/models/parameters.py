@@ -1,0 +1,149 @@
+"""Every parameter of the model in one table: its path, shape, logical axes and how it starts.
+
+The modules are built from this table, `hf.py` loads and saves by it, and the sharding rules read its logical axes.
+A kernel is stored [inputs…, outputs…] with heads as an axis of their own; a stack of layers has a leading axis "layers".
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """shape and axes have the same length. std: None starts at `constant`, a number draws normal(0, std)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    std: float | None = None
+    constant: float = 0.0
+
+
+def specs(config: Qwen3VLConfig) -> dict[Path, Spec]:
+    """All parameters by path. An untied model has `lm_head` besides `embedding`."""
+    V, D = config.vocab, config.hidden
+    table = {("embedding",): Spec((V, D), ("vocab", "embed"), std=0.02)}
+    if not config.tied:
+        table[("lm_head",)] = Spec((V, D), ("vocab", "embed"), std=D**-0.5)
+    table[("norm",)] = Spec((D,), ("embed",), constant=1.0)
+    table.update({("decoder", name): spec for name, spec in _decoder(config).items()})
+    table.update({("vision", *path): spec for path, spec in _vision(config.vision).items()})
+    return table
+
+
+def logical_axes(config: Qwen3VLConfig) -> dict[Path, tuple[str | None, ...]]:
+    """Path to the logical axis names of its dimensions ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp",
+    "vocab", "vision_embed", "vision_heads", "vision_head_dim", "vision_mlp", …; None: never split)."""
+    return {path: spec.axes for path, spec in specs(config).items()}
+
+
+def vision_filter(path: tuple, value: object = None) -> bool:
+    """An nnx filter: True for the parameters of the vision tower (its mergers included)."""
+    del value
+    return bool(path) and path[0] == "vision"
+
+
+def create(spec: Spec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A fresh value: normal draws are made in float32, so that a narrow dtype rounds the same numbers."""
+    if spec.std is None:
+        return jnp.full(spec.shape, spec.constant, dtype)
+    return (spec.std * jax.random.normal(key, spec.shape, jnp.float32)).astype(dtype)
+
+
+class Stack(nnx.Module):
+    """Named arrays of one part of the model; `arrays()` hands them to the functions that compute."""
+
+    def __init__(self, table: dict[Path, Spec], rngs: nnx.Rngs, dtype: jnp.dtype):
+        groups = {path[0] for path in table if len(path) > 1}
+        for name in sorted(groups):
+            setattr(self, name, Stack({p[1:]: s for p, s in table.items() if p[0] == name}, rngs, dtype))
+        for path, spec in table.items():
+            if len(path) == 1:
+                setattr(self, path[0], nnx.Param(create(spec, rngs.params(), dtype)))
+
+    def arrays(self) -> dict:
+        """The parameters as a plain (nested) dictionary of arrays."""
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+
+def _decoder(config: Qwen3VLConfig) -> dict[str, Spec]:
+    L, D, M = config.layers, config.hidden, config.mlp
+    H, K, A = config.heads, config.kv_heads, config.head_dim
+    # The two projections that write to the residual stream start smaller by the number of writes.
+    residual = (2 * L) ** -0.5
+    table = {
+        "input_norm": Spec((L, D), ("layers", "embed"), constant=1.0),
+        "q": Spec((L, D, H, A), ("layers", "embed", "heads", "head_dim"), std=D**-0.5),
+        "k": Spec((L, D, K, A), ("layers", "embed", "kv_heads", "head_dim"), std=D**-0.5),
+        "v": Spec((L, D, K, A), ("layers", "embed", "kv_heads", "head_dim"), std=D**-0.5),
+        "q_norm": Spec((L, A), ("layers", None), constant=1.0),
+        "k_norm": Spec((L, A), ("layers", None), constant=1.0),
+        "o": Spec((L, H, A, D), ("layers", "heads", "head_dim", "embed"), std=residual * (H * A) ** -0.5),
+        "mlp_norm": Spec((L, D), ("layers", "embed"), constant=1.0),
+        "gate": Spec((L, D, M), ("layers", "embed", "mlp"), std=D**-0.5),
+        "up": Spec((L, D, M), ("layers", "embed", "mlp"), std=D**-0.5),
+        "down": Spec((L, M, D), ("layers", "mlp", "embed"), std=residual * M**-0.5),
+    }
+    if config.attention_bias:
+        table["q_bias"] = Spec((L, H, A), ("layers", "heads", "head_dim"))
+        table["k_bias"] = Spec((L, K, A), ("layers", "kv_heads", "head_dim"))
+        table["v_bias"] = Spec((L, K, A), ("layers", "kv_heads", "head_dim"))
+        table["o_bias"] = Spec((L, D), ("layers", "embed"))
+    return table
+
+
+def _vision(vision: VisionConfig) -> dict[Path, Spec]:
+    L, D, M, H, A = vision.depth, vision.hidden, vision.mlp, vision.heads, vision.head_dim
+    F, residual = vision.patch_features, (2 * vision.depth) ** -0.5
+    blocks = {
+        "norm1": Spec((L, D), ("layers", "vision_embed"), constant=1.0),
+        "norm1_bias": Spec((L, D), ("layers", "vision_embed")),
+        "qkv": Spec((L, D, 3, H, A), ("layers", "vision_embed", None, "vision_heads", "vision_head_dim"), std=D**-0.5),
+        "qkv_bias": Spec((L, 3, H, A), ("layers", None, "vision_heads", "vision_head_dim")),
+        "proj": Spec(
+            (L, H, A, D), ("layers", "vision_heads", "vision_head_dim", "vision_embed"), std=residual * D**-0.5
+        ),
+        "proj_bias": Spec((L, D), ("layers", "vision_embed")),
+        "norm2": Spec((L, D), ("layers", "vision_embed"), constant=1.0),
+        "norm2_bias": Spec((L, D), ("layers", "vision_embed")),
+        "fc1": Spec((L, D, M), ("layers", "vision_embed", "vision_mlp"), std=D**-0.5),
+        "fc1_bias": Spec((L, M), ("layers", "vision_mlp")),
+        "fc2": Spec((L, M, D), ("layers", "vision_mlp", "vision_embed"), std=residual * M**-0.5),
+        "fc2_bias": Spec((L, D), ("layers", "vision_embed")),
+    }
+    table: dict[Path, Spec] = {
+        ("patch",): Spec((F, D), (None, "vision_embed"), std=F**-0.5),
+        ("patch_bias",): Spec((D,), ("vision_embed",)),
+        ("position",): Spec((vision.positions, D), (None, "vision_embed"), std=0.02),
+    }
+    table.update({("blocks", name): spec for name, spec in blocks.items()})
+    table.update({("merger", name): spec for name, spec in _merger(vision, None, D).items()})
+    if vision.deepstack:
+        deep = _merger(vision, len(vision.deepstack), D * vision.merge**2)
+        table.update({("deepstack", name): spec for name, spec in deep.items()})
+    return table
+
+
+def _merger(vision: VisionConfig, count: int | None, norm: int) -> dict[str, Spec]:
+    """The merger (count None) or the deepstack mergers, which are stacked and normalise after the reshape."""
+    wide = vision.hidden * vision.merge**2
+    table = {
+        "norm": Spec((norm,), ("vision_embed",), constant=1.0),
+        "norm_bias": Spec((norm,), ("vision_embed",)),
+        "fc1": Spec((wide, wide), ("vision_embed", "vision_mlp"), std=wide**-0.5),
+        "fc1_bias": Spec((wide,), ("vision_mlp",)),
+        "fc2": Spec((wide, vision.out), ("vision_mlp", "embed"), std=wide**-0.5),
+        "fc2_bias": Spec((vision.out,), ("embed",)),
+    }
+    if count is None:
+        return table
+    return {
+        name: dataclasses.replace(spec, shape=(count, *spec.shape), axes=("layers", *spec.axes))
+        for name, spec in table.items()
+    }

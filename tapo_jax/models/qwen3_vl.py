@@ -1,0 +1,216 @@
+"""Qwen3-VL (dense): decoder with interleaved M-RoPE, image features from `vision.py`, cache from `cache.py`.
+
+The arithmetic follows the published model; parity with its PyTorch form is tested in tests/test_model_*.py.
+Axes: B rows, T tokens, D width, H heads, K key/value heads, A numbers of a head, M image features of a row.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tapo_jax.batch import ModelInputs
+from tapo_jax.models import cache as cache_lib
+from tapo_jax.models import positions, vision
+from tapo_jax.models.attention import attention, cached_attention
+from tapo_jax.models.cache import Cache
+from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.models.parameters import Stack, specs
+from tapo_jax.models.stack import run_stack
+
+
+class Qwen3VL(Stack):
+    """The parameters. What they compute is in this file's functions, which take the model as their first argument.
+
+    config, dtype (of the computation; the parameters have their own) are static.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3VLConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype = jnp.float32,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        super().__init__(specs(config), rngs, jnp.dtype(param_dtype))
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+
+
+def hidden_states(model: Qwen3VL, inputs: ModelInputs, *, remat: str = "none") -> jax.Array:
+    """The whole sequence without a cache: hidden_BxTxD after the final norm. remat: see `stack.run_stack`."""
+    config, params = model.config, model.arrays()
+    x_BxTxD, deep = _embed(params, inputs, config, model.dtype, remat)
+    angle = rotary(inputs.position_BxTx3, config)
+    segment_BxT = inputs.segment_BxT
+
+    def layer(x_BxTxD: jax.Array, p: dict, index: int | jax.Array) -> jax.Array:
+        q, k, v = _qkv(x_BxTxD, p, angle, config)
+        out = attention(q, k, v, segment_BxT, segment_BxT, causal=True)
+        return _add_deep(_rest(x_BxTxD, out, p, config), deep, index)
+
+    x_BxTxD = run_stack(layer, x_BxTxD, params["decoder"], remat=remat)
+    return rms_norm(x_BxTxD, params["norm"], config.norm_epsilon)
+
+
+def logits(model: Qwen3VL, hidden_xD: jax.Array) -> jax.Array:
+    """float32 logits over the vocabulary of hidden states [..., D]."""
+    table_VxD = model.embedding[...] if model.config.tied else model.lm_head[...]
+    table_VxD = table_VxD.astype(hidden_xD.dtype)
+    return jnp.einsum("...d,vd->...v", hidden_xD, table_VxD, preferred_element_type=jnp.float32)
+
+
+def extend(
+    model: Qwen3VL,
+    cache: Cache,
+    inputs: ModelInputs,
+    slot_R: jax.Array | None = None,
+    *,
+    window: int | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Adds the rows' tokens to their slots and attends over all that a slot then holds.
+
+    inputs: R rows; the valid tokens (segment > 0) are at the left. T = 1 without images is a decoding step.
+    slot_R: int32, the slot of each row, each at most once among rows with tokens; None: row r is slot r.
+    window: a static bound on every slot's length after this call; attention reads no further (copies the window; for
+    many decoding steps take `cache.head` once instead).
+    Returns (hidden_RxTxD after the final norm, cache with the counts added to the lengths). A row without tokens leaves
+    its slot as it was. The caller sees to it that length + T stays within the capacity (and the window).
+    """
+    config, params = model.config, model.arrays()
+    R, T = inputs.token_BxT.shape
+    count_R = jnp.sum(inputs.segment_BxT > 0, axis=1, dtype=jnp.int32)
+    row_R = jnp.arange(R, dtype=jnp.int32) if slot_R is None else slot_R
+    length_R = cache.length_B if slot_R is None else cache.length_B[slot_R]
+    # Rows without tokens may repeat a slot that another row fills: they write nowhere.
+    target_R = jnp.where(count_R > 0, row_R, cache.slots)
+    x_RxTxD, deep = _embed(params, inputs, config, model.dtype, "none")
+    angle = rotary(inputs.position_BxTx3, config)
+
+    def layer(x_RxTxD, k_cache, v_cache, p, index, place):
+        q, k, v = _qkv(x_RxTxD, p, angle, config)
+        k_cache = cache_lib.write(k_cache, k.swapaxes(1, 2), place, target_R, length_R)
+        v_cache = cache_lib.write(v_cache, v.swapaxes(1, 2), place, target_R, length_R)
+        seen = [c[place] if slot_R is None else c[place, slot_R] for c in (k_cache, v_cache)]
+        seen = [c[:, :, :window].astype(q.dtype) for c in seen]
+        out = cached_attention(q, *seen, length_R)
+        return _add_deep(_rest(x_RxTxD, out, p, config), deep, index), k_cache, v_cache
+
+    if len(cache.k) == config.layers:
+        k_new, v_new = [], []
+        for i in range(config.layers):
+            p = jax.tree.map(lambda a, i=i: a[i], params["decoder"])
+            x_RxTxD, k_i, v_i = layer(x_RxTxD, cache.k[i], cache.v[i], p, i, 0)
+            k_new.append(k_i)
+            v_new.append(v_i)
+    else:
+        xs = (params["decoder"], jnp.arange(config.layers))
+        carry = (x_RxTxD, cache.k[0], cache.v[0])
+        (x_RxTxD, k_0, v_0), _ = jax.lax.scan(lambda c, xs: (layer(*c, *xs, xs[1]), None), carry, xs)
+        k_new, v_new = [k_0], [v_0]
+    # Rows with a repeated slot add 0 there.
+    length_B = cache.length_B.at[row_R].add(count_R)
+    hidden_RxTxD = rms_norm(x_RxTxD, params["norm"], config.norm_epsilon)
+    return hidden_RxTxD, Cache(tuple(k_new), tuple(v_new), length_B)
+
+
+def forward(
+    model: Qwen3VL,
+    tokens_BxT: jax.Array,
+    *,
+    pixels_NxF: jax.Array | None = None,
+    grid_thw_Ix3: np.ndarray | None = None,
+    mask_BxT: jax.Array | None = None,
+) -> jax.Array:
+    """Plain whole forward: float32 logits_BxTxV. For tests and small uses.
+
+    pixels_NxF: the flattened patches of all images, in the order of their placeholders (row after row), as the image
+    processor gives them; grid_thw_Ix3: their patch grids. mask_BxT: True for tokens, False for padding on either side.
+    With images the tokens must be concrete (not traced), since positions are worked out on the host.
+    Raises ValueError where placeholders and grids do not match.
+    """
+    if pixels_NxF is not None:
+        inputs = positions.row_inputs(tokens_BxT, pixels_NxF, grid_thw_Ix3, mask_BxT, model.config)
+    else:
+        tokens_BxT = jnp.asarray(tokens_BxT, jnp.int32)
+        segment_BxT = jnp.ones_like(tokens_BxT) if mask_BxT is None else jnp.asarray(mask_BxT, jnp.int32)
+        position_BxT = jnp.maximum(jnp.cumsum(segment_BxT, axis=1) - 1, 0)
+        inputs = {
+            "token_BxT": tokens_BxT,
+            "segment_BxT": segment_BxT,
+            "position_BxTx3": jnp.repeat(position_BxT[..., None], 3, axis=-1),
+        }
+    graph, state = nnx.split(model)
+    return _forward(graph, state, ModelInputs(**inputs))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.Array:
+    model = nnx.merge(graph, state)
+    return logits(model, hidden_states(model, inputs))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return normal.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotary(position_BxTx3: jax.Array, config: Qwen3VLConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, 1, A/2]. Frequencies are dealt to time, height, width in turn (interleaved M-RoPE):
+    height and width get every third one up to 3 · their section, time all the others."""
+    half = config.head_dim // 2
+    axis_A = np.zeros(half, np.int32)
+    for axis in (1, 2):
+        axis_A[axis : 3 * config.mrope_section[axis] : 3] = axis
+    frequency_A = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) * 2 / config.head_dim)
+    angle_BxTx1xA = (position_BxTx3[..., axis_A].astype(jnp.float32) * frequency_A)[:, :, None]
+    return jnp.cos(angle_BxTx1xA), jnp.sin(angle_BxTx1xA)
+
+
+def _embed(params: dict, inputs: ModelInputs, config: Qwen3VLConfig, dtype: jnp.dtype, remat: str):
+    """Token embeddings with the image features in their places: (x_BxTxD, deep_nxBxTxD or None)."""
+    x_BxTxD = params["embedding"][inputs.token_BxT].astype(dtype)
+    if inputs.pixels_BxNxF is None:
+        return x_BxTxD, None
+    feature_BxMxD, deep_nxBxMxD = vision.features(params["vision"], inputs, config.vision, dtype, remat=remat)
+    is_image_BxTx1 = inputs.feature_BxT[..., None] >= 0
+    place_BxTx1 = jnp.maximum(inputs.feature_BxT, 0)[..., None]
+    x_BxTxD = jnp.where(is_image_BxTx1, jnp.take_along_axis(feature_BxMxD, place_BxTx1, axis=1), x_BxTxD)
+    if deep_nxBxMxD is None:
+        return x_BxTxD, None
+    deep_nxBxTxD = jnp.take_along_axis(deep_nxBxMxD, place_BxTx1[None], axis=2)
+    return x_BxTxD, jnp.where(is_image_BxTx1, deep_nxBxTxD, 0)
+
+
+def _add_deep(x_BxTxD: jax.Array, deep_nxBxTxD: jax.Array | None, index: int | jax.Array) -> jax.Array:
+    """Adds the deepstack features of decoder layer `index` (the first n layers have some)."""
+    if deep_nxBxTxD is None:
+        return x_BxTxD
+    n = deep_nxBxTxD.shape[0]
+    if isinstance(index, int):
+        return x_BxTxD + deep_nxBxTxD[index] if index < n else x_BxTxD
+    return x_BxTxD + jnp.where(index < n, deep_nxBxTxD[jnp.minimum(index, n - 1)], 0)
+
+
+def _project(x: jax.Array, p: dict, name: str, axes: int = 1) -> jax.Array:
+    y = jnp.tensordot(x, p[name].astype(x.dtype), axes)
+    return y + p[f"{name}_bias"].astype(x.dtype) if f"{name}_bias" in p else y
+
+
+def _qkv(x_BxTxD: jax.Array, p: dict, angle: tuple[jax.Array, jax.Array], config: Qwen3VLConfig):
+    """Queries, keys, values of one layer, normalised by head and rotated: [B, T, H|K, A]."""
+    x_BxTxD = rms_norm(x_BxTxD, p["input_norm"], config.norm_epsilon)
+    q_BxTxHxA = rms_norm(_project(x_BxTxD, p, "q"), p["q_norm"], config.norm_epsilon)
+    k_BxTxKxA = rms_norm(_project(x_BxTxD, p, "k"), p["k_norm"], config.norm_epsilon)
+    return vision.rotate(q_BxTxHxA, angle), vision.rotate(k_BxTxKxA, angle), _project(x_BxTxD, p, "v")
+
+
+def _rest(x_BxTxD: jax.Array, out_BxTxHxA: jax.Array, p: dict, config: Qwen3VLConfig) -> jax.Array:
+    """What follows attention in a layer: output projection, residual, SwiGLU, residual."""
+    x_BxTxD = x_BxTxD + _project(out_BxTxHxA, p, "o", axes=2)
+    y_BxTxD = rms_norm(x_BxTxD, p["mlp_norm"], config.norm_epsilon)
+    return x_BxTxD + _project(jax.nn.silu(_project(y_BxTxD, p, "gate")) * _project(y_BxTxD, p, "up"), p, "down")

@@ -1,0 +1,37 @@
+"""Runs a stack of equal layers: scanned, so that compile time does not grow with depth, or unrolled when it is shallow."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from tapo_jax.models.cache import UNROLLED_LAYERS
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def run_stack(layer: Callable, x: jax.Array, params_L: dict, *, remat: str = "none") -> jax.Array:
+    """x ← layer(x, params of layer i, i) for all layers; i is a plain int where the stack is unrolled.
+
+    remat: what the backward pass may keep of a layer: "none" keeps all, "dots" the matrix products with parameters,
+    "full" only the layer's input. Raises KeyError for another name.
+    """
+    depth = jax.tree.leaves(params_L)[0].shape[0]
+    policy = REMAT[remat]
+
+    def step(x: jax.Array, p: dict, i: int | jax.Array) -> jax.Array:
+        if remat == "none":
+            return layer(x, p, i)
+        # Inside a scan nothing can be merged with the forward pass anyway.
+        kept = jax.checkpoint(lambda x, p: layer(x, p, i), policy=policy, prevent_cse=isinstance(i, int))
+        return kept(x, p)
+
+    if depth <= UNROLLED_LAYERS:
+        for i in range(depth):
+            x = step(x, jax.tree.map(lambda a, i=i: a[i], params_L), i)
+        return x
+    return jax.lax.scan(lambda x, xs: (step(x, *xs), None), x, (params_L, jnp.arange(depth)))[0]

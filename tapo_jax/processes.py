@@ -1,0 +1,93 @@
+"""The processes of a run: how they find each other, and the little that they tell each other on the host."""
+
+import glob
+import importlib.util
+import json
+import os
+import signal
+import threading
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tapo_jax.config import UserError
+
+
+def join() -> None:
+    """Connects the processes of a pod or cluster; does nothing on one machine. Call it before anything else of jax.
+
+    On the hosts of a TPU slice everything is found by itself. Elsewhere each process is told by three environment variables:
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises UserError where one is missing.
+    """
+    if jax.distributed.is_initialized():
+        return
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if len(given) == len(names):
+        address, count, rank = given.values()
+        jax.distributed.initialize(address, int(count), int(rank))
+    elif given:
+        missing = " and ".join(name for name in names if name not in given)
+        raise UserError(f"{' and '.join(given)} is set in the environment but {missing} is not: set all three or none.")
+    elif on_tpu_slice():
+        jax.distributed.initialize()
+
+
+def on_tpu_slice() -> bool:
+    """Whether this machine is one of the hosts of a TPU slice that this program is going to use."""
+    if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or importlib.util.find_spec("libtpu") is None:
+        return False
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    alone = workers != "" and "," not in workers  # a notebook runtime names its only host
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and not alone
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process. Every process must call this."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def largest(*numbers: int) -> tuple[int, ...]:
+    """Each number's maximum over the processes. Every process must call this."""
+    if jax.process_count() == 1:
+        return numbers
+    return tuple(int(n) for n in multihost_utils.process_allgather(np.array(numbers, np.int32)).max(axis=0))
+
+
+def mean_over(values: Mapping[str, float]) -> dict[str, float]:
+    """The mean of each number over the processes; a name that a process lacks counts as 0. Every process must call this."""
+    if jax.process_count() == 1:
+        return dict(values)
+    text = json.dumps(dict(values)).encode()
+    (size,) = largest(len(text))
+    padded = np.full(size, ord(" "), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    each = [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
+    names = dict.fromkeys(name for one in each for name in one)
+    return {name: sum(one.get(name, 0.0) for one in each) / len(each) for name in names}
+
+
+class StopRequest:
+    """Notices SIGTERM (a preemption) and Ctrl-C: `requested` becomes True, so that the loop can end at a whole step.
+
+    A second signal does what it did before. Outside of the main thread nothing is noticed.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, object] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.requested = True
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,184 @@
+"""Recorded episodes: what the viewer and the credit report read. One .npz file a step, no pickle.
+
+The file holds one JSON text (`episodes`, uint8) and every distinct image once as PNG bytes (`image_00000`, uint8).
+Imports no jax.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PillowImage
+
+from tapo_jax.types import Episode
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedTurn:
+    """One assistant turn. `text` is what the policy wrote: never trust it as markup.
+
+    result_images: indices into the episode's images. slot: the tool step k of the turn, -1 where it is no valid step.
+    adv_before, adv_after: the advantage of the turn's tokens before and after TAPO; sim, support: of its best cluster.
+    witness: (prompt, sample, slot) of the step that it borrowed credit from, None where there was none.
+    """
+
+    text: str
+    call_name: str | None = None
+    call_arguments: dict[str, Any] | None = None
+    result: str | None = None
+    error: str | None = None
+    result_images: tuple[int, ...] = ()
+    slot: int = -1
+    adv_before: float = 0.0
+    adv_after: float = 0.0
+    correctable: bool = False
+    corrected: bool = False
+    sim: float = 0.0
+    support: float = 0.0
+    witness: tuple[int, int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedEpisode:
+    """One conversation. images: PNG bytes, in the order of `img_idx`; the first `prompt_images` belong to the question."""
+
+    step: int
+    prompt: int
+    sample: int
+    prompt_id: str
+    question: str
+    answers: tuple[str, ...]
+    hops: int
+    images: tuple[bytes, ...]
+    prompt_images: int
+    turns: tuple[RecordedTurn, ...]
+    answer: str | None
+    finish: str
+    rewards: dict[str, float]
+    reward: float
+    success: bool
+    advantage: float
+
+
+def png(pixels_HxWx3: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    PillowImage.fromarray(pixels_HxWx3).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def credit_fields(transfer: Any, prompt: int, sample: int, steps: int, *, pooled: bool) -> list[dict[str, Any]]:
+    """What `record` needs of each tool step of one episode, from a `tapo.CreditTransfer` of numpy arrays.
+
+    steps: K, slots of a rollout. pooled: witnesses are numbered over the whole batch (TAPO's scope "batch").
+    """
+    fields = []
+    for k in range(steps):
+        at = (prompt, sample * steps + k)
+        witness, slots = int(transfer.witness_PxS[at]), transfer.witness_PxS.shape[1]
+        group, slot = divmod(witness, slots) if pooled else (prompt, witness)
+        fields.append(
+            {
+                "adv_after": float(transfer.advantage_PxS[at]),
+                "correctable": bool(transfer.correctable_PxS[at]),
+                "corrected": bool(transfer.corrected_PxS[at]),
+                "sim": float(transfer.sim_PxS[at]),
+                "support": float(transfer.support_PxS[at]),
+                "witness": None if witness < 0 else (group, *divmod(slot, steps)),
+            }
+        )
+    return fields
+
+
+def record(episode: Episode, *, step: int, prompt: int, advantage: float, credit: Sequence[dict[str, Any]]) -> RecordedEpisode:
+    """credit[k]: the fields adv_after, correctable, corrected, sim, support, witness of tool step k."""
+    turns, slot, result_image = [], 0, len(episode.prompt.images)
+    for turn in episode.turns:
+        shown = () if turn.result is None else tuple(range(result_image, result_image + len(turn.result.images)))
+        result_image += len(shown)
+        fields: dict[str, Any] = {"adv_after": advantage}
+        if turn.is_step and slot < len(credit):
+            fields = {"slot": slot, **credit[slot]}
+            slot += 1
+        turns.append(
+            RecordedTurn(
+                text=turn.text,
+                call_name=turn.call.name if turn.call else None,
+                call_arguments=turn.call.arguments if turn.call else None,
+                result=turn.result.text if turn.result else None,
+                error=turn.result.error if turn.result else None,
+                result_images=tuple(index for index in shown if index < len(episode.images)),
+                adv_before=advantage,
+                **fields,
+            )
+        )
+    return RecordedEpisode(
+        step=step,
+        prompt=prompt,
+        sample=episode.sample,
+        prompt_id=episode.prompt.id,
+        question=episode.prompt.question,
+        answers=episode.prompt.answers,
+        hops=episode.prompt.hops,
+        images=tuple(png(image.pixels) for image in episode.images),
+        prompt_images=len(episode.prompt.images),
+        turns=tuple(turns),
+        answer=episode.answer,
+        finish=episode.finish,
+        rewards=episode.rewards,
+        reward=episode.reward,
+        success=episode.success,
+        advantage=advantage,
+    )
+
+
+def save(path: Path, episodes: Sequence[RecordedEpisode]) -> None:
+    """Writes all or nothing (a temporary file is renamed)."""
+    arrays: dict[str, np.ndarray] = {}
+    name_of: dict[bytes, str] = {}
+    items = []
+    for episode in episodes:
+        names = []
+        for image in episode.images:
+            key = hashlib.sha256(image).digest()
+            if key not in name_of:
+                name_of[key] = f"image_{len(name_of):05d}"
+                arrays[name_of[key]] = np.frombuffer(image, np.uint8)
+            names.append(name_of[key])
+        items.append(dataclasses.asdict(dataclasses.replace(episode, images=())) | {"images": names})
+    arrays["episodes"] = np.frombuffer(json.dumps(items).encode(), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> list[RecordedEpisode]:
+    with np.load(path, allow_pickle=False) as arrays:
+        items = json.loads(arrays["episodes"].tobytes())
+        images = {name: arrays[name].tobytes() for name in arrays.files if name.startswith("image_")}
+    episodes = []
+    for item in items:
+        turns = tuple(
+            RecordedTurn(
+                **turn
+                | {
+                    "result_images": tuple(turn["result_images"]),
+                    "witness": None if turn["witness"] is None else tuple(turn["witness"]),
+                }
+            )
+            for turn in item["turns"]
+        )
+        fixed = {
+            "images": tuple(images[name] for name in item["images"]),
+            "answers": tuple(item["answers"]),
+            "turns": turns,
+        }
+        episodes.append(RecordedEpisode(**item | fixed))
+    return episodes

@@ -1,0 +1,42 @@
+"""An episode and its accepted answers -> named rewards. No normalising over groups: that is `advantages.py`."""
+
+import re
+import string
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+from tapo_jax.chat import parse_turn
+from tapo_jax.types import Episode
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = str.maketrans(string.punctuation, " " * len(string.punctuation))
+
+
+def normalise(text: str) -> str:
+    """Lower case, accents and punctuation and articles removed, white space collapsed."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() or text
+    return " ".join(_ARTICLES.sub(" ", plain.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(answer: str | None, accepted: Sequence[str]) -> float:
+    """1.0 where the normalised answer equals one of the normalised accepted answers, and is not empty."""
+    if answer is None or not normalise(answer):
+        return 0.0
+    return float(normalise(answer) in {normalise(text) for text in accepted})
+
+
+def format_score(episode: Episode) -> float:
+    """1.0 where every turn has the form think + one call or answer, at least one call was executed, and an answer ends it.
+    Only executed calls count: writing tags that do nothing earns nothing."""
+    formed = all(parse_turn(turn.text.replace("<|im_end|>", "")).format_ok for turn in episode.turns)
+    return float(formed and episode.finish == "answer" and any(turn.is_step for turn in episode.turns))
+
+
+def score(episode: Episode) -> dict[str, float]:
+    """{"accuracy": …, "format": …}, each in 0..1."""
+    return {"accuracy": exact_match(episode.answer, episode.prompt.answers), "format": format_score(episode)}
+
+
+def total(rewards: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Σ weight · reward. Raises KeyError for a weight whose reward does not exist."""
+    return float(sum(weight * rewards[name] for name, weight in weights.items()))

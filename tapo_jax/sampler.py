@@ -1,0 +1,293 @@
+"""Token sampling over a fixed set of slots whose KV cache outlives the turn. Knows no tools and no text.
+
+The host side: which slots a call works on, in which of a few fixed shapes (`schedule.Shapes`), and what comes back. The device
+side is in `slots.py`.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from tapo_jax import schedule, sharding
+from tapo_jax.config import UserError
+from tapo_jax.inputs import PixelStore, Row, make_row, model_inputs
+from tapo_jax.models import qwen3_vl
+from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.schedule import Draw, Extension, Round, Shapes
+from tapo_jax.slots import copy_slots, decode_slots, extend_slots, init_slots
+from tapo_jax.types import root_image
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What a decoding call wrote, still on the device. index_ZxR: the draw of each row, -1 where the row is empty."""
+
+    drawn: tuple[jax.Array, jax.Array, jax.Array]
+    index_ZxR: np.ndarray
+    draws: int
+
+    def is_ready(self) -> bool:
+        return self.drawn[0].is_ready()
+
+    def fetch(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Waits. (token_n, logp_n) of each draw, in the order in which they were given."""
+        token_ZxRxN, logp_ZxRxN, count_ZxR = _this_process(self.drawn)
+        found: list = [None] * self.draws
+        for (z, r), index in np.ndenumerate(self.index_ZxR):
+            if index >= 0:
+                count = count_ZxR[z, r]
+                found[index] = (token_ZxRxN[z, r, :count], logp_ZxRxN[z, r, :count])
+        return found
+
+
+def _this_process(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
+    """The rows that this process holds, in order, of arrays split along their first axis. One transfer."""
+    if all(array.is_fully_addressable for array in arrays):
+        return jax.device_get(arrays)
+    pieces = []
+    for array in arrays:
+        by_start = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+        pieces.append([by_start[start] for start in sorted(by_start)])
+    return tuple(np.concatenate(piece) for piece in jax.device_get(pieces))
+
+
+class Sampler:
+    """The slots and the calls on them. Weights are given to every call: they change between rollouts, the shapes do not.
+
+    model: for its structure, config and dtype; its weights are not kept. slots: over all devices; capacity: places of a slot.
+    stop_ids: the tokens that end a turn. forbidden_V: bool, tokens that are never drawn. mesh: None is one device.
+    shapes: the shapes that calls may have; None makes ladders from the other arguments.
+    Raises UserError where the mesh does not divide the slots.
+    """
+
+    def __init__(
+        self,
+        model: qwen3_vl.Qwen3VL,
+        *,
+        slots: int,
+        capacity: int,
+        chunk: int,
+        stop_ids: Sequence[int],
+        forbidden_V: np.ndarray,
+        mesh: Mesh | None = None,
+        shapes: Shapes | None = None,
+    ):
+        self.config = model.config
+        self.mesh = mesh
+        self.stop_ids = frozenset(stop_ids)
+        self._graphdef = nnx.graphdef(model)
+        self._shards = 1 if mesh is None else sharding.batch_shards(mesh)
+        if slots % self._shards:
+            raise UserError(f"rollout.slots is {slots} and the mesh splits them {self._shards} ways: give a multiple of {self._shards}.")
+        self.slots_per_shard = slots // self._shards
+        self._local_shards = 1 if mesh is None else len(sharding.local_rows(mesh, self._shards))
+        self.slots = self.slots_per_shard * self._local_shards  # of this process
+        self.shapes = shapes or Shapes.make(
+            slots=self.slots_per_shard, capacity=capacity, chunk=chunk, merge=self.config.vision.merge
+        )
+        with self._on_mesh():
+            self._state = init_slots(self.config, self._shards, self.slots_per_shard, self.shapes.capacity, model.dtype)
+        self._constants = self._everywhere((np.asarray(forbidden_V, bool), np.array(sorted(self.stop_ids), np.int32)))
+
+    def plan(
+        self, extensions: Sequence[Extension], copies: Sequence[tuple[int, int]], draws: Sequence[Draw], *, more: bool
+    ) -> Round:
+        """The calls of a round; in a pod every process calls this at the same time."""
+        together = self.mesh is not None and self.mesh.is_multi_process
+        return schedule.plan(self.shapes, extensions, copies, draws, more=more, agree=_maximum if together else np.asarray)
+
+    def extend(self, params: Any, plan: Round, extensions: Sequence[Extension]) -> None:
+        waiting = schedule.group(self.shapes, extensions)
+        for piece in plan.pieces:
+            queue = waiting.pop((piece.length, piece.patches), [])
+            index_ZxR = self._place([extension.slot for extension in queue], piece.rows)
+            rows = [queue[index].row if index >= 0 else None for index in index_ZxR.flat]
+            fields = [(self._inside(extension.slot), extension.before, int(extension.fresh)) for extension in queue]
+            inputs = model_inputs(rows, length=piece.length, patches=piece.patches, config=self.config)
+            with self._on_mesh():
+                self._state = extend_slots(
+                    self._graphdef,
+                    params,
+                    self._state,
+                    self._rows(inputs, piece.rows),
+                    self._rows(self._request(fields, index_ZxR, 3), 1),
+                    window=piece.window,
+                )
+            used = set(index_ZxR.flat)
+            waiting[piece.length, piece.patches] = [extension for i, extension in enumerate(queue) if i not in used]
+
+    def copy(self, plan: Round, copies: Sequence[tuple[int, int]]) -> None:
+        """Gives each target slot the prompt of its source slot, in the same shard."""
+        if plan.copy_rows:
+            index_ZxR = self._place([target for _, target in copies], plan.copy_rows)
+            fields = [(self._inside(source), self._inside(target)) for source, target in copies]
+            with self._on_mesh():
+                self._state = copy_slots(self._state, self._rows(self._request(fields, index_ZxR, 2), 1))
+
+    def decode(
+        self, params: Any, plan: Round, draws: Sequence[Draw], *, temperature: float, top_p: float, seed: int, step: int
+    ) -> Chunk:
+        """Starts a chunk and does not wait for it."""
+        index_ZxR = self._place([draw.slot for draw in draws], plan.decode_rows)
+        fields = [(self._inside(draw.slot), *dataclasses.astuple(draw)[1:]) for draw in draws]
+        numbers = (np.array([seed, step], np.int32), np.array([temperature, top_p], np.float32))
+        with self._on_mesh():
+            self._state, drawn = decode_slots(
+                self._graphdef,
+                params,
+                self._state,
+                self._rows(self._request(fields, index_ZxR, 8), 1),
+                *self._everywhere(numbers),
+                *self._constants,
+                window=plan.decode_window,
+                chunk=self.shapes.chunk,
+            )
+        return Chunk(drawn, index_ZxR, len(draws))
+
+    def wait(self) -> None:
+        """Until the calls made so far have ended."""
+        jax.block_until_ready(self._state.hidden_ZxCxD)
+
+    def warm_up(self, params: Any) -> None:
+        """Compiles every call that can occur, by running each on empty rows."""
+        for rows, length, patches, window in self.shapes.extend_calls():
+            self.extend(params, Round(pieces=(schedule.Piece(rows, length, patches, window),)), [])
+        for rows in self.shapes.rows:
+            self.copy(Round(copy_rows=rows), [])
+        for rows, window in self.shapes.decode_calls():
+            plan = Round(decode_rows=rows, decode_window=window)
+            self.decode(params, plan, [], temperature=1.0, top_p=1.0, seed=0, step=0)
+        self.wait()
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _inside(self, slot: int) -> int:
+        return slot % self.slots_per_shard
+
+    def _place(self, slots: Sequence[int], rows: int) -> np.ndarray:
+        return schedule.place(slots, self._local_shards, self.slots_per_shard, rows)
+
+    def _request(self, fields: Sequence[tuple[int, ...]], index_ZxR: np.ndarray, width: int) -> np.ndarray:
+        """int32 [Z, R, width]: the fields of the row's entry; an empty row has slot C (in a copy, twice) and zeros."""
+        empty = [self.slots_per_shard] * 2 if width == 2 else [self.slots_per_shard] + [0] * (width - 1)
+        table = np.array([*fields, empty], np.int32)
+        return table[index_ZxR]
+
+    def _rows(self, tree: Any, rows_per_shard: int) -> Any:
+        """Host arrays of this process's rows -> device, split over the row shards."""
+        if self.mesh is None:
+            return jax.device_put(tree)
+        return sharding.put_rows(tree, self.mesh, self._shards * rows_per_shard)
+
+    def _everywhere(self, tree: Any) -> Any:
+        return jax.device_put(tree) if self.mesh is None else sharding.put_replicated(tree, self.mesh)
+
+
+def _maximum(vector: np.ndarray) -> np.ndarray:
+    return multihost_utils.process_allgather(vector.astype(np.int32)).max(axis=0)
+
+
+# The plain use: prompts in, tokens out.
+
+
+def generate(
+    model: qwen3_vl.Qwen3VL,
+    config: Qwen3VLConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    images: Sequence[Sequence[np.ndarray]] | None = None,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+    processor: ImageProcessor | None = None,
+    slots: int = 32,
+) -> list[list[int]]:
+    """The ids that follow each prompt: `max_new_tokens` of them, or fewer where one of `stop_ids` ends them (it is the last).
+
+    prompts: lists of ids. images: for each prompt its images (uint8 [H, W, 3]); in its ids each image is one placeholder, or as
+    many as it has tokens. temperature 0 is greedy. Vision tokens are never drawn. processor: None has the published bounds.
+    slots: prompts that are decoded together.
+    Raises ValueError where placeholders and images do not match, or a prompt is empty.
+    """
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt is empty: there is nothing to continue")
+    rows = [_prompt_row(ids, images[i] if images else (), config, processor) for i, ids in enumerate(prompts)]
+    if not rows or max_new_tokens < 1:
+        return [[] for _ in rows]
+    length = -(-max(len(row.token_T) for row, _ in rows) // 64) * 64
+    patches = max(row.patches for row, _ in rows)
+    shapes = Shapes(
+        rows=(min(slots, len(rows)),),
+        lengths=(length,),
+        patches=(patches,) if patches else (),
+        windows=(length + -(-max_new_tokens // 64) * 64,),
+        chunk=min(64, max_new_tokens),
+        merge=config.vision.merge,
+    )
+    forbidden_V = np.zeros(config.vocab, bool)
+    forbidden_V[[config.image_token, config.video_token, config.vision_start, config.vision_end]] = True
+    sampler = Sampler(
+        model, slots=shapes.rows[0], capacity=shapes.capacity, chunk=shapes.chunk, stop_ids=stop_ids, forbidden_V=forbidden_V, shapes=shapes
+    )
+    params = nnx.to_pure_dict(nnx.state(model))
+    numbers = {"temperature": temperature, "top_p": top_p, "seed": seed, "step": 0}
+    written: list[list[int]] = [[] for _ in rows]
+    for first in range(0, len(rows), sampler.slots):
+        batch = rows[first : first + sampler.slots]
+        extensions = [Extension(slot, 0, row, fresh=True) for slot, (row, _) in enumerate(batch)]
+        going = list(range(len(batch)))
+        while going:
+            draws = [
+                Draw(
+                    slot=slot,
+                    length=len(batch[slot][0].token_T) + len(written[first + slot]),
+                    position=batch[slot][1] + len(written[first + slot]),
+                    allowance=max_new_tokens - len(written[first + slot]),
+                    drawn=len(written[first + slot]),
+                    prompt=first + slot,
+                    sample=0,
+                    turn=0,
+                )
+                for slot in going
+            ]
+            plan = sampler.plan(extensions, [], draws, more=True)
+            sampler.extend(params, plan, extensions)
+            extensions = []
+            for slot, (token_n, _) in zip(going, sampler.decode(params, plan, draws, **numbers).fetch(), strict=True):
+                written[first + slot].extend(token_n.tolist())
+            open_turns = (written[first + slot] for slot in going)
+            going = [
+                slot
+                for slot, ids in zip(going, open_turns, strict=True)
+                if len(ids) < max_new_tokens and ids[-1] not in sampler.stop_ids
+            ]
+    return written
+
+
+def _prompt_row(
+    ids: Sequence[int], images: Sequence[np.ndarray], config: Qwen3VLConfig, processor: ImageProcessor | None
+) -> tuple[Row, int]:
+    vision = config.vision
+    sizes = {"patch": vision.patch, "merge": vision.merge, "temporal": vision.temporal}
+    # Placeholders that were expanded by a processor with other bounds tell that they were: then images keep their size.
+    unbounded = ImageProcessor(**sizes, min_pixels=1, max_pixels=1 << 40)
+    candidates = [processor] if processor else [ImageProcessor(**sizes), unbounded]
+    places = sum(token == config.image_token for token in ids)
+    counts = [[p.tokens(p.grid(*image.shape[:2])) for image in images] for p in candidates]
+    for candidate, count in zip(candidates, counts, strict=True):
+        if places in (len(images), sum(count)):
+            rest = iter([1] * places if places == sum(count) else count)
+            expanded = [copy for token in ids for copy in [token] * (next(rest) if token == config.image_token else 1)]
+            return make_row(np.array(expanded, np.int32), [root_image(image) for image in images], config, PixelStore(candidate))
+    raise ValueError(f"{places} image placeholders for {len(images)} images of {counts[0]} tokens")

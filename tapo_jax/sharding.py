@@ -1,0 +1,175 @@
+"""The mesh, and the one table that says what is split over it. The only file that knows PartitionSpec.
+
+Three mesh axes: `data` (replicas), `fsdp` (parameters and batch split), `tensor` (heads, hidden units, vocabulary split).
+A model names the logical axes of its parameters (`models/parameters.py`); RULES maps logical axes to mesh axes.
+A new strategy is one edit in RULES.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tapo_jax.config import UserError
+from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.models.parameters import specs
+
+MESH_AXES = ("data", "fsdp", "tensor")
+MeshAxes = str | tuple[str, ...] | None
+
+# Logical axis -> mesh axes. An axis that is not named here is never split.
+RULES: dict[str, MeshAxes] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "vision_embed": "fsdp",
+    "vision_heads": "tensor",
+    "vision_mlp": "tensor",
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over `devices` (default: all, of every process). At most one size may be -1: the rest.
+
+    Raises UserError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or known < 1:
+        raise UserError(f"mesh is data={data}, fsdp={fsdp}, tensor={tensor}: give positive sizes, at most one of them -1 (the rest).")
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise UserError(
+            f"mesh data={data} × fsdp={fsdp} × tensor={tensor} does not fit {len(devices)} devices: "
+            "change the mesh fields so that their product is the number of devices (-1 takes the rest)."
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """In how many pieces the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes("batch"))
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose first axis is rows of the batch."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def layout(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """Where one parameter lies. A dimension that its mesh axes do not divide stays whole, and so does a vector (a norm's scale,
+    a bias; stacked or not): splitting it saves nothing and costs a gather."""
+    if sum(axis not in (None, "layers") for axis in axes) < 2:
+        return replicated(mesh)
+    return NamedSharding(mesh, PartitionSpec(*_split(axes, shape, mesh)))
+
+
+def parameters(tree: Any, axes: Mapping[tuple[str, ...], tuple[str | None, ...]], mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of a tree of parameters, or of an optimizer state, whose moments' paths end like the
+    parameters' own. axes: logical axes by parameter path. A leaf of another path (a counter) is on every device."""
+
+    def leaf(path: tuple, value: Any) -> NamedSharding:
+        names = tuple(path_name(path).split("/"))
+        for start in range(len(names)):
+            if names[start:] in axes:
+                return layout(mesh, axes[names[start:]], value.shape)
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def param_shardings(config: Qwen3VLConfig, mesh: Mesh) -> dict[tuple[str, ...], NamedSharding]:
+    """Where every parameter of a model lies, by path: what loading a checkpoint needs before there are arrays."""
+    return {path: layout(mesh, spec.axes, spec.shape) for path, spec in specs(config).items()}
+
+
+def path_name(path: tuple) -> str:
+    """A tree path as "decoder/q". The `.value` of a parameter object (nnx.State) is no part of its name."""
+    return "/".join(re.sub(r"[^\w]", "", str(part)) for part in path if str(part) != ".value")
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """While a program is traced inside `with on(mesh):`, `constrain` pins its intermediate values to this mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the layout of an intermediate value by its logical axes. Outside of `on` it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return array
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(*_split(axes, array.shape, mesh)))
+
+
+def _mesh_axes(logical: str | None) -> tuple[str, ...]:
+    axes = RULES.get(logical)
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def _split(logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> list:
+    """The mesh axes of each dimension; None where a dimension has no rule or is not divisible."""
+    spec = []
+    for name, size in zip(logical, shape, strict=True):
+        axes = _mesh_axes(name)
+        divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
+        spec.append((axes if len(axes) > 1 else axes[0]) if axes and divides else None)
+    return spec
+
+
+# Between this process's numpy rows and arrays of the whole mesh.
+
+
+def local_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """Which of `count` batch rows this process holds: sorted int64 indices."""
+    held = set()
+    for (index, *_) in rows(mesh).addressable_devices_indices_map((count,)).values():
+        held.update(range(*index.indices(count)))
+    return np.array(sorted(held), np.int64)
+
+
+def put_rows(tree: Any, mesh: Mesh, count: int) -> Any:
+    """This process's rows (numpy, in the order of `local_rows`) -> arrays of `count` rows over the mesh.
+
+    Where the mesh does not divide `count` (say, few prompts on many devices) every device gets all rows.
+    """
+    if count % batch_shards(mesh):
+        if jax.process_count() > 1:
+            tree = jax.tree.map(lambda local: multihost_utils.process_allgather(local, tiled=True), tree)
+        return put_replicated(tree, mesh)
+    position = {row: at for at, row in enumerate(local_rows(mesh, count))}
+
+    def leaf(local: np.ndarray) -> jax.Array:
+        local = np.asarray(local)
+
+        def shard(index: tuple) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)
+            first = position[start]
+            return local[first : first + stop - start]
+
+        return jax.make_array_from_callback((count, *local.shape[1:]), rows(mesh), shard)
+
+    return jax.tree.map(leaf, tree)
+
+
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
+    """The same host values on every device (every process must give the same)."""
+
+    def leaf(value: Any) -> jax.Array:
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, replicated(mesh), lambda index: value[index])
+
+    return jax.tree.map(leaf, tree)

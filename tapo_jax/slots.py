@@ -1,0 +1,211 @@
+"""The device side of the sampler: the cache of every slot, and the three jitted calls that work on some of the slots.
+
+`extend_slots` adds given tokens (a prompt, or a tool's response with its images); `copy_slots` gives a slot the prompt that
+another slot already holds (the samples of one group pre-fill it once); `decode_slots` draws tokens in every open turn and stops
+early when all turns have ended.
+
+The state keeps for each slot the hidden state of its last token, not a sampled token: a decoding step draws from it, then feeds
+what it drew. So the last token of a turn is never in the cache; it opens the next extension.
+
+Everything leads with Z, the row shards (devices along the batch): a call takes R of the C slots of each shard, so that no
+entry of the cache moves between devices. A request names slots by their number inside the shard; the number C marks an
+empty row, which reads any slot and writes none. N: tokens of a decoding chunk; E: stop ids.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tapo_jax import sharding
+from tapo_jax.batch import ModelInputs
+from tapo_jax.drawing import draw, turn_keys
+from tapo_jax.models import qwen3_vl
+from tapo_jax.models.cache import Cache, init_cache
+from tapo_jax.models.config import Qwen3VLConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotState:
+    """k, v: one array for each part of the model's cache, [Z, layers, C, K, S, A]. hidden_ZxCxD: hidden state of each slot's
+    last cached token; prompt_hidden_ZxCxD: the same at the end of its prompt."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    hidden_ZxCxD: jax.Array
+    prompt_hidden_ZxCxD: jax.Array
+
+
+def _pin(state: SlotState) -> SlotState:
+    """Keeps the layout over the mesh the same from call to call."""
+    place_kv = functools.partial(jax.tree.map, lambda x: sharding.constrain(x, "batch", None, None, "heads", None, None))
+    place_hidden = lambda x: sharding.constrain(x, "batch", None, None)  # noqa: E731
+    return SlotState(
+        place_kv(state.k), place_kv(state.v), place_hidden(state.hidden_ZxCxD), place_hidden(state.prompt_hidden_ZxCxD)
+    )
+
+
+def _take_kv(x_ZxLxCxKxSxA: jax.Array, slot_ZxR: jax.Array, window: int) -> jax.Array:
+    """The first `window` places of the named slots as the model's cache array [L, Z·R, K, window, A]; zeros past the capacity."""
+    shards, _, slots, _, capacity, _ = x_ZxLxCxKxSxA.shape
+    rows_ZxLxRxKxWxA = x_ZxLxCxKxSxA[:, :, :, :, :window]
+    if slot_ZxR.shape[1] < slots:
+        clipped_ZxR = jnp.minimum(slot_ZxR, slots - 1)
+        rows_ZxLxRxKxWxA = jax.vmap(lambda x, slot_R: x[:, slot_R])(rows_ZxLxRxKxWxA, clipped_ZxR)
+    if window > capacity:
+        rows_ZxLxRxKxWxA = jnp.pad(rows_ZxLxRxKxWxA, [(0, 0)] * 4 + [(0, window - capacity), (0, 0)])
+    rows = jnp.moveaxis(rows_ZxLxRxKxWxA, 0, 1)
+    return rows.reshape(rows.shape[0], shards * rows.shape[2], *rows.shape[3:])
+
+
+def _put_kv(x_ZxLxCxKxSxA: jax.Array, rows_LxBxKxWxA: jax.Array, slot_ZxR: jax.Array) -> jax.Array:
+    """Writes the rows of `_take_kv` back. Rows whose slot is C are left out."""
+    shards, layers, slots, _, capacity, _ = x_ZxLxCxKxSxA.shape
+    R = slot_ZxR.shape[1]
+    rows = rows_LxBxKxWxA[:, :, :, :capacity].reshape(layers, shards, R, rows_LxBxKxWxA.shape[2], -1, rows_LxBxKxWxA.shape[4])
+    rows_ZxLxRxKxWxA = jnp.moveaxis(rows, 1, 0)
+    window = rows_ZxLxRxKxWxA.shape[4]
+    if R == slots:  # rows are the slots in order, and rows without tokens were not changed
+        return jax.lax.dynamic_update_slice_in_dim(x_ZxLxCxKxSxA, rows_ZxLxRxKxWxA, 0, 4)
+    return jax.vmap(lambda x, slot_R, new: x.at[:, slot_R, :, :window].set(new, mode="drop"))(
+        x_ZxLxCxKxSxA, slot_ZxR, rows_ZxLxRxKxWxA
+    )
+
+
+def _take_cache(state: SlotState, slot_ZxR: jax.Array, length_ZxR: jax.Array, window: int) -> Cache:
+    k, v = (tuple(_take_kv(x, slot_ZxR, window) for x in part) for part in (state.k, state.v))
+    return Cache(k, v, length_ZxR.reshape(-1))
+
+
+def _put_cache(state: SlotState, cache: Cache, slot_ZxR: jax.Array) -> SlotState:
+    k, v = (
+        tuple(_put_kv(x, rows, slot_ZxR) for x, rows in zip(old, new, strict=True))
+        for old, new in ((state.k, cache.k), (state.v, cache.v))
+    )
+    return dataclasses.replace(state, k=k, v=v)
+
+
+def _put_rows(x_ZxCxD: jax.Array, slot_ZxR: jax.Array, new_ZxRxD: jax.Array) -> jax.Array:
+    return jax.vmap(lambda x, slot_R, new: x.at[slot_R].set(new, mode="drop"))(x_ZxCxD, slot_ZxR, new_ZxRxD)
+
+
+def _take_rows(x_ZxCxD: jax.Array, slot_ZxR: jax.Array) -> jax.Array:
+    return jax.vmap(lambda x, slot_R: x[jnp.minimum(slot_R, x.shape[0] - 1)])(x_ZxCxD, slot_ZxR)
+
+
+# The three calls. An empty row has slot C: read from any slot, written nowhere.
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shards", "slots", "capacity", "dtype"))
+def init_slots(config: Qwen3VLConfig, shards: int, slots: int, capacity: int, dtype: jnp.dtype) -> SlotState:
+    """Empty slots: `slots` of `capacity` places for each of `shards`."""
+    cache = init_cache(config, slots, capacity, dtype)
+    k, v = (tuple(jnp.zeros((shards, *x.shape), x.dtype) for x in part) for part in (cache.k, cache.v))
+    hidden_ZxCxD = jnp.zeros((shards, slots, config.hidden), dtype)
+    return _pin(SlotState(k, v, hidden_ZxCxD, hidden_ZxCxD))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "window"), donate_argnames="state")
+def extend_slots(
+    graphdef: Any, params: Any, state: SlotState, inputs: ModelInputs, request_ZxRx3: jax.Array, *, window: int
+) -> SlotState:
+    """request: slot, tokens that the slot holds, whether this is a prompt."""
+    model = nnx.merge(graphdef, params)
+    slot_ZxR, before_ZxR, fresh_ZxR = (request_ZxRx3[..., i] for i in range(3))
+    hidden_BxTxD, cache = qwen3_vl.extend(model, _take_cache(state, slot_ZxR, before_ZxR, window), inputs)
+    state = _put_cache(state, cache, slot_ZxR)
+    count_B = jnp.sum(inputs.segment_BxT > 0, axis=1, dtype=jnp.int32)
+    last_BxD = jnp.take_along_axis(hidden_BxTxD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    last_ZxRxD = last_BxD.reshape(*slot_ZxR.shape, -1)
+    prompt_slot_ZxR = jnp.where(fresh_ZxR > 0, slot_ZxR, state.hidden_ZxCxD.shape[1])
+    return _pin(
+        dataclasses.replace(
+            state,
+            hidden_ZxCxD=_put_rows(state.hidden_ZxCxD, slot_ZxR, last_ZxRxD),
+            prompt_hidden_ZxCxD=_put_rows(state.prompt_hidden_ZxCxD, prompt_slot_ZxR, last_ZxRxD),
+        )
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def copy_slots(state: SlotState, request_ZxRx2: jax.Array) -> SlotState:
+    """request: source slot, target slot. All reads happen before all writes."""
+    source_ZxR, target_ZxR = request_ZxRx2[..., 0], request_ZxRx2[..., 1]
+
+    def whole(x_ZxLxCxKxSxA: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x, s, t: x.at[:, t].set(x[:, jnp.minimum(s, x.shape[1] - 1)], mode="drop"))(
+            x_ZxLxCxKxSxA, source_ZxR, target_ZxR
+        )
+
+    prompt_ZxRxD = _take_rows(state.prompt_hidden_ZxCxD, source_ZxR)
+    return _pin(
+        SlotState(
+            k=jax.tree.map(whole, state.k),
+            v=jax.tree.map(whole, state.v),
+            hidden_ZxCxD=_put_rows(state.hidden_ZxCxD, target_ZxR, prompt_ZxRxD),
+            prompt_hidden_ZxCxD=_put_rows(state.prompt_hidden_ZxCxD, target_ZxR, prompt_ZxRxD),
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "window", "chunk"), donate_argnames="state")
+def decode_slots(
+    graphdef: Any,
+    params: Any,
+    state: SlotState,
+    request_ZxRx8: jax.Array,
+    seed_step_2: jax.Array,
+    temperature_top_p_2: jax.Array,
+    forbidden_V: jax.Array,
+    stop_E: jax.Array,
+    *,
+    window: int,
+    chunk: int,
+) -> tuple[SlotState, tuple[jax.Array, jax.Array, jax.Array]]:
+    """request: slot and the fields of `schedule.Draw` after it. Returns the state and (token_ZxRxN, logp_ZxRxN, count_ZxR)."""
+    model = nnx.merge(graphdef, params)
+    slot_ZxR = request_ZxRx8[..., 0]
+    rows = slot_ZxR.size
+    before_R, position_R, allowance_R, drawn_R, prompt_R, sample_R, turn_R = request_ZxRx8[..., 1:].reshape(rows, 7).T
+    key_R = turn_keys(seed_step_2[0], seed_step_2[1], prompt_R, sample_R, turn_R)
+
+    def step(carry: tuple) -> tuple:
+        i, active_R, cache, hidden_RxD, token_RxN, logp_RxN, count_R = carry
+        keys_R = jax.vmap(jax.random.fold_in)(key_R, drawn_R + i)
+        logits_RxV = qwen3_vl.logits(model, hidden_RxD)
+        new_R, new_logp_R = draw(logits_RxV, keys_R, temperature_top_p_2[0], temperature_top_p_2[1], forbidden_V)
+        token_RxN = token_RxN.at[:, i].set(jnp.where(active_R, new_R, 0))
+        logp_RxN = logp_RxN.at[:, i].set(jnp.where(active_R, new_logp_R, 0.0))
+        count_R += active_R
+        active_R &= (count_R < allowance_R) & ~jnp.any(new_R[:, None] == stop_E[None], axis=1)
+        inputs = ModelInputs(
+            token_BxT=new_R[:, None],
+            segment_BxT=active_R[:, None].astype(jnp.int32),
+            position_BxTx3=jnp.broadcast_to((position_R + i)[:, None, None], (rows, 1, 3)),
+        )
+        next_RxTxD, cache = qwen3_vl.extend(model, cache, inputs)
+        hidden_RxD = jnp.where(active_R[:, None], next_RxTxD[:, 0], hidden_RxD)
+        return i + 1, active_R, cache, hidden_RxD, token_RxN, logp_RxN, count_R
+
+    start = (
+        jnp.int32(0),
+        allowance_R > 0,
+        _take_cache(state, slot_ZxR, before_R, window),
+        _take_rows(state.hidden_ZxCxD, slot_ZxR).reshape(rows, -1),
+        jnp.zeros((rows, chunk), jnp.int32),
+        jnp.zeros((rows, chunk), jnp.float32),
+        jnp.zeros(rows, jnp.int32),
+    )
+    _, _, cache, hidden_RxD, token_RxN, logp_RxN, count_R = jax.lax.while_loop(
+        lambda carry: (carry[0] < chunk) & jnp.any(carry[1]), step, start
+    )
+    state = _put_cache(state, cache, slot_ZxR)
+    hidden_ZxRxD = hidden_RxD.reshape(*slot_ZxR.shape, -1)
+    state = dataclasses.replace(state, hidden_ZxCxD=_put_rows(state.hidden_ZxCxD, slot_ZxR, hidden_ZxRxD))
+    drawn = (x.reshape(*slot_ZxR.shape, *x.shape[1:]) for x in (token_RxN, logp_RxN, count_R))
+    token, logp, count = (sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for x in drawn)
+    return _pin(state), (token, logp, count)

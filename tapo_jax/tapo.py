@@ -1,0 +1,282 @@
+"""TAPO: tool steps of failing trajectories that match what successful ones did get part of their punishment back.
+
+From Dong et al., "TAPO: Tool-Aware Policy Optimization via Credit Transfer for Multimodal Search Agents", arXiv 2606.05784.
+The usual way through this file, host first, then inside one jit:
+
+    steps = encode_steps(groups, steps=K)                                  # calls -> arrays (numpy)
+    transfer = transfer_credit(steps, success_PxG, advantage_PxG)          # similarity, clusters, correction
+    advantage_BxT = token_advantages(advantage_PxG, transfer.advantage_PxS, step_BxT)
+    metrics = diagnostics(transfer, steps.trajectory_PxS, steps.valid_PxS, success_PxG, advantage_PxG)
+
+Axes: P prompts, G rollouts of each, B = P·G rows (row = p·G + g), K tool steps of a rollout at most, S = G·K step slots of a
+group (slot = g·K + k), T tokens.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tapo_jax import tapo_clusters, tapo_controls
+from tapo_jax.tapo_diagnostics import THRESHOLDS, diagnostic_counts, diagnostics, diagnostics_from_counts
+from tapo_jax.tapo_encode import Steps, encode_steps, name_hash, parameter_slots
+from tapo_jax.tapo_similarity import pairwise_similarity
+
+__all__ = [
+    "THRESHOLDS", "CreditTransfer", "Steps", "credit_transfer", "diagnostic_counts", "diagnostics",
+    "diagnostics_from_counts", "encode_steps", "name_hash", "pairwise_similarity", "parameter_slots", "token_advantages",
+    "transfer_credit",
+]
+AGGREGATES = ("mean", "max", "min")
+CLUSTERINGS = {"components": tapo_clusters.components, "leader": tapo_clusters.leaders}
+SCOPES = ("prompt", "batch")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CreditTransfer:
+    """What TAPO decided about every step slot O, C* being the cluster of witnesses that it is most similar to.
+
+    advantage_PxS: corrected; the trajectory's own advantage where not corrected, 0 where the slot has no trajectory.
+    corrected_PxS: bool, both gates passed. correctable_PxS: bool, a valid step of a failing trajectory with sim ≥ theta.
+    sim_PxS, support_PxS: sim(O, C*) and sup(C*), 0 where there is no witness.
+    cluster_PxS: int32, C* named by the lowest slot of its members, -1 where there is no witness. A witness's C* is its own
+        cluster. witness_PxS: int32, the slot of the member of C* that O is most similar to, -1 likewise.
+    clusters_P: int32, the number of clusters of the group.
+    """
+
+    advantage_PxS: jax.Array
+    corrected_PxS: jax.Array
+    correctable_PxS: jax.Array
+    sim_PxS: jax.Array
+    support_PxS: jax.Array
+    cluster_PxS: jax.Array
+    witness_PxS: jax.Array
+    clusters_P: jax.Array
+
+
+def credit_transfer(
+    sim_PxSxS, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, *, theta, alpha_min, beta, cluster="components",
+    cluster_theta=None, aggregate="mean", support=True, clip=True, weight_PxG=None, questions=1,
+) -> CreditTransfer:
+    """Step-level advantages of one batch (arXiv 2606.05784; the definitions that it leaves open are this project's).
+
+    sim_PxSxS: symmetric, 0..1. trajectory_PxS: int, the rollout 0..G-1 of the slot; a slot with another number is invalid.
+    valid_PxS: bool. success_PxG: bool. advantage_PxG: the base algorithm's; the result has its type. Thresholds are compared in
+    sim_PxSxS's type: a float32 similarity of 0.7 passes theta = 0.7.
+
+    Witnesses are the valid steps of successful trajectories, clustered where sim ≥ cluster_theta (None: theta) by
+    "components" or "leader" (`tapo_clusters`). With n(C) the successful trajectories that have a member in C:
+        sup(C) = |n(C)| / (successful trajectories of the group); 1 with support=False
+        Adv(C) = mean (or max, min: `aggregate`) of the advantages of n(C)
+        C*     = argmax_C max_{w in C} sim(O, w); a tie goes to the larger sup, then to the cluster with the lower first slot
+        F(O)   = sim(O, C*) · sup(C*) · Adv(C*), 0 where Adv(C*) ≤ 0
+    A valid step O of a failing trajectory with adv < 0, sim(O, C*) ≥ theta and sim(O, C*) · sup(C*) ≥ alpha_min gets
+    min(adv + beta · F, 0) (clip=False: without the min). Everything else keeps adv.
+
+    theta, cluster_theta: numbers, or arrays [P, S] (a threshold for each step's tool).
+    weight_PxG: a trajectory counts as `weight` of one in sup, and its advantage times `weight` in Adv (remembered witnesses).
+    questions: G holds the trajectories of this many questions, one after another (scope "batch"): sup(C) then divides
+        by the successful trajectories of the questions represented in C.
+
+    Raises ValueError for an unknown cluster or aggregate.
+    """
+    if cluster not in CLUSTERINGS or aggregate not in AGGREGATES:
+        raise ValueError(f"cluster {cluster!r}, aggregate {aggregate!r}; known: {', '.join([*CLUSTERINGS, *AGGREGATES])}")
+    advantage_PxG = jnp.asarray(advantage_PxG)
+    sim_PxSxS = jnp.asarray(sim_PxSxS)
+    if not jnp.issubdtype(sim_PxSxS.dtype, jnp.floating):
+        sim_PxSxS = sim_PxSxS.astype(advantage_PxG.dtype)
+    success_PxG = jnp.asarray(success_PxG).astype(bool)
+    theta_PxS = _per_step(theta, sim_PxSxS.shape[:2], sim_PxSxS.dtype)
+    if cluster_theta is None:
+        cluster_theta = theta
+    cluster_theta_PxS = _per_step(cluster_theta, sim_PxSxS.shape[:2], sim_PxSxS.dtype)
+
+    own_PxSxG = tapo_clusters.membership(trajectory_PxS, success_PxG.shape[1])
+    valid_PxS = jnp.asarray(valid_PxS).astype(bool) & own_PxSxG.any(axis=2)
+    successful_PxS = (own_PxSxG & success_PxG[:, None, :]).any(axis=2)
+    adv_PxS = jnp.where(own_PxSxG, advantage_PxG[:, None, :], 0).sum(axis=2)
+    witness_PxS = valid_PxS & successful_PxS
+
+    label_PxS = CLUSTERINGS[cluster](sim_PxSxS, witness_PxS, cluster_theta_PxS[:, :, None])
+    in_cluster_PxSxG = _trajectories_of_clusters(label_PxS, witness_PxS, own_PxSxG)
+    sup_PxS, cluster_adv_PxS = _support_and_advantage(
+        in_cluster_PxSxG, success_PxG, advantage_PxG, weight_PxG, aggregate, questions
+    )
+    if not support:
+        sup_PxS = jnp.ones_like(sup_PxS)
+
+    best_PxS, best_sup_PxS, star_PxS, nearest_PxS = _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS)
+    found_PxS = valid_PxS & (best_PxS >= 0)
+    star_adv_PxS = jnp.take_along_axis(cluster_adv_PxS, jnp.where(found_PxS, star_PxS, 0), axis=1)
+    evidence_PxS = best_PxS.astype(best_sup_PxS.dtype) * best_sup_PxS
+    correctable_PxS = found_PxS & ~successful_PxS & (best_PxS >= theta_PxS)
+    corrected_PxS = correctable_PxS & (evidence_PxS >= alpha_min) & (adv_PxS < 0)
+    new_PxS = adv_PxS + beta * jnp.where(star_adv_PxS > 0, evidence_PxS * star_adv_PxS, 0)
+    if clip:
+        new_PxS = jnp.minimum(new_PxS, 0)
+    leads_PxS = witness_PxS & (label_PxS == jnp.arange(label_PxS.shape[1])[None, :])
+    return CreditTransfer(
+        advantage_PxS=jnp.where(corrected_PxS, new_PxS, adv_PxS),
+        corrected_PxS=corrected_PxS,
+        correctable_PxS=correctable_PxS,
+        sim_PxS=jnp.where(found_PxS, best_PxS, 0),
+        support_PxS=jnp.where(found_PxS, best_sup_PxS, 0),
+        cluster_PxS=jnp.where(found_PxS, star_PxS, -1),
+        witness_PxS=jnp.where(found_PxS, nearest_PxS, -1),
+        clusters_P=leads_PxS.sum(axis=1, dtype=jnp.int32),
+    )
+
+
+def _per_step(theta, shape, dtype):
+    theta = jnp.asarray(theta, dtype)
+    return jnp.full(shape, theta) if theta.ndim == 0 else theta
+
+
+def _trajectories_of_clusters(label_PxS, witness_PxS, own_PxSxG):
+    """in_cluster_PxSxG: for every witness, the trajectories that have a member in its cluster."""
+    same_PxSxS = (label_PxS[:, :, None] == label_PxS[:, None, :]) & witness_PxS[:, :, None] & witness_PxS[:, None, :]
+    # Products of 0 and 1 are exact in any precision; the sum is at most S.
+    members_PxSxG = jnp.einsum("pso,pog->psg", same_PxSxS.astype(jnp.float32), own_PxSxG.astype(jnp.float32))
+    return members_PxSxG > 0
+
+
+def _support_and_advantage(in_cluster_PxSxG, success_PxG, advantage_PxG, weight_PxG, aggregate, questions):
+    """sup(C) and Adv(C) of the cluster of every witness; 0 at the other slots."""
+    P, S, G = in_cluster_PxSxG.shape
+    weight_PxG = jnp.ones_like(advantage_PxG) if weight_PxG is None else weight_PxG.astype(advantage_PxG.dtype)
+    credit_Px1xG = (advantage_PxG * weight_PxG)[:, None, :]
+    counted_PxG = jnp.where(success_PxG, weight_PxG, 0)
+
+    here_PxSxG = jnp.where(in_cluster_PxSxG, counted_PxG[:, None, :], 0)
+    asked_PxSxQ = in_cluster_PxSxG.reshape(P, S, questions, G // questions).any(axis=3)
+    successes_PxQ = counted_PxG.reshape(P, questions, G // questions).sum(axis=2)
+    total_PxS = jnp.where(asked_PxSxQ, successes_PxQ[:, None, :], 0).sum(axis=2)
+    sup_PxS = here_PxSxG.sum(axis=2) / jnp.where(total_PxS > 0, total_PxS, 1)
+
+    if aggregate == "mean":
+        credit_PxS = jnp.where(in_cluster_PxSxG, credit_Px1xG, 0).sum(axis=2)
+        return sup_PxS, credit_PxS / jnp.maximum(in_cluster_PxSxG.sum(axis=2), 1)
+    if aggregate == "max":
+        credit_PxS = jnp.where(in_cluster_PxSxG, credit_Px1xG, -jnp.inf).max(axis=2)
+    else:
+        credit_PxS = jnp.where(in_cluster_PxSxG, credit_Px1xG, jnp.inf).min(axis=2)
+    return sup_PxS, jnp.where(in_cluster_PxSxG.any(axis=2), credit_PxS, 0)
+
+
+def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
+    """(sim, sup, label, slot) of the best witness of every slot: largest sim, then largest sup, then lowest label, then slot.
+
+    One reduction compares all four, so that a tie is decided on the same numbers that the maximum saw; `sim == max` in a
+    fused program may compare two differently rounded copies of one similarity. sim is -1 where there is no witness.
+    """
+    shape = sim_PxSxS.shape
+    slot_PxSxS = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    operands = (
+        jnp.where(witness_PxS[:, None, :], sim_PxSxS, -1),
+        jnp.broadcast_to(sup_PxS[:, None, :], shape),
+        jnp.broadcast_to(label_PxS[:, None, :], shape),
+        slot_PxSxS,
+    )
+    start = (jnp.array(-2, sim_PxSxS.dtype), jnp.array(-1, sup_PxS.dtype), jnp.int32(shape[1]), jnp.int32(shape[1]))
+
+    def better(a, b):
+        (sim_a, sup_a, label_a, slot_a), (sim_b, sup_b, label_b, slot_b) = a, b
+        first = (label_a < label_b) | ((label_a == label_b) & (slot_a < slot_b))
+        takes_a = (sim_a > sim_b) | ((sim_a == sim_b) & ((sup_a > sup_b) | ((sup_a == sup_b) & first)))
+        return tuple(jnp.where(takes_a, x, y) for x, y in zip(a, b, strict=True))
+
+    return jax.lax.reduce(operands, start, better, (2,))
+
+
+def transfer_credit(
+    steps: Steps, success_PxG, advantage_PxG, *, theta=0.7, alpha_min=0.25, beta=0.8, cluster="components", cluster_theta=None,
+    aggregate="mean", support=True, clip=True, text="dice", scope="prompt", control="none", key=None, weight_PxG=None, chunks=1,
+) -> CreditTransfer:
+    """`pairwise_similarity`, then `credit_transfer`: the whole of TAPO from encoded calls to step advantages.
+
+    scope: "prompt" (witnesses of the same group) or "batch" (of any group; compares all steps of the batch with each other, so
+        memory grows with (P·S)²; C* and its witness are then numbered p·S + slot).
+    control: "none", or an ablation's control (`tapo_controls`): "shuffled" (the same corrections on randomly chosen failing
+        steps of the group; needs `key`), "zero_tools" (every tool step of a failing trajectory gets min(adv, 0) -> 0).
+    chunks: prompts are worked on in this many strided parts, one after another (a divisor of P), so that only a part's
+        [P / chunks, S, S] arrays exist at a time. On a mesh, P / chunks must be a multiple of the prompts' shards.
+    The other arguments: `credit_transfer` and `pairwise_similarity`. Raises ValueError for unknown names.
+    """
+    if scope not in SCOPES or control not in tapo_controls.CONTROLS:
+        raise ValueError(f"scope {scope!r}, control {control!r}; known: {', '.join([*SCOPES, *tapo_controls.CONTROLS])}")
+    if control == "shuffled" and key is None:
+        raise ValueError("control='shuffled' draws random steps: pass key=jax.random.key(...)")
+    theta_PxS = _per_step(theta, steps.valid_PxS.shape, jnp.float32)
+    P, G = success_PxG.shape
+    weight_PxG = jnp.ones((P, G), advantage_PxG.dtype) if weight_PxG is None else weight_PxG
+    key_P = jax.random.split(jax.random.key(0) if key is None else key, P)
+
+    def work(part):
+        steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS, key_P = part
+        sim_PxSxS = pairwise_similarity(steps, text)
+        if control == "shuffled":
+            failing_PxS = tapo_controls.failing_steps(steps.trajectory_PxS, steps.valid_PxS, success_PxG)
+            sim_PxSxS = tapo_controls.shuffle_rows(key_P, sim_PxSxS, failing_PxS)
+        result = credit_transfer(
+            sim_PxSxS, steps.trajectory_PxS, steps.valid_PxS, success_PxG, advantage_PxG, theta=theta_PxS,
+            alpha_min=alpha_min, beta=beta, cluster=cluster, cluster_theta=cluster_theta, aggregate=aggregate,
+            support=support, clip=clip, weight_PxG=weight_PxG, questions=P if scope == "batch" else 1,
+        )
+        return tapo_controls.zero_tools(result, steps, success_PxG) if control == "zero_tools" else result
+
+    part = (steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS, key_P)
+    if scope == "batch":
+        return _unpool(work(_pool(part)), P)
+    if chunks == 1:
+        return work(part)
+    return _chunked(work, part, chunks)
+
+
+def _chunked(work, tree, chunks: int):
+    """work over prompts p = c, c + chunks, c + 2·chunks, … for c = 0, 1, …: a shard of prompts stays on its device."""
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(x.shape[0] // chunks, chunks, *x.shape[1:]), 1, 0)
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    return jax.tree.map(join, jax.lax.map(work, jax.tree.map(split, tree)))
+
+
+def _pool(part):
+    """One group of all prompts: trajectory p·G + g, slot p·S + s."""
+    steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS, key_P = part
+    P, G = success_PxG.shape
+    trajectory_PxS = steps.trajectory_PxS + G * jnp.arange(P, dtype=jnp.int32)[:, None]
+    steps = dataclasses.replace(steps, trajectory_PxS=trajectory_PxS)
+    pooled = jax.tree.map(
+        lambda x: x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]), (steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS)
+    )
+    return *pooled, key_P[:1]
+
+
+def _unpool(result: CreditTransfer, prompts: int) -> CreditTransfer:
+    clusters_P = jnp.zeros(prompts, jnp.int32).at[0].set(result.clusters_P[0])  # the batch's, so that the sum over P is right
+    split = {
+        field.name: getattr(result, field.name).reshape(prompts, -1)
+        for field in dataclasses.fields(result)
+        if field.name != "clusters_P"
+    }
+    return CreditTransfer(**split, clusters_P=clusters_P)
+
+
+def token_advantages(advantage_PxG, step_advantage_PxS, step_BxT):
+    """advantage_BxT: the step's advantage where step_BxT ≥ 0 (the slot k of the token's tool step), the trajectory's elsewhere.
+
+    S = G·K, row b = p·G + g. A chain of K selects, since a gather of B·T elements is slow on every accelerator.
+    """
+    P, G = advantage_PxG.shape
+    K = step_advantage_PxS.shape[1] // G
+    step_advantage_BxK = step_advantage_PxS.reshape(P * G, K)
+    advantage_BxT = jnp.broadcast_to(advantage_PxG.reshape(P * G, 1), step_BxT.shape)
+    for k in range(K):
+        advantage_BxT = jnp.where(step_BxT == k, step_advantage_BxK[:, k, None], advantage_BxT)
+    return advantage_BxT

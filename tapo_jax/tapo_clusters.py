@@ -1,0 +1,54 @@
+"""Witnesses to clusters of parameter-equivalent calls. Axes: P prompts, S step slots of a group.
+
+Both functions return label_PxS int32: the lowest slot of the witness's cluster, S where the slot holds no witness.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def membership(trajectory_PxS, group: int):
+    """own_PxSxG bool: whether slot s belongs to trajectory g. A slot with a number outside 0..G-1 belongs to none."""
+    return trajectory_PxS[:, :, None] == jnp.arange(group, dtype=jnp.int32)[None, None, :]
+
+
+def components(sim_PxSxS, witness_PxS, theta_Px1x1):
+    """Connected components of sim ≥ theta among the witnesses: a partition that does not depend on their order.
+
+    Every witness takes the smallest label of its neighbours, then its label's label, until nothing changes: a few rounds
+    for what rollouts give, and always right, since labels only fall and a component's labels end equal. A similarity
+    of 0 never links, so that tools stay apart at theta 0 too.
+    """
+    S = sim_PxSxS.shape[1]
+    both_PxSxS = witness_PxS[:, :, None] & witness_PxS[:, None, :]
+    link_PxSxS = both_PxSxS & (sim_PxSxS >= theta_Px1x1) & (sim_PxSxS > 0)
+    start_PxS = jnp.where(witness_PxS, jnp.arange(S, dtype=jnp.int32)[None, :], S)
+
+    def spread(carry):
+        label_PxS, _ = carry
+        near_PxS = jnp.where(link_PxSxS, label_PxS[:, None, :], S).min(axis=2)
+        new_PxS = jnp.minimum(label_PxS, near_PxS)
+        jump_PxS = jnp.take_along_axis(new_PxS, jnp.minimum(new_PxS, S - 1), axis=1)
+        new_PxS = jnp.where(witness_PxS, jnp.minimum(new_PxS, jump_PxS), S)
+        return new_PxS, (new_PxS != label_PxS).any()
+
+    return jax.lax.while_loop(lambda carry: carry[1], spread, (start_PxS, jnp.bool_(True)))[0]
+
+
+def leaders(sim_PxSxS, witness_PxS, theta_Px1x1):
+    """Greedy clusters in slot order: a witness joins the earlier leader that it is most similar to (the earliest of equals)
+    where that similarity is ≥ theta and above 0, else it leads a new cluster."""
+    P, S = witness_PxS.shape
+    slot_1xS = jnp.arange(S, dtype=jnp.int32)[None, :]
+    theta_PxS = jnp.broadcast_to(theta_Px1x1, (P, S, 1))[:, :, 0]
+
+    def visit(s, label_PxS):
+        sim_PxS = jax.lax.dynamic_index_in_dim(sim_PxSxS, s, axis=1, keepdims=False)
+        leading_PxS = (label_PxS == slot_1xS) & (slot_1xS < s)
+        sim_PxS = jnp.where(leading_PxS, sim_PxS, -1)
+        best_P, leader_P = sim_PxS.max(axis=1), sim_PxS.argmax(axis=1).astype(jnp.int32)
+        joins_P = (best_P >= theta_PxS[:, s]) & (best_P > 0)
+        label_P = jnp.where(witness_PxS[:, s], jnp.where(joins_P, leader_P, s), S)
+        return label_PxS.at[:, s].set(label_P)
+
+    return jax.lax.fori_loop(0, S, visit, jnp.full((P, S), S, jnp.int32))

@@ -1,0 +1,44 @@
+"""Controls for the ablations: what TAPO must beat. (The third, exact match only, is theta = 1.)"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tapo_jax.tapo_clusters import membership
+
+CONTROLS = ("none", "shuffled", "zero_tools")
+
+
+def failing_steps(trajectory_PxS, valid_PxS, success_PxG):
+    """failing_PxS: the valid steps of trajectories without success."""
+    own_PxSxG = membership(trajectory_PxS, success_PxG.shape[1])
+    successful_PxS = (own_PxSxG & success_PxG.astype(bool)[:, None, :]).any(axis=2)
+    return valid_PxS & own_PxSxG.any(axis=2) & ~successful_PxS
+
+
+def shuffle_rows(key_P, sim_PxSxS, failing_PxS):
+    """The failing steps of a group exchange their rows of similarities at random.
+
+    The group hands out as many corrections of the same size as before, to steps that did not earn them. Rows of witnesses
+    stay, so clusters, support and their advantages stay. The result is not symmetric.
+    key_P: one PRNG key for each prompt.
+    """
+    S = failing_PxS.shape[1]
+
+    def one(key, failing_S):
+        draw_S = jnp.where(failing_S, jax.random.uniform(key, (S,)), 2)
+        order_S = jnp.argsort(draw_S)  # the failing slots come first, in random order
+        rank_S = jnp.cumsum(failing_S) - 1
+        return jnp.where(failing_S, order_S[rank_S], jnp.arange(S))
+
+    source_PxS = jax.vmap(one)(key_P, failing_PxS)
+    return jnp.take_along_axis(sim_PxSxS, source_PxS[:, :, None], axis=1)
+
+
+def zero_tools(transfer, steps, success_PxG):
+    """The crude alternative: no tool step of a failing trajectory is ever punished, whatever it did."""
+    failing_PxS = failing_steps(steps.trajectory_PxS, steps.valid_PxS, success_PxG)
+    freed_PxS = failing_PxS & (transfer.advantage_PxS < 0) | transfer.corrected_PxS
+    advantage_PxS = jnp.where(freed_PxS, 0, transfer.advantage_PxS)
+    return dataclasses.replace(transfer, advantage_PxS=advantage_PxS, corrected_PxS=freed_PxS)

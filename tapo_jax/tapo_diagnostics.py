@@ -1,0 +1,79 @@
+"""What TAPO found and did in a batch, as scalars. Counts first, since counts of parts of a batch add up and fractions do not."""
+
+import jax.numpy as jnp
+
+from tapo_jax.tapo_clusters import membership
+from tapo_jax.tapo_controls import failing_steps
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, thresholds=THRESHOLDS):
+    """dict of float32 sums over the batch; sums of several processes or steps may be added before `diagnostics_from_counts`.
+
+    transfer: CreditTransfer of the same arrays. A failing trajectory is one without success, a failing step a valid step of one.
+    """
+    success_PxG = jnp.asarray(success_PxG).astype(bool)
+    own_PxSxG = membership(trajectory_PxS, success_PxG.shape[1])
+    adv_PxS = jnp.where(own_PxSxG, advantage_PxG[:, None, :], 0).sum(axis=2)
+    failing_PxS = failing_steps(trajectory_PxS, valid_PxS, success_PxG)
+    witness_PxS = valid_PxS & own_PxSxG.any(axis=2) & ~failing_PxS
+    witnessed_P = witness_PxS.any(axis=1)
+
+    def total(x):
+        return x.sum(dtype=jnp.float32)
+
+    def trajectories(flag_PxS):
+        return total((own_PxSxG & flag_PxS[:, :, None]).any(axis=1) & ~success_PxG)
+
+    counts = {
+        "failing_actions": total(failing_PxS),
+        "failing_trajectories": total(~success_PxG),
+        "correctable_actions": total(transfer.correctable_PxS),
+        "correctable_trajectories": trajectories(transfer.correctable_PxS),
+        "corrected_actions": total(transfer.corrected_PxS),
+        "compensation": total(jnp.where(transfer.corrected_PxS, transfer.advantage_PxS - adv_PxS, 0)),
+        "witnesses": total(witness_PxS),
+        "witness_clusters": total(transfer.clusters_P),
+        "groups": jnp.asarray(success_PxG.shape[0], jnp.float32),
+        "groups_without_witness": total(~witnessed_P),
+    }
+    for threshold in thresholds:
+        near_PxS = failing_PxS & (transfer.cluster_PxS >= 0) & (transfer.sim_PxS >= threshold)
+        counts[f"correctable_actions_at_{float(threshold)}"] = total(near_PxS)
+        counts[f"correctable_trajectories_at_{float(threshold)}"] = trajectories(near_PxS)
+    return counts
+
+
+def diagnostics_from_counts(counts):
+    """dict of scalars named tapo/…; a fraction of nothing is 0.
+
+    correctable_actions: failing steps with sim ≥ theta / failing steps; correctable_trajectories: failing trajectories with one /
+    failing trajectories; …_at_t: the same at threshold t. corrected_actions: failing steps that passed both gates /
+    failing steps. mean_compensation: mean of A(O) - adv over them. witness_clusters: mean number of clusters of a group that has a
+    witness. groups_without_witness: groups without a valid step of a successful trajectory / groups.
+    """
+
+    def ratio(part, whole):
+        return part / jnp.maximum(whole, 1)
+
+    out = {
+        "tapo/corrected_actions": ratio(counts["corrected_actions"], counts["failing_actions"]),
+        "tapo/mean_compensation": ratio(counts["compensation"], counts["corrected_actions"]),
+        "tapo/witness_clusters": ratio(counts["witness_clusters"], counts["groups"] - counts["groups_without_witness"]),
+        "tapo/groups_without_witness": ratio(counts["groups_without_witness"], counts["groups"]),
+        "tapo/failing_actions": counts["failing_actions"],
+        "tapo/failing_trajectories": counts["failing_trajectories"],
+        "tapo/witnesses": counts["witnesses"],
+    }
+    for name, value in counts.items():
+        for unit in ("actions", "trajectories"):
+            if name.startswith(f"correctable_{unit}"):
+                out[f"tapo/{name}"] = ratio(value, counts[f"failing_{unit}"])
+    return out
+
+
+def diagnostics(transfer, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, thresholds=THRESHOLDS):
+    """`diagnostics_from_counts` of `diagnostic_counts`: the metrics of one batch."""
+    counts = diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, thresholds)
+    return diagnostics_from_counts(counts)

@@ -1,0 +1,63 @@
+"""image_search_tool: perceptual nearest neighbours of an image of the conversation among titled pictures.
+
+A picture is described by its silhouette: what differs from the background, cut to its bounding box and brought to a fixed
+grid. So a crop with some empty margin is found, one that cuts the shape or shows parts of another is not.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from tapo_jax.tools.base import function_schema
+from tapo_jax.types import Image, ToolResult, root_image
+
+GRID = 24
+
+
+def silhouette(pixels_HxWx3: np.ndarray, *, contrast: int = 60) -> np.ndarray:
+    """float32 [GRID²+1], unit length: coverage of each cell, and the aspect ratio. The background is the median colour of
+    the image's border. An image of one colour gives zeros."""
+    pixels = pixels_HxWx3.astype(np.int16)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    shape_HxW = np.abs(pixels - np.median(border, axis=0)).sum(-1) > contrast
+    rows, columns = np.flatnonzero(shape_HxW.any(1)), np.flatnonzero(shape_HxW.any(0))
+    if not len(rows):
+        return np.zeros(GRID * GRID + 1, np.float32)
+    cut = shape_HxW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    grid = PIL.Image.fromarray(cut.astype(np.uint8) * 255).resize((GRID, GRID), PIL.Image.Resampling.BOX)
+    cover = np.asarray(grid, np.float32).ravel() / 255
+    cover -= cover.mean()
+    norm = np.linalg.norm(cover)
+    cover = cover / norm if norm > 1e-6 else cover
+    feature = np.append(cover, np.float32(0.7 * np.log(cut.shape[1] / cut.shape[0])))
+    return (feature / max(np.linalg.norm(feature), 1e-6)).astype(np.float32)
+
+
+class ImageSearch:
+    """titles and pictures (uint8 [H, W, 3]) of the index. `thumbnails` of the top_k results come back as images."""
+
+    name = "image_search_tool"
+
+    def __init__(self, titles: Sequence[str], pictures: Sequence[np.ndarray], *, top_k: int, thumbnails: int = 0):
+        self._titles, self._pictures = list(titles), list(pictures)
+        self._top_k, self._thumbnails = top_k, thumbnails
+        self._feature_NxF = np.stack([silhouette(picture) for picture in pictures])
+        self.schema = function_schema(
+            self.name,
+            "Find pictures that look like an image of this conversation.",
+            {"img_idx": {"type": "integer", "description": "The image's number, counted from 0.", "x-kind": "image"}},
+            ("img_idx",),
+        )
+
+    def search(self, pixels_HxWx3: np.ndarray) -> list[tuple[int, float]]:
+        """(index, cosine) of the top_k nearest pictures, nearest first."""
+        score_N = self._feature_NxF @ silhouette(pixels_HxWx3)
+        return [(int(i), float(score_N[i])) for i in np.argsort(-score_N, kind="stable")[: self._top_k]]
+
+    def __call__(self, arguments: dict[str, Any], images: Sequence[Image]) -> ToolResult:
+        found = self.search(images[arguments["img_idx"]].pixels)
+        text = "\n".join(f"{n}. {self._titles[i]}" for n, (i, _) in enumerate(found, start=1))
+        shown = tuple(root_image(self._pictures[i]) for i, _ in found[: self._thumbnails])
+        return ToolResult(text=text, images=shown)

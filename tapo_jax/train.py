@@ -1,0 +1,354 @@
+"""The training loop, from a config to a trained model directory. Read it from top to bottom: `train` is the order of events.
+
+    prompts → rollout (sampler × tools) → rewards → advantages → TAPO → updates → metrics → checkpoint → evaluation
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tapo_jax import check, evaluate, prepare, processes, records, report, sharding, tapo, train_step, viewer
+from tapo_jax.agent import Agent, load_model, make_agent, model_directory
+from tapo_jax.batch import TrainBatch
+from tapo_jax.checkpoints import Checkpoints
+from tapo_jax.config import UserError, total_steps
+from tapo_jax.data import sources
+from tapo_jax.data.pipeline import Prompts
+from tapo_jax.inputs import bucket, ladder, pack, sizes, tool_steps
+from tapo_jax.metrics import Clock, MetricWriter, compile_count, throughput
+from tapo_jax.models import hf
+from tapo_jax.models.parameters import logical_axes
+from tapo_jax.optimizer import make_optimizer
+from tapo_jax.train_step import Objective, TrainState
+from tapo_jax.types import Episode, Prompt
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """Trains as `config` says and leaves everything in `workdir`; called again, goes on where it was stopped. Raises UserError."""
+    # ---------------------------------------------------------------------------------------------------- check the config
+    workdir = Path(workdir)
+    check.check(config)
+    directory = model_directory(config.model.path)
+    # ---------------------------------------------------------------------------------------------------- mesh
+    mesh = sharding.make_mesh(**config.mesh)
+    check.check_rows(
+        prompts=config.data.prompts_per_step, group_size=config.rollout.group_size, shards=sharding.batch_shards(mesh),
+        processes=jax.process_count(), updates=config.train.updates_per_batch, micro_batches=config.train.micro_batches,
+    )
+    # ---------------------------------------------------------------------------------------------------- data
+    source = sources.prompts(config, config.data.split)
+    local = local_prompts(mesh, config)
+    prompts = Prompts(source, prompts_per_step=config.data.prompts_per_step, local=local, seed=config.seed)
+    total = total_steps(config.total_steps, config.total_epochs, len(source), config.data.prompts_per_step)
+    held_out = evaluation_prompts(config)
+    # ---------------------------------------------------------------------------------------------------- model
+    model, model_config = load_model(directory, config.model, mesh)
+    agent = make_agent(config, directory, model, sources.tools(config), mesh)
+    graphdef, params = train_step.split_model(model)
+    # ---------------------------------------------------------------------------------------------------- init or restore
+    optimizer, schedule = make_optimizer(
+        config.optimizer, total_steps=total, updates_per_step=config.train.updates_per_batch, train_vision=config.model.train_vision
+    )
+    state = train_step.init_state(params, logical_axes(model_config), optimizer, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    state, resumed = restore(checkpoints, state, prompts, config)
+    programs = make_programs(config, graphdef, optimizer, schedule, state, agent, mesh)
+    reference = load_reference(config, directory, mesh)
+    run = Run(config, workdir, mesh, agent, programs, reference, local, Clock())
+    writer = MetricWriter(workdir, total_steps=total, resumed_step=resumed, tensorboard=config.log.tensorboard)
+    write_config(config, workdir, resumed, writer)
+    if config.train.warm_up:
+        writer.say("compiling every shape that a step can have …")
+        state = warm_up(run, state)
+    # ---------------------------------------------------------------------------------------------------- evaluate at start
+    if resumed is None and config.eval.at_start:
+        writer.write(0, evaluated(run, state, held_out))
+    # ---------------------------------------------------------------------------------------------------- loop
+    stop, finished = processes.StopRequest(), resumed == total
+    for step in range((resumed or 0) + 1, total + 1):
+        state, metrics = one_step(run, state, next(prompts), step)
+        finished = step == total
+        if (finished and config.eval.at_end) or (config.eval.every and step % config.eval.every == 0):
+            metrics |= evaluated(run, state, held_out)
+        writer.write(step, metrics)
+        raise_if_broken(metrics, step, config, workdir)
+        stopped = processes.any_of(stop.requested)
+        if finished or stopped or step % config.checkpoint.every == 0:
+            checkpoints.save(step, state, data=prompts.get_state(), seed=config.seed)
+        if stopped and not finished:
+            writer.say(f"stopped after step {step}; the same command goes on from there")
+            break
+    checkpoints.close()
+    # ---------------------------------------------------------------------------------------------------- what a run leaves
+    if finished:
+        leave_results(run, nnx.merge(graphdef, state.params), directory)
+    writer.close()
+    stop.restore()
+
+
+# ------------------------------------------------------------------------------------------------------------ parts of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of a run; signatures in `train_step.py` and `prepare.py`. index_U: the numbers of the mini-batches."""
+
+    log_probs: Callable
+    prepare: Callable
+    update: Callable
+    index_U: list[jax.Array]
+    length_buckets: tuple[int, ...]
+    patch_buckets: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same over the steps. local: the numbers of this process's prompts within a step."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    agent: Agent
+    programs: Programs
+    reference: Any
+    local: list[int]
+    clock: Clock
+
+
+def local_prompts(mesh: Mesh, config: ConfigDict) -> list[int]:
+    """The prompts whose rows this process holds. Raises UserError where a group would be split between processes."""
+    P, G = config.data.prompts_per_step, config.rollout.group_size
+    rows = sharding.local_rows(mesh, P * G)
+    prompts = sorted({int(row) // G for row in rows})
+    if len(rows) != len(prompts) * G:
+        raise UserError(
+            f"data.prompts_per_step {P} does not divide over the {jax.process_count()} processes of this mesh: "
+            "choose a multiple, because all samples of one prompt are played by one process."
+        )
+    return prompts
+
+
+def evaluation_prompts(config: ConfigDict) -> list[Prompt]:
+    """The same questions in every run: the first eval.prompts of the split in an order that no seed changes."""
+    if not (config.eval.at_start or config.eval.at_end or config.eval.every):
+        return []
+    source = sources.prompts(config, config.eval.split)
+    order = np.random.default_rng(0).permutation(len(source))[: config.eval.prompts]
+    return [source[int(index)] for index in order]
+
+
+def restore(checkpoints: Checkpoints, state: TrainState, prompts: Prompts, config: ConfigDict) -> tuple[TrainState, int | None]:
+    """The newest checkpoint's state and step, with `prompts` at its position; (state, None) in a fresh folder."""
+    latest = checkpoints.latest()
+    if latest is None:
+        return state, None
+    state, data, saved = checkpoints.restore(latest, state)
+    if saved["seed"] != config.seed:
+        raise UserError(f"seed is {config.seed} but the run in this --workdir began with {saved['seed']}: give another --workdir.")
+    prompts.set_state(data)
+    return state, latest
+
+
+def load_reference(config: ConfigDict, directory: Path, mesh: Mesh) -> Any:
+    """The parameters that the KL term pulls towards: the model that the run began with. None without a KL term."""
+    if config.algorithm.kl_coef == 0:
+        return None
+    return train_step.split_model(load_model(directory, config.model, mesh)[0])[1]
+
+
+def make_programs(
+    config: ConfigDict, graphdef: Any, optimizer: Any, schedule: Callable, state: TrainState, agent: Agent, mesh: Mesh
+) -> Programs:
+    a, t = config.algorithm, config.tapo
+    objective = Objective(
+        loss=a.loss, clip_low=a.clip_low, clip_high=a.clip_high, clip_dual=a.clip_dual, tau_pos=a.tau_pos, tau_neg=a.tau_neg,
+        aggregation=a.aggregation, kl_coef=a.kl_coef, kl_estimator=a.kl_estimator, importance_cap=a.importance_cap,
+        temperature=config.rollout.temperature, updates_per_batch=config.train.updates_per_batch,
+        micro_batches=config.train.micro_batches, remat=config.model.remat, train_vision=config.model.train_vision,
+    )  # fmt: skip
+    transfer = dict(
+        theta=t.theta, alpha_min=t.alpha_min, beta=t.beta, cluster=t.cluster, cluster_theta=t.cluster_theta, aggregate=t.aggregate,
+        support=t.support, clip=t.clip, text=t.text, scope=t.scope, control=t.control,
+    )  # fmt: skip
+    model_config = agent.sampler.config
+    forbidden_V = agent.chat.forbidden_V(model_config.vocab)
+    longest = config.rollout.max_length
+    most_patches = longest * model_config.vision.merge**2
+    return Programs(
+        log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh),
+        prepare=prepare.make_prepare(
+            mesh, estimator=a.estimator, dynamic_sampling=a.dynamic_sampling, overlong_buffer=a.overlong_buffer, max_length=longest,
+            transfer=transfer if t.enabled else None,
+        ),
+        update=train_step.make_update(graphdef, optimizer, schedule, objective, forbidden_V, state, mesh),
+        index_U=[sharding.put_replicated(np.int32(u), mesh) for u in range(objective.updates_per_batch)],
+        length_buckets=(*(n for n in config.train.length_buckets if n < longest), longest),
+        patch_buckets=(*(n for n in config.train.patch_buckets if n < most_patches), most_patches),
+    )
+
+
+def write_config(config: ConfigDict, workdir: Path, resumed: int | None, writer: MetricWriter) -> None:
+    """Keeps the config beside the results; on resuming, says which fields are not those that the run began with."""
+    if jax.process_index() > 0:
+        return
+    path, now = workdir / "config.json", json.loads(config.to_json_best_effort())
+    if resumed is not None and path.exists():
+        before = _flat(json.loads(path.read_text()))
+        changed = [name for name, value in _flat(now).items() if before.get(name) != value]
+        writer.say(f"resumed after step {resumed}" + (f"; changed since then: {', '.join(changed)}" if changed else ""))
+    path.write_text(json.dumps(now, indent=2) + "\n")
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    items = [(prefix + name, value) for name, value in tree.items()]
+    return {k: v for name, value in items for k, v in (_flat(value, name + ".") if isinstance(value, dict) else {name: value}).items()}
+
+
+def warm_up(run: Run, state: TrainState) -> TrainState:
+    """Compiles every shape that a step can have. The updates get an advantage that is not a number, so they change nothing."""
+    config, programs = run.config, run.programs
+    run.agent.sampler.warm_up(state.params)
+    kept = jax.device_get((state.update, state.skipped, state.skipped_in_a_row))
+    nothing = np.zeros(0, np.int32)
+    for length, patches in itertools.product(programs.length_buckets, programs.patch_buckets):
+        prompt = Prompt("", "", (), ())
+        empty = Episode(prompt, 0, nothing, nothing.astype(bool), nothing.astype(np.float32), [], [], [], None, "length", {"accuracy": 0.0})
+        batch, outcome = to_device(run, [empty] * (len(run.local) * config.rollout.group_size), length, patches)
+        batch, _, _ = with_advantages(run, batch, outcome, step=0)
+        batch, reference_BxT = with_log_probs(run, state, batch)
+        bad = np.full((len(run.local) * config.rollout.group_size, length), np.nan, np.float32)
+        bad_BxT, mask_BxT = sharding.put_rows((bad, np.isnan(bad)), run.mesh, batch.mask_BxT.shape[0])
+        batch = dataclasses.replace(batch, advantage_BxT=bad_BxT, mask_BxT=mask_BxT)
+        state, _ = programs.update(state, batch, reference_BxT, programs.index_U[0])
+    counters = sharding.put_replicated(kept, run.mesh)
+    return dataclasses.replace(state, update=counters[0], skipped=counters[1], skipped_in_a_row=counters[2])
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) -> tuple[TrainState, dict[str, float]]:
+    """Prompts -> episodes -> advantages -> updates. The metrics are the same in every process."""
+    config, clock, compiled = run.config, run.clock, compile_count()
+    with clock("step"):
+        with clock("rollout"):
+            episodes, played = run.agent.play(
+                state.params, prompts, group_size=config.rollout.group_size, temperature=config.rollout.temperature,
+                top_p=config.rollout.top_p, seed=config.seed, step=step, first_prompt=run.local[0],
+            )  # fmt: skip
+        with clock("pack"):
+            tokens, patches = processes.largest(*sizes(episodes, run.agent.pixels))
+            shape = bucket(tokens, run.programs.length_buckets), bucket(patches, run.programs.patch_buckets)
+            batch, outcome = to_device(run, episodes, *shape)
+        with clock("tapo"):
+            batch, credit, found = jax.block_until_ready(with_advantages(run, batch, outcome, step))
+        with clock("logprobs"):
+            batch, reference_BxT = jax.block_until_ready(with_log_probs(run, state, batch))
+        with clock("update"):
+            each = []
+            with jax.transfer_guard("disallow"):
+                for index in run.programs.index_U:
+                    state, metrics = run.programs.update(state, batch, reference_BxT, index)
+                    each.append(metrics)
+            each = jax.device_get(each)
+        with clock("record"):
+            if step == 1 or step % config.log.episodes_every == 0 or not np.isfinite([m["loss/total"] for m in each]).all():
+                record_episodes(run, episodes, credit, step)
+    values = reward_means(episodes) | played | clock.take() | {"perf/compiles": compile_count() - compiled}
+    values = processes.mean_over(values) | jax.device_get(found) | train_step.over_updates(each)
+    count = sum(array.size for array in jax.tree.leaves(state.params))
+    rows = config.data.prompts_per_step * config.rollout.group_size
+    return state, values | throughput(values, rows=rows, parameters=count)
+
+
+def to_device(run: Run, episodes: Sequence[Episode], length: int, patches: int) -> tuple[TrainBatch, prepare.Outcome]:
+    """This process's episodes -> the batch of all processes, [B, length] tokens and [B, patches] patches."""
+    config, agent = run.config, run.agent
+    K, P, G = config.tapo.steps, config.data.prompts_per_step, config.rollout.group_size
+    batch = pack(episodes, agent.sampler.config, agent.pixels, length_buckets=(length,), patch_buckets=(patches,), steps=K)
+    groups = [episodes[start : start + G] for start in range(0, len(episodes), G)]
+    calls = [[[(t.call.name, t.call.parameters) for t in tool_steps(e, K)] for e in group] for group in groups]
+    outcome = prepare.Outcome(
+        reward_PxG=np.array([[e.reward for e in group] for group in groups], np.float32),
+        success_PxG=np.array([[e.success for e in group] for group in groups]),
+        steps=tapo.encode_steps(calls, steps=K, features=config.tapo.features, **tapo.parameter_slots(agent.runner.schemas)),
+    )
+    return sharding.put_rows(batch, run.mesh, P * G), sharding.put_rows(outcome, run.mesh, P)
+
+
+def with_advantages(run: Run, batch: TrainBatch, outcome: prepare.Outcome, step: int) -> tuple[TrainBatch, prepare.Credit, dict]:
+    seed_step_2 = sharding.put_replicated(np.array([run.config.seed, step], np.int32), run.mesh)
+    advantage_BxT, mask_BxT, credit, metrics = run.programs.prepare(batch, outcome, seed_step_2)
+    return dataclasses.replace(batch, advantage_BxT=advantage_BxT, mask_BxT=mask_BxT), credit, metrics
+
+
+def with_log_probs(run: Run, state: TrainState, batch: TrainBatch) -> tuple[TrainBatch, jax.Array | None]:
+    """The batch with old log-probabilities where more than one update needs them, and the reference's where there is one."""
+    reference_BxT = None if run.reference is None else run.programs.log_probs(run.reference, batch.inputs)
+    if len(run.programs.index_U) > 1:
+        batch = dataclasses.replace(batch, old_logp_BxT=run.programs.log_probs(state.params, batch.inputs))
+    return batch, reference_BxT
+
+
+def reward_means(episodes: Sequence[Episode]) -> dict[str, float]:
+    return {f"reward/{name}": float(np.mean([e.rewards[name] for e in episodes])) for name in episodes[0].rewards}
+
+
+def record_episodes(run: Run, episodes: Sequence[Episode], credit: prepare.Credit, step: int) -> None:
+    """Process 0 keeps its episodes with the credit of their steps, for the page and the credit report."""
+    credit = jax.device_get(credit)
+    if jax.process_index() > 0:
+        return
+    K, G, pooled = run.config.tapo.steps, run.config.rollout.group_size, run.config.tapo.scope == "batch"
+    recorded = []
+    for row, episode in enumerate(episodes):
+        p, g = run.local[row // G], row % G
+        fields = [] if credit.transfer is None else records.credit_fields(credit.transfer, p, g, K, pooled=pooled)
+        recorded.append(records.record(episode, step=step, prompt=p, advantage=float(credit.advantage_PxG[p, g]), credit=fields))
+    records.save(run.workdir / "episodes" / f"step_{step:06d}.npz", recorded)
+
+
+# ------------------------------------------------------------------------------------------------------------ beside the steps
+
+
+def evaluated(run: Run, state: TrainState, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """The evaluation's numbers as eval/…"""
+    with run.clock("eval"):
+        found = dict(
+            evaluate.evaluate(run.agent, state.params, prompts, temperature=run.config.eval.temperature, seed=run.config.seed)
+        )
+    return {f"eval/{name}": value for name, value in found.items()} | run.clock.take()
+
+
+def raise_if_broken(metrics: dict[str, float], step: int, config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError after train.max_nonfinite updates in a row without a finite loss and gradient."""
+    skipped = int(metrics["optimizer/skipped_in_a_row"])
+    if skipped >= config.train.max_nonfinite:
+        raise UserError(
+            f"At step {step} the loss or the gradient was not finite for {skipped} updates in a row (train.max_nonfinite "
+            f"{config.train.max_nonfinite}): look at loss/ratio_max, loss/sampler_kl and optimizer/grad_norm in "
+            f"{workdir / 'metrics.jsonl'} and at the episodes in {workdir / 'episodes'}, then lower optimizer.lr or optimizer.grad_clip."
+        )
+
+
+def leave_results(run: Run, model: nnx.Module, directory: Path) -> None:
+    """The trained model as a directory in Hugging Face form, the curve, and the page of recorded episodes."""
+    export, part = run.workdir / "export", run.workdir / "export.part"
+    hf.save(model, run.agent.sampler.config, part, assets=directory)
+    if jax.process_index() > 0:
+        return
+    shutil.rmtree(export, ignore_errors=True)
+    part.rename(export)
+    report.write_curve(run.workdir / "metrics.jsonl", run.workdir / "curve.png")
+    viewer.write_page(sorted((run.workdir / "episodes").glob("step_*.npz")), run.workdir / "episodes.html")

@@ -1,0 +1,268 @@
+"""The device side of learning: model -> log-probabilities -> loss -> gradients -> update, jitted over the mesh.
+
+Rows are cut into mini- and micro-batches with a stride (row i·M + m belongs to piece m): so every device keeps the rows that it
+holds, and the samples of one group are spread over the pieces. Every piece divides by the token count of the whole mini-batch, so
+that the sum over micro-batches is exactly the loss of the mini-batch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from tapo_jax import losses, sharding
+from tapo_jax.batch import ModelInputs, TrainBatch
+from tapo_jax.logprobs import token_logp
+from tapo_jax.models import qwen3_vl
+from tapo_jax.optimizer import is_vision
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that an update changes; with the data iterator and the seed, all that a run needs to go on.
+
+    update: int32, updates tried. params, opt_state: pytrees (nested dicts of arrays).
+    skipped, skipped_in_a_row: int32, updates left out because loss or gradient was not finite.
+    """
+
+    update: jax.Array
+    params: Any
+    opt_state: Any
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What one update minimises, as plain numbers (meanings in `losses.py`). Hashable: part of the compiled program."""
+
+    loss: str = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    clip_dual: float | None = None
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    aggregation: str = "token_mean"
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    importance_cap: float | None = 2.0
+    temperature: float = 1.0
+    updates_per_batch: int = 1
+    micro_batches: int = 1
+    remat: str = "none"
+    train_vision: bool = True
+
+
+# State.
+
+
+def split_model(model: nnx.Module) -> tuple[Any, Any]:
+    """-> (graphdef, params): the static structure and a nested dict of arrays; `nnx.merge(graphdef, params)` puts them together."""
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def init_state(params: Any, axes: Mapping, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A fresh state laid out over the mesh; axes: the parameters' logical axes by path. The parameters are not copied where they
+    already lie as they should."""
+    params = jax.device_put(params, sharding.parameters(params, axes, mesh))
+    layout = sharding.parameters(jax.eval_shape(optimizer.init, params), axes, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
+    zero = lambda: sharding.put_replicated(jnp.int32(0), mesh)  # noqa: E731  (three buffers: the state is donated)
+    return TrainState(update=zero(), params=params, opt_state=opt_state, skipped=zero(), skipped_in_a_row=zero())
+
+
+def apply_gradients(
+    state: TrainState, optimizer: optax.GradientTransformation, loss: jax.Array, gradient: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer update, or none where the loss or a gradient is not finite (then only the counters change)."""
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    skipped = (~finite).astype(jnp.int32)
+    state = TrainState(
+        update=state.update + 1,
+        params=jax.tree.map(keep, params, state.params),
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+    )
+    metrics = {
+        "optimizer/grad_norm": norm,
+        "optimizer/update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
+        "optimizer/skipped": state.skipped,
+        "optimizer/skipped_in_a_row": state.skipped_in_a_row,
+    }
+    return state, metrics
+
+
+# Pieces of a batch.
+
+
+def take_piece(tree: Any, pieces: int, index: jax.Array | int) -> Any:
+    """Rows index, pieces + index, 2·pieces + index, … of every array: [B, …] -> [B / pieces, …]."""
+    if pieces == 1:
+        return tree
+
+    def leaf(array_Bx: jax.Array) -> jax.Array:
+        split = array_Bx.reshape(array_Bx.shape[0] // pieces, pieces, *array_Bx.shape[1:])
+        return jax.lax.dynamic_index_in_dim(split, index, axis=1, keepdims=False)
+
+    return jax.tree.map(leaf, tree)
+
+
+def accumulate(loss_fn: Callable, params: Any, rows: Any, micro_batches: int) -> tuple[jax.Array, dict, Any]:
+    """-> (loss, metrics, gradient) of `loss_fn(params, piece) -> (loss, metrics)` over the micro-batches of `rows`.
+
+    Loss and gradient are sums over the pieces, so loss_fn divides by counts of all the rows; metrics are stacked, [micro_batches].
+    """
+    value_and_gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def body(total: Any, index: jax.Array) -> tuple[Any, dict]:
+        (loss, metrics), gradient = value_and_gradient(params, take_piece(rows, micro_batches, index))
+        return jax.tree.map(jnp.add, total, (loss, gradient)), metrics
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    (loss, gradient), metrics = jax.lax.scan(body, zero, jnp.arange(micro_batches))
+    return loss, metrics, gradient
+
+
+def freeze_vision(params: Any) -> Any:
+    """The same parameters with no gradient through the vision tower, so that its backward pass is not even compiled."""
+    stop = lambda path, leaf: jax.lax.stop_gradient(leaf) if is_vision(sharding.path_name(path)) else leaf  # noqa: E731
+    return jax.tree_util.tree_map_with_path(stop, params)
+
+
+def row_logp(
+    graphdef: Any, params: Any, inputs: ModelInputs, *, temperature: float, forbidden_V: jax.Array, remat: str = "none",
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """-> (logp_BxT, entropy_BxT) of every token under the distribution that the sampler draws from."""
+    model = nnx.merge(graphdef, params)
+    with sharding.on(mesh):
+        hidden_BxTxD = qwen3_vl.hidden_states(model, inputs, remat=remat)
+        hidden_BxTxD = sharding.constrain(hidden_BxTxD, "batch", None, None)
+        return token_logp(model, hidden_BxTxD, inputs.token_BxT, temperature=temperature, forbidden_V=forbidden_V)
+
+
+# Programs: each is made once for a run and compiled once for a shape.
+
+
+def make_log_probs(graphdef: Any, objective: Objective, forbidden_V: Any, mesh: Mesh) -> Callable:
+    """jitted (params, inputs) -> logp_BxT of the whole batch, computed in the pieces that the updates use."""
+    pieces = objective.updates_per_batch * objective.micro_batches
+
+    def log_probs(params: Any, inputs: ModelInputs) -> jax.Array:
+        def piece(index: jax.Array) -> jax.Array:
+            part = take_piece(inputs, pieces, index)
+            return row_logp(
+                graphdef, params, part, temperature=objective.temperature, forbidden_V=jnp.asarray(forbidden_V), mesh=mesh
+            )[0]
+
+        logp_MxbxT = jax.lax.map(piece, jnp.arange(pieces))
+        return jnp.swapaxes(logp_MxbxT, 0, 1).reshape(inputs.token_BxT.shape)
+
+    return jax.jit(log_probs, out_shardings=sharding.rows(mesh))
+
+
+def make_update(
+    graphdef: Any, optimizer: optax.GradientTransformation, schedule: optax.Schedule, objective: Objective, forbidden_V: Any,
+    state: TrainState, mesh: Mesh,
+) -> Callable:
+    """jitted (state, batch, ref_logp_BxT or None, index) -> (state, metrics): one update on mini-batch `index` of the batch.
+
+    The state is donated and keeps the layout of `state`. batch.advantage_BxT is filled; batch.old_logp_BxT where there is more than one
+    update a batch: with one, the old log-probabilities are the current ones without their gradient, and no extra pass is made.
+    """
+
+    def update(state: TrainState, batch: TrainBatch, ref_logp_BxT: jax.Array | None, index: jax.Array) -> tuple[TrainState, dict]:
+        rows = take_piece((batch, ref_logp_BxT), objective.updates_per_batch, index)
+        aggregation = objective.aggregation or losses.ALGORITHMS[objective.loss]
+        denominator = losses.count(rows[0].mask_BxT, aggregation)
+
+        def loss_fn(params: Any, piece: tuple[TrainBatch, jax.Array | None]) -> tuple[jax.Array, dict]:
+            params = params if objective.train_vision else freeze_vision(params)
+            return piece_loss(graphdef, params, *piece, objective, aggregation, denominator, jnp.asarray(forbidden_V), mesh)
+
+        loss, metrics_M, gradient = accumulate(loss_fn, state.params, rows, objective.micro_batches)
+        rate = schedule(_schedule_count(state))
+        state, optimizer_metrics = apply_gradients(state, optimizer, loss, gradient)
+        return state, {"loss/total": loss, "optimizer/lr": rate} | combine(metrics_M) | optimizer_metrics
+
+    layout = jax.tree.map(lambda array: array.sharding, state)
+    return jax.jit(update, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
+
+
+def piece_loss(
+    graphdef: Any, params: Any, batch: TrainBatch, ref_logp_BxT: jax.Array | None, objective: Objective, aggregation: str,
+    denominator: jax.Array, forbidden_V: jax.Array, mesh: Mesh | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of one micro-batch, divided by the count of its mini-batch, and its metrics (means over its tokens)."""
+    mask_BxT = batch.mask_BxT
+    logp_BxT, entropy_BxT = row_logp(
+        graphdef, params, batch.inputs, temperature=objective.temperature, forbidden_V=forbidden_V, remat=objective.remat,
+        mesh=mesh,
+    )
+    old_logp_BxT = jax.lax.stop_gradient(logp_BxT) if objective.updates_per_batch == 1 else batch.old_logp_BxT
+    weight_BxT, weight_metrics = None, {}
+    if objective.importance_cap is not None:
+        weight_BxT, weight_metrics = losses.importance_weight(
+            old_logp_BxT, batch.sampler_logp_BxT, mask_BxT, cap=objective.importance_cap
+        )
+    loss, metrics = losses.policy_loss(
+        logp_BxT, old_logp_BxT, batch.advantage_BxT, mask_BxT, algorithm=objective.loss, clip_low=objective.clip_low,
+        clip_high=objective.clip_high, clip_dual=objective.clip_dual, tau_pos=objective.tau_pos, tau_neg=objective.tau_neg,
+        aggregation=aggregation, denominator=denominator, weight_BxT=weight_BxT,
+    )
+    metrics = {f"loss/{name}": value for name, value in (metrics | weight_metrics).items()}
+    metrics["loss/entropy"] = losses.aggregate(jax.lax.stop_gradient(entropy_BxT), mask_BxT)
+    metrics["loss/policy_sum"] = loss
+    if ref_logp_BxT is not None:
+        kl_BxT = losses.kl(logp_BxT, ref_logp_BxT, objective.kl_estimator)
+        metrics["loss/kl"] = losses.aggregate(jax.lax.stop_gradient(kl_BxT), mask_BxT)
+        loss += objective.kl_coef * losses.aggregate(kl_BxT, mask_BxT, aggregation, denominator)
+    return loss, metrics
+
+
+def combine(metrics_M: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Metrics of the micro-batches as one: means weighted by their tokens, `_max` the largest, `_sum` and tokens the sum.
+
+    The largest of a NaN and a number is the NaN.
+    """
+    tokens_M = metrics_M["loss/tokens"]
+    share_M = tokens_M / jnp.maximum(tokens_M.sum(), 1)
+    combined = {}
+    for name, value_M in metrics_M.items():
+        if name.endswith("_max"):
+            combined[name] = value_M.max()
+        elif name.endswith(("_sum", "/tokens")):
+            combined[name.removesuffix("_sum")] = value_M.sum()
+        else:
+            combined[name] = (value_M * share_M).sum()
+    return combined
+
+
+def over_updates(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of the updates on one batch as one: `_max` the largest, counters the last, everything else the mean."""
+    merged = {}
+    for name in each[0]:
+        values = [float(one[name]) for one in each]
+        if name.startswith("optimizer/skipped"):
+            merged[name] = values[-1]
+        else:
+            merged[name] = float(np.max(values)) if name.endswith("_max") else float(np.mean(values))
+    return merged
+
+
+def _schedule_count(state: TrainState) -> jax.Array:
+    """The updates that were made: the optimizer's own count, from which a skipped update is left out."""
+    return state.update - state.skipped

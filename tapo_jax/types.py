@@ -1,0 +1,138 @@
+"""What travels on the host: prompts, images with provenance, tool calls, turns, episodes.
+
+Plain dataclasses of numpy arrays; nothing here imports jax. Arrays that live on the device are in `batch.py`.
+"""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """One image of a conversation and where it came from.
+
+    pixels: uint8 [H, W, 3].
+    root: int32 content hash of the image that this one was cut from (itself, when it was not cut).
+    box: (x1, y1, x2, y2) of this image in its root, each in 0..1. A crop of a crop composes.
+    """
+
+    pixels: np.ndarray
+    root: int
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+
+def root_image(pixels_HxWx3: np.ndarray) -> Image:
+    """An image that was cut from nothing: its root is the hash of its own pixels and shape."""
+    content = pixels_HxWx3.tobytes() + repr(pixels_HxWx3.shape).encode()
+    digest = hashlib.blake2b(content, digest_size=4).digest()
+    return Image(pixels_HxWx3, int.from_bytes(digest, "little", signed=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One question. `answers` are all accepted answers; `meta` is free (scene, chain of facts, benchmark name)."""
+
+    id: str
+    question: str
+    images: tuple[np.ndarray, ...]  # uint8 [H, W, 3] each
+    answers: tuple[str, ...]
+    hops: int = 1
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# The parameters of an executed call, as TAPO compares them (the table in `tapo.py`).
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    root: int
+    box: tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    value: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    value: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    value: float
+    low: float
+    high: float
+
+
+Parameter = Region | Text | Identity | Number
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+    """A call as the policy wrote it. `parameters` is filled by the tool that accepted it; () where nothing could run."""
+
+    name: str
+    arguments: dict[str, Any]
+    parameters: tuple[Parameter, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolResult:
+    """What a tool gives back. `error` is None or one word for the metrics ("timeout", "unknown_tool", "bad_arguments", …);
+    an error's readable sentence is in `text`, because the policy reads it."""
+
+    text: str
+    images: tuple[Image, ...] = ()
+    error: str | None = None
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class Turn:
+    """One assistant turn: token_T[start:stop] of its episode were written by the policy, the stop token included."""
+
+    start: int
+    stop: int
+    text: str
+    call: ToolCall | None = None
+    result: ToolResult | None = None
+
+    @property
+    def is_step(self) -> bool:
+        """A tool step for TAPO: a call that was parsed and executed."""
+        return self.call is not None and self.result is not None and self.result.error is None
+
+
+@dataclasses.dataclass
+class Episode:
+    """One finished conversation. T tokens, exactly the ids that the sampler saw.
+
+    mask_T: True where the policy wrote the token. sampler_logp_T: its log-probability when sampled, 0 elsewhere.
+    images: every image of the conversation in order of appearance (`img_idx` counts them);
+    image_start: index in token_T of each image's first placeholder.
+    finish: "answer", "length" (token budget), "turns" (turn budget) or "malformed" (a turn with neither call nor answer).
+    rewards: named floats, e.g. {"accuracy": 1.0, "format": 1.0}; reward is their weighted sum.
+    """
+
+    prompt: Prompt
+    sample: int
+    token_T: np.ndarray
+    mask_T: np.ndarray
+    sampler_logp_T: np.ndarray
+    images: list[Image]
+    image_start: list[int]
+    turns: list[Turn]
+    answer: str | None
+    finish: str
+    rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+    reward: float = 0.0
+
+    @property
+    def success(self) -> bool:
+        """Success for TAPO: the accuracy part of the reward, not the total."""
+        return self.rewards["accuracy"] >= 1.0

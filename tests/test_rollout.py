@@ -1,0 +1,298 @@
+"""Rollouts of a random model whose text is read as calls and answers (`rollout_world.read_turn`)."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rollout_world as world
+from flax import nnx
+
+from tapo_jax import episode as episode_module
+from tapo_jax import inputs, metrics, sharding
+from tapo_jax.config import UserError
+from tapo_jax.episode import Limits
+from tapo_jax.logprobs import token_logp
+from tapo_jax.models import qwen3_vl
+from tapo_jax.rollout import rollout
+from tapo_jax.sampler import Sampler
+from tapo_jax.schedule import Shapes
+
+CAPACITY, CHUNK, STEPS = 192, 5, 5
+CHAT = world.chat(40)  # a turn ends after about 6 tokens
+LIMITS = Limits(max_turns=5, max_new_tokens=24, max_length=CAPACITY)
+# Two rungs of each kind, so that episodes of this size meet every path: some slots, all slots, short and long windows.
+SHAPES = Shapes(rows=(2, 6), lengths=(48, CAPACITY), patches=(64, 128), windows=(96, CAPACITY), chunk=CHUNK, merge=2)
+
+
+@pytest.fixture(autouse=True)
+def random_text_means_something(monkeypatch):
+    monkeypatch.setattr(episode_module, "parse_turn", world.read_turn)
+
+
+def make_sampler(cls=Sampler, *, slots=6, shapes=SHAPES, mesh=None):
+    return cls(
+        world.model(), slots=slots, capacity=CAPACITY, chunk=CHUNK, stop_ids=CHAT.stop_ids, forbidden_V=CHAT.forbidden_V(272),
+        mesh=mesh, shapes=shapes,
+    )  # fmt: skip
+
+
+def play(sampler, params=None, count=4, **options):
+    settings = {
+        "chat": CHAT, "pixels": world.pixels(), "runner": world.runner(), "group_size": 3, "limits": LIMITS, "temperature": 1.0,
+        "top_p": 1.0, "seed": 3, "step": 0,
+    }  # fmt: skip
+    questions = options.pop("prompts", None) or world.prompts(count)
+    return rollout(sampler, world.params() if params is None else params, questions, **{**settings, **options})
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return make_sampler()
+
+
+@pytest.fixture(scope="module")
+def sampled(sampler):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(episode_module, "parse_turn", world.read_turn)
+        return play(sampler)
+
+
+def pack(episodes):
+    return inputs.pack(
+        episodes, world.config(), world.pixels(), length_buckets=(CAPACITY,), patch_buckets=(256,), steps=STEPS
+    )  # fmt: skip
+
+
+@jax.jit
+def full_forward(params, model_inputs):
+    """Every token's greedy successor and log-probability, without a cache."""
+    model = nnx.merge(nnx.graphdef(world.model()), params)
+    hidden_BxTxD = qwen3_vl.hidden_states(model, model_inputs)
+    forbidden_V = jnp.array(CHAT.forbidden_V(272))
+    logits_BxTxV = jnp.where(forbidden_V[None, None], -jnp.inf, qwen3_vl.logits(model, hidden_BxTxD))
+    logp_BxT, _ = token_logp(model, hidden_BxTxD, model_inputs.token_BxT, temperature=0.8, forbidden_V=forbidden_V)
+    return jnp.argmax(logits_BxTxV, axis=-1), logp_BxT
+
+
+def middle_images(episode):
+    return len(episode.images) - len(episode.prompt.images)
+
+
+def same(first, second):
+    return all(
+        np.array_equal(a.token_T, b.token_T) and np.array_equal(a.sampler_logp_T, b.sampler_logp_T) and a.finish == b.finish
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def same_tokens(first, second):
+    return all(np.array_equal(a.token_T, b.token_T) for a, b in zip(first, second, strict=True))
+
+
+def test_greedy_multi_turn_equals_a_rollout_without_cache(sampler):
+    """By induction over places: the whole forward pass over a token's true history, images included, must choose it."""
+    episodes, _ = play(sampler, temperature=0.0, group_size=1, count=12)
+    assert max(len(episode.turns) for episode in episodes) >= 3
+    assert sum(middle_images(episode) for episode in episodes) >= 3
+    batch = pack(episodes)
+    best_BxT, _ = full_forward(world.params(), batch.inputs)
+    written = batch.mask_BxT[:, 1:]
+    assert written.sum() > 60
+    assert np.array_equal(np.asarray(best_BxT)[:, :-1][written], batch.inputs.token_BxT[:, 1:][written])
+
+
+def test_the_trainers_log_probabilities_are_the_samplers(sampler):
+    episodes, _ = play(sampler, temperature=0.8)
+    assert sum(middle_images(episode) for episode in episodes) >= 3
+    batch = pack(episodes)
+    _, logp_BxT = full_forward(world.params(), batch.inputs)
+    np.testing.assert_allclose(
+        np.where(batch.mask_BxT, logp_BxT, 0), batch.sampler_logp_BxT, atol=1e-4, rtol=0, err_msg="sampler and trainer disagree"
+    )
+    assert np.ptp(batch.sampler_logp_BxT[batch.mask_BxT]) > 1  # not all alike: the comparison says something
+
+
+class Recorder(Sampler):
+    """Keeps what the device was given and gave: `seen` are the finished id sequences of all slots."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.now, self.seen, self.prompts = {}, [], {}
+
+    def begin(self, slot, ids):
+        self.seen.append(self.now.get(slot, []))
+        self.now[slot] = list(ids)
+
+    def extend(self, params, plan, extensions):
+        super().extend(params, plan, extensions)
+        for extension in extensions:
+            ids = extension.row.token_T.tolist()
+            if extension.fresh:
+                self.begin(extension.slot, ids)
+                continue
+            held, (again, *new) = self.now[extension.slot], ids
+            assert extension.before == len(held) - 1 and again == held[-1]  # the turn's last token was not in the cache
+            held.extend(new)
+        self.prompts |= {e.slot: e.row.token_T.tolist() for e in extensions if e.fresh}
+
+    def copy(self, plan, copies):
+        super().copy(plan, copies)
+        prompts = {target: self.prompts[source] for source, target in copies}
+        self.prompts |= prompts
+        for target, ids in prompts.items():
+            self.begin(target, ids)
+
+    def decode(self, params, plan, draws, **options):
+        chunk = super().decode(params, plan, draws, **options)
+        for drawn, (token_n, _) in zip(draws, chunk.fetch(), strict=True):
+            assert drawn.length == len(self.now[drawn.slot])
+            self.now[drawn.slot].extend(token_n.tolist())
+        return chunk
+
+
+def test_the_trainer_reads_the_ids_that_the_sampler_saw():
+    """Every id sequence that went through a slot is a row of the batch, and the other way round."""
+    recorder = make_sampler(Recorder)
+    episodes, _ = play(recorder)
+    for slot in list(recorder.now):
+        recorder.begin(slot, [])
+    batch = pack(episodes)
+    rows = [row[segment > 0].tolist() for row, segment in zip(batch.inputs.token_BxT, batch.inputs.segment_BxT, strict=True)]
+    # A response that was appended but never extended cannot be there: an episode ends with a token of the policy.
+    assert sorted(rows) == sorted(ids for ids in recorder.seen if ids)
+    assert rows == [episode.token_T.tolist() for episode in episodes]
+
+
+def test_the_policys_tokens_alone_are_in_the_mask_and_stop_tokens_too(sampled):
+    episodes, _ = sampled
+    stopped = 0
+    for episode in episodes:
+        assert not episode.mask_T[0] and episode.mask_T.sum() == sum(turn.stop - turn.start for turn in episode.turns)
+        for turn in episode.turns:
+            assert episode.mask_T[turn.start : turn.stop].all() and not episode.mask_T[turn.start - 1]
+            inside = np.isin(episode.token_T[turn.start : turn.stop - 1], CHAT.stop_ids)
+            assert not inside.any()
+            stopped += int(episode.token_T[turn.stop - 1]) in CHAT.stop_ids
+    assert stopped > 10
+
+
+def test_no_forbidden_token_is_ever_written(sampled):
+    episodes, _ = sampled
+    written = np.concatenate([episode.token_T[episode.mask_T] for episode in episodes])
+    assert len(written) > 100 and not CHAT.forbidden_V(272)[written].any()
+
+
+def test_it_repeats_and_depends_on_seed_step_and_sample(sampler, sampled):
+    episodes, _ = sampled
+    assert same(episodes, play(sampler)[0])
+    assert not same_tokens(episodes, play(sampler, step=1)[0])
+    assert not same_tokens(episodes, play(sampler, seed=4)[0])
+    for p in range(4):
+        group = {tuple(episode.token_T.tolist()) for episode in episodes[3 * p : 3 * p + 3]}
+        assert len(group) == 3
+    order = [(episode.prompt.id, episode.sample) for episode in episodes]
+    assert order == [(f"q{p}", g) for p in range(4) for g in range(3)]
+
+
+def test_a_key_belongs_to_the_prompts_number_not_to_its_place(sampler, sampled):
+    """Another process that holds the last two prompts draws the same tokens for them."""
+    episodes, _ = sampled
+    rest, _ = play(sampler, prompts=world.prompts(4)[2:], first_prompt=2)
+    assert same_tokens(episodes[6:], rest)
+
+
+def test_slots_are_reused_and_their_number_changes_nothing(sampled):
+    episodes, _ = sampled
+    few = Shapes(rows=(2,), lengths=(64, CAPACITY), patches=(128,), windows=(CAPACITY,), chunk=16, merge=2)
+    assert same_tokens(episodes, play(make_sampler(slots=2, shapes=few))[0])
+
+
+def test_slots_over_eight_devices_play_the_same_episodes(sampled):
+    episodes, _ = sampled
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    shapes = Shapes(rows=(1, 2), lengths=(64, CAPACITY), patches=(128,), windows=(96, CAPACITY), chunk=CHUNK, merge=2)
+    params = jax.device_put(world.params(), sharding.replicated(mesh))
+    spread = make_sampler(slots=16, shapes=shapes, mesh=mesh)
+    found, _ = play(spread, params)
+    assert same_tokens(episodes, found)
+    compiled = metrics.compile_count()
+    play(spread, params)
+    assert metrics.compile_count() == compiled
+
+
+def test_nothing_compiles_after_warm_up_and_no_transfer_is_implicit(sampled):
+    """Another step's episodes have other lengths; the calls have the same shapes."""
+    shapes = Shapes(rows=(3,), lengths=(CAPACITY,), patches=(128,), windows=(CAPACITY,), chunk=CHUNK, merge=2)
+    fresh = make_sampler(slots=3, shapes=shapes)
+    params = world.params()
+    fresh.warm_up(params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(fresh._state))  # empty rows write nothing
+    compiled = metrics.compile_count()
+    with jax.transfer_guard("disallow"):
+        for step in range(3):
+            play(fresh, params, step=step, count=2)
+    assert metrics.compile_count() == compiled
+    jax.jit(lambda x: x + compiled)(jnp.ones(3))  # the counter counts
+    assert metrics.compile_count() > compiled
+
+
+@pytest.mark.parametrize(("say", "timeout_s", "kind"), [(world.Say(broken=True), 5.0, "exception"), (world.Say(slow=0.5), 0.05, "timeout")])
+def test_a_failing_tool_is_an_observation(sampler, say, timeout_s, kind):
+    episodes, numbers = play(sampler, runner=world.runner(say, timeout_s), count=3)
+    failed = [(e, k) for e in episodes for k, turn in enumerate(e.turns) if turn.call and turn.call.name == "say" and turn.result]
+    assert failed and all(episode.turns[k].result.error == kind for episode, k in failed)
+    assert numbers[f"tools/errors/{kind}"] == pytest.approx(len(failed) / len(episodes))
+    assert not any(episode.turns[k].is_step for episode, k in failed)
+    read_on = [(episode, k) for episode, k in failed if k + 1 < len(episode.turns)]
+    assert read_on  # and the policy read the sentence
+    for episode, k in read_on:
+        between = CHAT.decode(episode.token_T[episode.turns[k].stop : episode.turns[k + 1].start])
+        assert episode.turns[k].result.text in between
+
+
+def test_finite_tool_wait_does_not_stop_for_a_slow_tool(sampler, sampled):
+    """Slow calls come back in a later round than quick ones; the episodes are the same, because the keys do not know time."""
+    started = time.perf_counter()
+    episodes, numbers = play(sampler, runner=world.runner(world.Say(slow=0.2)), tool_wait_s=0.0)
+    assert same_tokens(sampled[0], episodes)
+    assert time.perf_counter() - started < 60 and numbers["tools/errors/timeout"] == 0
+
+
+def test_budgets(sampler):
+    """finish says which budget ended an episode, and no episode is longer than max_length."""
+    tight = Limits(max_turns=2, max_new_tokens=6, max_length=100)
+    episodes, numbers = play(sampler, limits=tight, count=3)
+    assert max(len(episode.token_T) for episode in episodes) <= 100
+    assert max(len(episode.turns) for episode in episodes) == 2
+    assert {episode.finish for episode in episodes} >= {"length", "turns"}
+    for episode in episodes:
+        last = episode.turns[-1]
+        if episode.finish == "turns":
+            assert len(episode.turns) == 2 and last.result is None
+        if last.stop - last.start == 6 and int(episode.token_T[-1]) not in CHAT.stop_ids:
+            assert episode.finish == "length"
+        # Every image has all its placeholders.
+        counts = sum(world.pixels().tokens(image) for image in episode.images)
+        assert (episode.token_T == world.config().image_token).sum() == counts
+    shares = [numbers[f"rollout/finish_{name}"] for name in ("answer", "length", "turns", "malformed")]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_a_prompt_without_room_gives_an_empty_episode(sampler):
+    short = Limits(max_turns=2, max_new_tokens=6, max_length=58)
+    episodes, _ = play(sampler, limits=short, count=3)
+    empty = [episode for episode in episodes if len(episode.token_T) == 0]
+    assert 0 < len(empty) < len(episodes)  # the prompts with images do not fit into 58 tokens
+    assert all(episode.finish == "length" and not episode.turns and not episode.images for episode in empty)
+
+
+def test_an_episode_longer_than_a_slot_is_refused(sampler):
+    with pytest.raises(UserError, match="max_length is 500"):
+        play(sampler, limits=Limits(2, 6, 500))
+
+
+def test_slots_that_the_mesh_does_not_divide_are_refused():
+    with pytest.raises(UserError, match="multiple of 8"):
+        make_sampler(slots=12, mesh=sharding.make_mesh(data=8), shapes=None)
