@@ -23,7 +23,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.total_epochs = 0.0  # > 0: this many passes over the training questions instead of total_steps
 
     c.data = ConfigDict(dict(
-        name="atlas", split="train", prompts_per_step=8,
+        name="atlas",  # "atlas", "jsonl" (your own folder data.dir) or "package.module:function"
+        split="train", prompts_per_step=8,
         dir="",  # "" is a folder of the user's cache
         # Atlas: numbers of look-ups a question takes, countries of a scene, its side in pixels, smallest and largest outline as a
         # share of it, seed of the questions, and the number of questions of the splits "train" and "held_out".
@@ -47,8 +48,10 @@ def get_config(arg: str = "") -> ConfigDict:
         tool_wait_s=float("inf"),  # how long a round waits for tools; finite: faster with slow tools, but not repeatable
     ))  # fmt: skip
     c.tools = ConfigDict(dict(
+        source="atlas",  # or your own "package.module:function"
         names=("image_zoom_in_tool", "image_search_tool", "text_search_tool"), timeout_s=10.0, retries=1, workers=4,
-        zoom_size=64, image_top_k=3, thumbnails=0, text_top_k=2, text_budget=400, endpoint="",
+        zoom_size=64, image_top_k=3, thumbnails=0, text_top_k=2, text_budget=400,
+        endpoint="",  # "http://host:port" of launch/retrieval_server.py; "": the text search of this process
     ))  # fmt: skip
     c.reward = ConfigDict(dict(accuracy=1.0, format=0.5))  # weight of each; success for TAPO is accuracy alone
     c.algorithm = ConfigDict(dict(

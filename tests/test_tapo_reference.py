@@ -65,7 +65,7 @@ def test_batch_scope_equals_one_large_group_of_the_loops(options):
     success = np.random.default_rng(0).random((P, G)) < 0.4
     advantage = np.where(success, 0.9, -0.6).astype(np.float32)
     pooled = jax.tree.map(lambda x: x.reshape(1, P * G * K, *x.shape[2:]), steps)
-    sim = np.asarray(tapo.pairwise_similarity(pooled))[0].astype(float).round(6)  # the float64 0.7 that theta is
+    sim = np.asarray(jax.jit(tapo.pairwise_similarity)(pooled))[0].astype(float).round(6)  # the float64 0.7 that theta is
     expected = reference_tapo.group_transfer(
         sim.tolist(), [i // K for i in range(P * G * K)], steps.valid_PxS.reshape(-1).tolist(), success.reshape(-1).tolist(),
         advantage.astype(float).reshape(-1).tolist(), question=[i // G for i in range(P * G)], **BASE, **options,
@@ -75,7 +75,7 @@ def test_batch_scope_equals_one_large_group_of_the_loops(options):
         assert np.asarray(getattr(result, f"{name}_PxS")).reshape(-1).tolist() == expected[name], name
     np.testing.assert_allclose(np.asarray(result.advantage_PxS).reshape(-1), expected["advantage"], atol=1e-6)
     assert int(result.clusters_P.sum()) == expected["clusters"]
-    within = tapo.transfer_credit(steps, success, advantage)
+    within = jax.jit(tapo.transfer_credit)(steps, success, advantage)
     assert (result.sim_PxS >= within.sim_PxS).all() and (result.sim_PxS > within.sim_PxS).any()
 
 
@@ -215,7 +215,7 @@ def test_vmap_over_another_axis_and_one_step():
     stacked = tuple(jnp.asarray(np.stack(x)) for x in zip(*batches, strict=True))
     for cluster in ("components", "leader"):
         function = functools.partial(tapo.credit_transfer, **BASE, cluster=cluster)
-        mapped = jax.jit(jax.vmap(function))(*stacked)
+        mapped, function = jax.jit(jax.vmap(function))(*stacked), jax.jit(function)
         for i in range(3):
             single = function(*(x[i] for x in stacked))
             jax.tree.map(np.testing.assert_array_equal, single, jax.tree.map(lambda x: x[i], mapped))  # noqa: B023

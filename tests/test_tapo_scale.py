@@ -26,6 +26,10 @@ def pipeline(steps, success, advantage, step, **options):
     return result, token, tapo.diagnostics(result, steps.trajectory_PxS, steps.valid_PxS, success, advantage)
 
 
+def transfer(arrays, **options):
+    return jax.tree.map(np.asarray, jax.jit(lambda *x: tapo.transfer_credit(*x, **options))(*arrays[:3]))
+
+
 @pytest.mark.parametrize("options", [{}, dict(cluster="leader"), dict(chunks=2), dict(control="shuffled")], ids=str)
 def test_sharded_over_prompts_without_gathering(options):
     """Eight devices, four prompts each. The program may add up single numbers (diagnostics, "has anything changed"); no
@@ -76,21 +80,22 @@ def test_large_chunked_batch_does_not_hold_all_pairs():
 
 
 def test_shuffled_control_moves_corrections_within_a_group():
-    steps, success, advantage, _ = batch()
-    plain = tapo.transfer_credit(steps, success, advantage)
-    mixed = tapo.transfer_credit(steps, success, advantage, control="shuffled", key=jax.random.key(1))
+    arrays = batch()
+    plain = transfer(arrays)
+    mixed = transfer(arrays, control="shuffled", key=jax.random.key(1))
     # every group hands out the same similarities, to other failing steps
     np.testing.assert_allclose(np.sort(plain.sim_PxS, axis=1), np.sort(mixed.sim_PxS, axis=1), rtol=1e-6)
     np.testing.assert_array_equal(plain.corrected_PxS.sum(axis=1), mixed.corrected_PxS.sum(axis=1))
     np.testing.assert_array_equal(plain.clusters_P, mixed.clusters_P)
     assert (plain.corrected_PxS != mixed.corrected_PxS).sum() > 10
-    again = tapo.transfer_credit(steps, success, advantage, control="shuffled", key=jax.random.key(1))
+    again = transfer(arrays, control="shuffled", key=jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, again, mixed)
 
 
 def test_zero_tools_control():
-    steps, success, advantage, _ = batch()
-    result = tapo.transfer_credit(steps, success, advantage, control="zero_tools")
+    arrays = batch()
+    steps, success, advantage, _ = arrays
+    result = transfer(arrays, control="zero_tools")
     failing = steps.valid_PxS & ~np.take_along_axis(success, steps.trajectory_PxS, axis=1)
     own = np.take_along_axis(advantage, steps.trajectory_PxS, axis=1)
     np.testing.assert_array_equal(result.advantage_PxS, np.where(failing, 0, own))
@@ -98,7 +103,7 @@ def test_zero_tools_control():
 
 
 def test_exact_match_control():
-    steps, success, advantage, _ = batch()
-    exact, default = (tapo.transfer_credit(steps, success, advantage, theta=theta) for theta in (1.0, 0.7))
-    assert (np.asarray(exact.sim_PxS)[np.asarray(exact.corrected_PxS)] == 1).all()
-    assert 0 < int(exact.corrected_PxS.sum()) < int(default.corrected_PxS.sum())
+    arrays = batch()
+    exact, default = (transfer(arrays, theta=theta) for theta in (1.0, 0.7))
+    assert (exact.sim_PxS[exact.corrected_PxS] == 1).all()
+    assert 0 < exact.corrected_PxS.sum() < default.corrected_PxS.sum()

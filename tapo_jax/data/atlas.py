@@ -4,7 +4,6 @@ The builder writes array_record files without TensorFlow; the same settings and 
 """
 
 import io
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -75,6 +74,8 @@ class AtlasPrompts(Sequence):
         return len(self._source)
 
     def __getitem__(self, index: int) -> Prompt:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         row = self._source[int(index)]
         return Prompt(
             id=_text(row["id"]),
@@ -96,7 +97,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
 def prepare(directory: str | pathlib.Path, *, settings: Settings, seed: int, sizes: tuple[int, int]) -> Atlas:
     """The builder with its files in place under `directory`; made where they are not there yet (seconds)."""
-    os.environ.setdefault("NO_GCE_CHECK", "true")  # the data set is made here; nothing is looked up
+    tfds.disable_progress_bar()
     builder = Atlas(settings=settings, seed=seed, sizes=sizes, data_dir=str(directory))
     builder.download_and_prepare()
     return builder

@@ -91,18 +91,23 @@ class ColdStart:
         return np.array(ids, np.int32)
 
     def copy(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """A random sequence and itself again, the weight on the second time."""
-        first_id = self._chat.stop_ids[0] + 1
+        """A few invented words of several random tokens, in random order again and again. The weight is on what follows the
+        first token of a word that was seen before: the smallest problem whose solution is to look back and carry on."""
+        ordinary = np.setdiff1d(np.arange(self._chat.vocab_size), self._special())
         token_BxT = np.zeros((rows, length), np.int32)
         weight_BxT = np.zeros((rows, length), np.float32)
         for b in range(rows):
-            period = int(rng.integers(8, length // 2 + 1))
-            # A pool of few tokens makes pairs ambiguous, so that more than one token of history has to match.
-            pool = rng.integers(first_id, self._chat.vocab_size, int(rng.choice([12, 60, 1000])))
-            pool = pool[pool != self._chat.image_token]
-            sequence = np.tile(rng.choice(pool[~np.isin(pool, self._special())], period), 2)
-            token_BxT[b, : 2 * period] = sequence
-            weight_BxT[b, period + 1 : 2 * period] = 1.0
+            # Few different tokens make pairs ambiguous, so that more than one token of history has to match.
+            pool = rng.choice(ordinary, int(rng.choice([20, 100, len(ordinary)])), replace=False)
+            words = [rng.choice(pool, int(rng.integers(2, 9))) for _ in range(int(rng.integers(2, 9)))]
+            seen, at = set(), 0
+            while at < length:
+                number = int(rng.integers(len(words)))
+                word = words[number][: length - at]
+                token_BxT[b, at : at + len(word)] = word
+                weight_BxT[b, at + 1 : at + len(word)] = float(number in seen)
+                seen.add(number)
+                at += len(word)
         segment = np.ones((rows, length), np.int32)
         position = np.broadcast_to(np.arange(length, dtype=np.int32)[None, :, None], (rows, length, 3)).copy()
         return Batch(ModelInputs(token_BxT=token_BxT, segment_BxT=segment, position_BxTx3=position), weight_BxT)

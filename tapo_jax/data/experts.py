@@ -72,7 +72,7 @@ def expert(question: Question, scene: Sequence[Placed], rng: np.random.Generator
         if _happens(rng, flaws.wrong_relation):
             relation = next(other for other in NEIGHBOURS if other != relation)
         result = yield _search_text(name, "neighbours")
-        found = _read(result, relation)
+        found = _read(result, name, relation)
         if not found:
             break
         name = found
@@ -81,7 +81,7 @@ def expert(question: Question, scene: Sequence[Placed], rng: np.random.Generator
         attribute = str(rng.choice(ATTRIBUTES))
     result = yield _search_text(name, attribute)
     values = re.findall(r": ([^:\n]+?)\.(?: |$)", result, re.MULTILINE)
-    right = _read(result, attribute)
+    right = _read(result, name, attribute)
     if values and (not right or _happens(rng, flaws.wrong_line)):
         right = str(rng.choice(values))
     yield _answer(right or name)
@@ -114,10 +114,14 @@ def _box(box: Sequence[float], rng: np.random.Generator, *, sloppy: bool) -> lis
     return [min(x1, x2 - 30), min(y1, y2 - 30), x2, y2] if x2 > 30 and y2 > 30 else [0, 0, 300, 300]
 
 
-def _read(result: str, key: str) -> str | None:
-    """The value of "the {key} …: value." in a text search's result."""
-    found = re.search(rf"[Tt]he {re.escape(key)}(?: of [^:\n]+)?: ([^:\n]+?)\.(?: |$)", result, re.MULTILINE)
-    return found.group(1) if found else None
+def _read(result: str, name: str, key: str) -> str | None:
+    """The value of "the {key} …: value." in the passage about `name`, or else in the first passage that has one."""
+    passages = re.split(r"^\d+\. ", result, flags=re.MULTILINE)
+    for passage in sorted(passages, key=lambda passage: not passage.startswith(f"{name}: ")):
+        found = re.search(rf"[Tt]he {re.escape(key)}(?: of [^:\n]+)?: ([^:\n]+?)\.(?: |$)", passage, re.MULTILINE)
+        if found:
+            return found.group(1)
+    return None
 
 
 def _zoom(box: list[int], colour: str) -> str:

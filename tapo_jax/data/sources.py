@@ -1,25 +1,67 @@
-"""config.data and config.tools -> the questions of a split and the tools that can answer them."""
+"""config.data and config.tools -> the questions of a split, and the tools that can answer them.
+
+`data.name` is "atlas" (the embedded world), "jsonl" (the folder data.dir, see `jsonl.py`), or your own "package.module:function",
+called as function(config, split) -> Sequence[Prompt]. `tools.source` is likewise "atlas" or "package.module:function", called as
+function(config) -> list[Tool].
+"""
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tapo_jax.config import UserError
 from tapo_jax.data import atlas
 from tapo_jax.data.atlas_world import Settings, make_tools
+from tapo_jax.data.jsonl import JsonlPrompts
 from tapo_jax.data.world import real_world
 from tapo_jax.tools.base import Tool
+from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.types import Prompt
 
 
 def prompts(config: Any, split: str) -> Sequence[Prompt]:
     """All questions of a split. Raises UserError for a data set or a split that does not exist."""
-    if config.data.name != "atlas":
-        raise UserError(f"data.name is '{config.data.name}': the data sets are atlas.")
+    if ":" in config.data.name:
+        return _function("data.name", config.data.name)(config, split)
+    readers = {"atlas": _atlas_prompts, "jsonl": lambda config, split: JsonlPrompts(config.data.dir, split)}
+    if config.data.name not in readers:
+        raise UserError(f"data.name is '{config.data.name}': use {', '.join(readers)} or your own \"package.module:function\".")
+    return readers[config.data.name](config, split)
+
+
+def tools(config: Any) -> list[Tool]:
+    """The tools of config.tools.names, in that order. Raises UserError for a name that does not exist."""
+    if ":" in config.tools.source:
+        found = _function("tools.source", config.tools.source)(config)
+    elif config.tools.source == "atlas":
+        found = make_tools(real_world("train"), atlas_settings(config))
+    else:
+        raise UserError(f"tools.source is '{config.tools.source}': use atlas or your own \"package.module:function\".")
+    made = {tool.name: tool for tool in found}
+    if config.tools.endpoint:
+        c = config.tools
+        remote = RemoteTextSearch(c.endpoint, top_k=c.text_top_k, budget=c.text_budget, timeout_s=c.timeout_s)
+        made[remote.name] = remote
+    for name in config.tools.names:
+        if name not in made:
+            raise UserError(f"tools.names has '{name}': the tools of this source are {', '.join(made)}.")
+    return [made[name] for name in config.tools.names]
+
+
+def _function(field: str, path: str) -> Callable:
+    module, _, name = path.partition(":")
+    try:
+        return vars(importlib.import_module(module))[name]
+    except (ImportError, KeyError) as error:
+        raise UserError(f"{field} is '{path}', and there is no function of this name to import.") from error
+
+
+def _atlas_prompts(config: Any, split: str) -> Sequence[Prompt]:
     if split not in atlas.SPLITS:
         raise UserError(f"The split '{split}' does not exist: Atlas has {', '.join(atlas.SPLITS)}.")
     settings, sizes = atlas_settings(config), tuple(config.data.sizes)
@@ -27,15 +69,6 @@ def prompts(config: Any, split: str) -> Sequence[Prompt]:
     folder = hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
     builder = atlas.prepare(_data_dir(config) / folder, settings=settings, seed=config.data.world_seed, sizes=sizes)
     return atlas.AtlasPrompts(builder, split)
-
-
-def tools(config: Any) -> list[Tool]:
-    """The tools of config.tools.names. Raises UserError for a name that does not exist."""
-    made = {tool.name: tool for tool in make_tools(real_world("train"), atlas_settings(config))}
-    for name in config.tools.names:
-        if name not in made:
-            raise UserError(f"tools.names has '{name}': the tools are {', '.join(made)}.")
-    return [made[name] for name in config.tools.names]
 
 
 def atlas_settings(config: Any) -> Settings:

@@ -1,7 +1,7 @@
 """Attention over packed rows and over the cache.
 
 One function, several backends: "xla" anywhere, "splash" (Pallas) on TPU, "cudnn" on GPU. Axes: B rows, T queries,
-S keys, H query heads, K key/value heads, A numbers of one head.
+S keys, H query heads, K key/value heads, G = H / K, A numbers of one head.
 """
 
 import jax
@@ -24,11 +24,32 @@ def attention(
 
     Padding has a segment of its own (0), so no row of the softmax is empty. Returns [B, T, H, A] in the dtype of q.
     """
-    mask_BxTxS = q_segment_BxT[:, :, None] == kv_segment_BxS[:, None, :]
-    if causal:
-        T, S = mask_BxTxS.shape[1:]
-        mask_BxTxS &= jnp.arange(T)[:, None] >= jnp.arange(S)
-    return _softmax_attention(q_BxTxHxA, k_BxSxKxA.swapaxes(1, 2), v_BxSxKxA.swapaxes(1, 2), mask_BxTxS)
+    return xla_attention(q_BxTxHxA, k_BxSxKxA, v_BxSxKxA, q_segment_BxT, kv_segment_BxS, causal=causal)
+
+
+def xla_attention(
+    q_BxTxHxA: jax.Array,
+    k_BxSxKxA: jax.Array,
+    v_BxSxKxA: jax.Array,
+    q_segment_BxT: jax.Array,
+    kv_segment_BxS: jax.Array,
+    *,
+    causal: bool,
+) -> jax.Array:
+    """In blocks of queries: causal blocks never touch the keys behind them, and the weights of a block are made again
+    in the backward pass instead of kept, so memory is that of one block."""
+    T = q_BxTxHxA.shape[1]
+    k_BxKxSxA, v_BxKxSxA = k_BxSxKxA.swapaxes(1, 2), v_BxSxKxA.swapaxes(1, 2)
+    size = min(max(80, -(-T // 8)), 512)
+    out = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        S = stop if causal else k_BxKxSxA.shape[2]
+        mask_BxtxS = q_segment_BxT[:, start:stop, None] == kv_segment_BxS[:, None, :S]
+        if causal:
+            mask_BxtxS &= jnp.arange(start, stop)[:, None] >= jnp.arange(S)
+        out.append(_block(q_BxTxHxA[:, start:stop], k_BxKxSxA[:, :, :S], v_BxKxSxA[:, :, :S], mask_BxtxS))
+    return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
 
 
 def cached_attention(
@@ -37,19 +58,53 @@ def cached_attention(
     """New tokens over a cache that holds them already: query t of row b sees the places 0 … length_B[b] + t."""
     T, S = q_BxTxHxA.shape[1], k_BxKxSxA.shape[2]
     last_BxT = length_B[:, None] + jnp.arange(T)
-    mask_BxTxS = jnp.arange(S) <= last_BxT[:, :, None]
-    return _softmax_attention(q_BxTxHxA, k_BxKxSxA, v_BxKxSxA, mask_BxTxS)
+    return _block(q_BxTxHxA, k_BxKxSxA, v_BxKxSxA, jnp.arange(S) <= last_BxT[:, :, None])
 
 
-def _softmax_attention(
-    q_BxTxHxA: jax.Array, k_BxKxSxA: jax.Array, v_BxKxSxA: jax.Array, mask_BxTxS: jax.Array
-) -> jax.Array:
-    B, T, H, A = q_BxTxHxA.shape
-    K = k_BxKxSxA.shape[1]
-    q_BxKxGTxA = q_BxTxHxA.reshape(B, T, K, H // K, A).transpose(0, 2, 3, 1, 4).reshape(B, K, H // K * T, A)
-    score_BxKxGTxS = jnp.einsum("bkqa,bksa->bkqs", q_BxKxGTxA, k_BxKxSxA, preferred_element_type=jnp.float32)
-    score_BxKxGxTxS = score_BxKxGTxS.reshape(B, K, H // K, T, -1) * A**-0.5
-    score_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], score_BxKxGxTxS, MASKED)
-    weight_BxKxGxTxS = jax.nn.softmax(score_BxKxGxTxS, axis=-1).astype(q_BxTxHxA.dtype)
-    out_BxKxGTxA = jnp.einsum("bkqs,bksa->bkqa", weight_BxKxGxTxS.reshape(score_BxKxGTxS.shape), v_BxKxSxA)
-    return out_BxKxGTxA.reshape(B, K, H // K, T, A).transpose(0, 3, 1, 2, 4).reshape(B, T, H, A)
+def _block(q_BxtxHxA: jax.Array, k_BxKxSxA: jax.Array, v_BxKxSxA: jax.Array, mask_BxtxS: jax.Array) -> jax.Array:
+    """One block of queries over all its keys. The queries of a key's group of heads are rows of one product."""
+    B, t, H, A = q_BxtxHxA.shape
+    K, G = k_BxKxSxA.shape[1], H // k_BxKxSxA.shape[1]
+    q_BxKxRxA = (q_BxtxHxA * A**-0.5).reshape(B, t, K, G, A).transpose(0, 2, 3, 1, 4).reshape(B, K, G * t, A)
+    mask_Bx1xRxS = jnp.broadcast_to(mask_BxtxS[:, None], (B, G, *mask_BxtxS.shape[1:])).reshape(B, 1, G * t, -1)
+    out_BxKxRxA = _softmax_product(q_BxKxRxA, k_BxKxSxA, v_BxKxSxA, mask_Bx1xRxS)
+    return out_BxKxRxA.reshape(B, K, G, t, A).transpose(0, 3, 1, 2, 4).reshape(B, t, H, A)
+
+
+@jax.custom_vjp
+def _softmax_product(q_BxKxRxA, k_BxKxSxA, v_BxKxSxA, mask_Bx1xRxS):
+    return _softmax_product_forward(q_BxKxRxA, k_BxKxSxA, v_BxKxSxA, mask_Bx1xRxS)[0]
+
+
+def _scores(q_BxKxRxA, k_BxKxSxA, mask_Bx1xRxS):
+    score_BxKxRxS = jnp.einsum("bkra,bksa->bkrs", q_BxKxRxA, k_BxKxSxA, preferred_element_type=jnp.float32)
+    return jnp.where(mask_Bx1xRxS, score_BxKxRxS, MASKED)
+
+
+def _softmax_product_forward(q_BxKxRxA, k_BxKxSxA, v_BxKxSxA, mask_Bx1xRxS):
+    score_BxKxRxS = _scores(q_BxKxRxA, k_BxKxSxA, mask_Bx1xRxS)
+    top_BxKxRx1 = jnp.max(score_BxKxRxS, axis=-1, keepdims=True)
+    weight_BxKxRxS = jnp.exp(score_BxKxRxS - top_BxKxRx1)
+    total_BxKxRx1 = jnp.sum(weight_BxKxRxS, axis=-1, keepdims=True)
+    out32_BxKxRxA = jnp.einsum(
+        "bkrs,bksa->bkra", weight_BxKxRxS.astype(v_BxKxSxA.dtype), v_BxKxSxA, preferred_element_type=jnp.float32
+    )
+    out_BxKxRxA = (out32_BxKxRxA / total_BxKxRx1).astype(q_BxKxRxA.dtype)
+    return out_BxKxRxA, (q_BxKxRxA, k_BxKxSxA, v_BxKxSxA, mask_Bx1xRxS, out_BxKxRxA, top_BxKxRx1 + jnp.log(total_BxKxRx1))
+
+
+def _softmax_product_backward(kept, dout_BxKxRxA):
+    q_BxKxRxA, k_BxKxSxA, v_BxKxSxA, mask_Bx1xRxS, out_BxKxRxA, lse_BxKxRx1 = kept
+    dtype = q_BxKxRxA.dtype
+    weight_BxKxRxS = jnp.exp(_scores(q_BxKxRxA, k_BxKxSxA, mask_Bx1xRxS) - lse_BxKxRx1)
+    dweight_BxKxRxS = jnp.einsum("bkra,bksa->bkrs", dout_BxKxRxA, v_BxKxSxA, preferred_element_type=jnp.float32)
+    # Σ over keys of weight · dweight, without another pass over the keys.
+    mean_BxKxRx1 = jnp.sum((dout_BxKxRxA * out_BxKxRxA).astype(jnp.float32), axis=-1, keepdims=True)
+    dscore_BxKxRxS = (weight_BxKxRxS * (dweight_BxKxRxS - mean_BxKxRx1)).astype(dtype)
+    dq_BxKxRxA = jnp.einsum("bkrs,bksa->bkra", dscore_BxKxRxS, k_BxKxSxA)
+    dk_BxKxSxA = jnp.einsum("bkrs,bkra->bksa", dscore_BxKxRxS, q_BxKxRxA)
+    dv_BxKxSxA = jnp.einsum("bkrs,bkra->bksa", weight_BxKxRxS.astype(dtype), dout_BxKxRxA)
+    return dq_BxKxRxA, dk_BxKxSxA, dv_BxKxSxA, None
+
+
+_softmax_product.defvjp(_softmax_product_forward, _softmax_product_backward)

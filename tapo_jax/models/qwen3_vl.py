@@ -197,7 +197,7 @@ def _add_deep(x_BxTxD: jax.Array, deep_nxBxTxD: jax.Array | None, index: int | j
 
 
 def _project(x: jax.Array, p: dict, name: str, axes: int = 1) -> jax.Array:
-    y = jnp.tensordot(x, p[name].astype(x.dtype), axes)
+    y = vision.product(x, p[name], axes)
     return y + p[f"{name}_bias"].astype(x.dtype) if f"{name}_bias" in p else y
 
 

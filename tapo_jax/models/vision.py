@@ -1,5 +1,7 @@
 """The vision tower: patches of a row's images in, one feature for each merge × merge block of patches out."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -69,9 +71,19 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     return (normal * scale + bias).astype(x.dtype)
 
 
+def product(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+    """x · kernel over the last `axes` axes of x and the first of the kernel.
+
+    Written as a product of two matrices: with more axes the gradient of the kernel costs transposed copies on a CPU.
+    """
+    rows, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
+    inputs = math.prod(kernel.shape[:axes])
+    y = x.reshape(math.prod(rows), inputs) @ kernel.astype(x.dtype).reshape(inputs, math.prod(outputs))
+    return y.reshape(*rows, *outputs)
+
+
 def dense(x: jax.Array, p: dict, name: str, axes: int = 1) -> jax.Array:
-    """x · kernel + bias, contracting the last `axes` axes of x."""
-    return jnp.tensordot(x, p[name].astype(x.dtype), axes) + p[f"{name}_bias"].astype(x.dtype)
+    return product(x, p[name], axes) + p[f"{name}_bias"].astype(x.dtype)
 
 
 def vision_block(

@@ -1,5 +1,6 @@
 """text_search_tool: BM25 over a corpus of passages."""
 
+import logging
 import re
 import threading
 from collections.abc import Sequence
@@ -11,42 +12,48 @@ import numpy as np
 from tapo_jax.tools.base import function_schema
 from tapo_jax.types import Image, ToolResult
 
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index that it builds
 _WORD = re.compile(r"\w+")
+SCHEMA = function_schema(
+    "text_search_tool",
+    "Search an encyclopedia for passages of text.",
+    {"query": {"type": "string", "description": "What to look for, in words.", "x-kind": "text"}},
+    ("query",),
+)
+
+
+def list_passages(passages: Sequence[str], budget: int) -> str:
+    """Numbered passages, cut to `budget` characters in all."""
+    if not passages:
+        return "No passage matches."
+    return "\n".join(f"{n}. {passage}" for n, passage in enumerate(passages, start=1))[:budget]
 
 
 class TextSearch:
     """passages: "Title\\ntext" each. top_k passages come back, cut to `budget` characters in all."""
 
     name = "text_search_tool"
+    schema = SCHEMA
 
     def __init__(self, passages: Sequence[str], *, top_k: int, budget: int):
         self._passages, self._top_k, self._budget = list(passages), top_k, budget
         self._index = bm25s.BM25()
         self._index.index([_words(passage) for passage in passages], show_progress=False)
         self._lock = threading.Lock()  # bm25s keeps scratch arrays in the index
-        self.schema = function_schema(
-            self.name,
-            "Search an encyclopedia for passages of text.",
-            {"query": {"type": "string", "description": "What to look for, in words.", "x-kind": "text"}},
-            ("query",),
-        )
 
-    def search(self, query: str) -> list[tuple[str, float]]:
-        """The best passages with positive scores, best first; ties go to the earlier passage."""
+    def search(self, query: str, top_k: int | None = None) -> list[tuple[str, float]]:
+        """The best `top_k` passages with positive scores, best first; ties go to the earlier passage."""
         known = [word for word in _words(query) if word in self._index.vocab_dict]
         if not known:
             return []
         with self._lock:
             scores = np.asarray(self._index.get_scores(known))
-        order = np.argsort(-scores, kind="stable")[: self._top_k]
+        order = np.argsort(-scores, kind="stable")[: self._top_k if top_k is None else top_k]
         return [(self._passages[i], float(scores[i])) for i in order if scores[i] > 0]
 
     def __call__(self, arguments: dict[str, Any], images: Sequence[Image]) -> ToolResult:
         found = self.search(arguments["query"])
-        if not found:
-            return ToolResult(text="No passage matches.")
-        text = "\n".join(f"{n}. {passage}" for n, (passage, _) in enumerate(found, start=1))
-        return ToolResult(text=text[: self._budget])
+        return ToolResult(text=list_passages([passage for passage, _ in found], self._budget))
 
 
 def _words(text: str) -> list[str]:

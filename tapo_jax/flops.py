@@ -1,0 +1,102 @@
+"""What a model's arithmetic amounts to, and what chips can do: the two sides of model flops utilisation (MFU).
+
+Counted are the multiplications and additions (2 for each pair) of the matrix products and of attention over the pairs that the
+masks let through; norms, softmax, rotations and look-ups are left out, as usual in MFU. A backward pass is twice its
+forward pass; what rematerialisation computes again does not count. All numbers are plain Python: no arrays, no jax import.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as jax sees it. flops: dense bfloat16 a second; bandwidth: of its memory, bytes a second; memory: bytes;
+    interconnect: bytes a second that it can send to its neighbours (0: not in the table)."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    interconnect: float = 0.0
+
+
+GIB = 2.0**30
+
+# A part of jax's device_kind -> the device; the first that matches counts. Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}
+# (interconnect: half of the bidirectional figure), NVIDIA's data sheets of the SXM forms. A TPU7x chip is two devices to jax.
+CHIPS: dict[str, Chip] = {
+    "TPU v4": Chip("v4", 275e12, 1228e9, 32 * GIB, 300e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 819e9, 16 * GIB, 200e9),
+    "TPU v5": Chip("v5p", 459e12, 2765e9, 95 * GIB, 600e9),
+    "TPU v6": Chip("v6e", 918e12, 1638e9, 32 * GIB, 400e9),
+    "TPU7x": Chip("tpu7x", 2307e12 / 2, 7380e9 / 2, 96 * GIB, 600e9 / 2),
+    "H200": Chip("H200", 989e12, 4800e9, 141e9),
+    "H100": Chip("H100", 989e12, 3350e9, 80e9),
+    "A100-SXM4-40GB": Chip("A100-40GB", 312e12, 1555e9, 40e9),
+    "A100": Chip("A100", 312e12, 2039e9, 80e9),
+}
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The table's entry for a `jax.Device.device_kind`; None for a device that is not in it (a CPU)."""
+    return next((entry for part, entry in CHIPS.items() if part in device_kind), None)
+
+
+# Forward passes.
+
+
+def causal_pairs(lengths: Iterable[int]) -> int:
+    """Query-key pairs of causal attention in segments of these lengths: Σ n (n + 1) / 2."""
+    return sum(n * (n + 1) // 2 for n in lengths)
+
+
+def full_pairs(lengths: Iterable[int]) -> int:
+    """Query-key pairs of attention in both directions in segments of these lengths: Σ n²."""
+    return sum(n * n for n in lengths)
+
+
+def decoder(config: Qwen3VLConfig, *, tokens: int, pairs: int, logits: int) -> float:
+    """Flops of the decoder on `tokens` tokens whose queries meet `pairs` keys in all, with logits at `logits` of them."""
+    D, A = config.hidden, config.head_dim
+    attention = D * A * (2 * config.heads + 2 * config.kv_heads)  # q and o, k and v
+    layer = 2.0 * tokens * (attention + 3 * D * config.mlp) + 4.0 * config.heads * A * pairs
+    return config.layers * layer + 2.0 * logits * D * config.vocab
+
+
+def vision_tower(vision: VisionConfig, *, patches: int, pairs: int) -> float:
+    """Flops of the vision tower with all its mergers on `patches` patches whose queries meet `pairs` keys in all."""
+    E, wide = vision.hidden, vision.hidden * vision.merge**2
+    embedding = 2.0 * patches * vision.patch_features * E
+    block = 2.0 * patches * (4 * E * E + 2 * E * vision.mlp) + 4.0 * E * pairs
+    merger = 2.0 * (patches // vision.merge**2) * (wide * wide + wide * vision.out)
+    return embedding + vision.depth * block + (1 + len(vision.deepstack)) * merger
+
+
+# Passes over episodes.
+
+
+def forward(config: Qwen3VLConfig, lengths: Sequence[int], images: Sequence[int] = ()) -> float:
+    """One forward pass over whole episodes with log-probabilities of all tokens. lengths: tokens of each episode; images: patches
+    of each image of all the episodes."""
+    return _text(config, lengths) + _vision(config, images)
+
+
+def update(config: Qwen3VLConfig, lengths: Sequence[int], images: Sequence[int] = (), *, train_vision: bool = True) -> float:
+    """Forward and backward pass over whole episodes. A frozen vision tower has no backward pass."""
+    return 3 * _text(config, lengths) + (3 if train_vision else 1) * _vision(config, images)
+
+
+def decode(config: Qwen3VLConfig, lengths: Sequence[int]) -> float:
+    """One decoding step of slots that then hold these many tokens each."""
+    return decoder(config, tokens=len(lengths), pairs=sum(lengths), logits=len(lengths))
+
+
+def _text(config: Qwen3VLConfig, lengths: Sequence[int]) -> float:
+    return decoder(config, tokens=sum(lengths), pairs=causal_pairs(lengths), logits=sum(lengths))
+
+
+def _vision(config: Qwen3VLConfig, images: Sequence[int]) -> float:
+    return vision_tower(config.vision, patches=sum(images), pairs=full_pairs(images))

@@ -1,0 +1,59 @@
+"""Scripted experts: right without flaws, often wrong with them, and always through the real tools."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tapo_jax import rewards
+from tapo_jax.chat import Chat
+from tapo_jax.data import tiny_model
+from tapo_jax.data.atlas_world import Settings
+from tapo_jax.data.cold_start import ColdStart
+from tapo_jax.data.experts import Flaws
+from tapo_jax.models.image_processor import ImageProcessor
+
+NONE = Flaws(**{field.name: 0.0 for field in dataclasses.fields(Flaws)})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experts")
+    tiny_model.write_files(path, tiny_model.train_tokenizer())
+    return path
+
+
+def cold_start(directory, flaws):
+    chat = Chat.from_dir(directory)
+    config = tiny_model.tiny_config(chat.tokenizer)
+    processor = ImageProcessor.from_dir(directory)
+    return ColdStart(chat, config, processor, settings=Settings(), flaws=flaws, seed=0, context_weight=0.1)
+
+
+def accuracy(source, count=60):
+    rng = np.random.default_rng(0)
+    return np.mean([rewards.score(source.episode(rng))["accuracy"] for _ in range(count)])
+
+
+def test_a_flawless_expert_is_nearly_always_right_and_a_flawed_one_often_wrong(directory):
+    assert accuracy(cold_start(directory, NONE)) > 0.85
+    assert 0.1 < accuracy(cold_start(directory, Flaws())) < 0.65
+
+
+def test_batches_weigh_what_the_policy_writes(directory):
+    source, rng = cold_start(directory, Flaws()), np.random.default_rng(1)
+    for batch in (source.full(rng, 2, 480, 320), source.first_turn(rng, 2, 160, 256), source.text_part(rng, 2, 176)):
+        weight = batch.weight_BxT
+        assert set(np.unique(weight)) <= {np.float32(0), np.float32(0.1), np.float32(1)} and (weight == 1).any(1).all()
+        assert not weight[batch.inputs.segment_BxT == 0].any() and not weight[:, 0].any()
+
+
+def test_what_is_weighed_in_a_copying_sequence_can_be_known_from_before(directory):
+    """Before every weighed token stands a pair (or, inside one word, a longer history) that the sequence had earlier."""
+    batch = cold_start(directory, Flaws()).copy(np.random.default_rng(2), 8, 64)
+    for token_T, weight_T in zip(batch.inputs.token_BxT, batch.weight_BxT, strict=True):
+        places = np.flatnonzero(weight_T)
+        assert len(places) and places[0] > 0
+        for t in places:
+            earlier = zip(token_T[: t - 1], token_T[1:t], strict=True)
+            assert (token_T[t - 1], token_T[t]) in set(earlier)

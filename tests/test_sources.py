@@ -1,0 +1,137 @@
+"""Where questions and tools come from: Atlas, a folder of JSON lines, a function of the user's, a service."""
+
+import io
+import json
+import threading
+
+import httpx
+import PIL.Image
+import pytest
+
+from configs import tapo_grpo
+from tapo_jax.config import UserError
+from tapo_jax.data import sources
+from tapo_jax.data.atlas import decode_image
+from tapo_jax.data.jsonl import JsonlPrompts
+from tapo_jax.retrieval_service import make_server, read_corpus
+from tapo_jax.tools.base import ToolRunner
+from tapo_jax.tools.remote_search import RemoteTextSearch
+from tapo_jax.tools.text_search import TextSearch
+from tapo_jax.types import Prompt, ToolCall
+
+PASSAGES = ["Peru: capital\nThe capital of Peru: Lima.", "Chad: capital\nThe capital of Chad: N'Djamena."]
+
+
+def config(**changes):
+    made = tapo_grpo.get_config("test")
+    made.update_from_flattened_dict(changes)
+    return made
+
+
+def my_prompts(config, split):
+    return [Prompt(split, "?", (), ("x",))]
+
+
+def my_tools(config):
+    return [TextSearch(PASSAGES, top_k=1, budget=100)]
+
+
+def test_atlas_by_default(tmp_path):
+    prompts = sources.prompts(config(**{"data.dir": str(tmp_path)}), "held_out")
+    assert len(prompts) == 16 and prompts[0].images[0].shape == (256, 256, 3)
+    assert [tool.name for tool in sources.tools(config())] == ["image_zoom_in_tool", "image_search_tool", "text_search_tool"]
+
+
+def test_your_own_functions():
+    made = config(**{"data.name": "tests.test_sources:my_prompts", "tools.source": "tests.test_sources:my_tools"})
+    made.tools.names = ("text_search_tool",)
+    assert sources.prompts(made, "train")[0].id == "train" and len(sources.tools(made)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data.name": "fvqa"}, "data.name is 'fvqa': use atlas, jsonl"),
+        ({"data.name": "tests.test_sources:nothing"}, "no function of this name"),
+        ({"data.name": "os.no_such:thing"}, "no function of this name"),
+        ({"data.name": "jsonl", "data.dir": "/nonexistent"}, "has no file"),
+    ],
+)
+def test_a_wrong_source_is_one_sentence(changes, says):
+    with pytest.raises(UserError, match=says):
+        sources.prompts(config(**changes), "train")
+    with pytest.raises(UserError, match="The split 'test' does not exist"):
+        sources.prompts(config(), "test")
+
+
+def test_a_wrong_tool_is_one_sentence():
+    made = config()
+    made.tools.names = ("calculator",)
+    with pytest.raises(UserError, match="'calculator': the tools of this source are image_zoom_in_tool"):
+        sources.tools(made)
+
+
+def test_a_folder_of_questions(tmp_path):
+    PIL.Image.new("RGB", (6, 4), (9, 8, 7)).save(tmp_path / "a.png")
+    rows = [{"question": "q", "images": ["a.png"], "answers": ["x", "y"]}, {"id": "b", "question": "r", "answers": ["z"], "hops": 2}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = sources.prompts(config(**{"data.name": "jsonl", "data.dir": str(tmp_path)}), "train")
+    first, second = prompts[0], prompts[1]
+    assert (first.id, first.answers, first.images[0].shape) == ("1", ("x", "y"), (4, 6, 3)) and first.images[0][0, 0].tolist() == [9, 8, 7]
+    assert (second.id, second.hops, second.images) == ("b", 2, ())
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"question": "q"}', '{"question": "q", "answers": []}', '{"question": "q", "answers": ["x"], "images": ["../secret.png"]}']
+)
+def test_a_line_that_does_not_fit_is_named(tmp_path, line):
+    (tmp_path / "folder").mkdir()
+    PIL.Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    (tmp_path / "folder" / "train.jsonl").write_text('{"question": "q", "answers": ["x"]}\n' + line)
+    with pytest.raises(UserError, match="line 2"):
+        JsonlPrompts(str(tmp_path / "folder"), "train")
+
+
+def test_a_huge_image_is_refused_before_it_is_decoded():
+    data = io.BytesIO()
+    PIL.Image.new("1", (8000, 8000)).save(data, format="PNG")
+    with pytest.raises(ValueError, match="larger than the limit"):
+        decode_image(data.getvalue())
+
+
+@pytest.fixture
+def service():
+    server = make_server(TextSearch(PASSAGES, top_k=3, budget=1000), "127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_the_service_gives_what_the_local_search_gives(service):
+    local = TextSearch(PASSAGES, top_k=1, budget=100)
+    remote = RemoteTextSearch(service, top_k=1, budget=100, timeout_s=5)
+    for query in ("Chad: capital", "nothing like it"):
+        assert remote({"query": query}, []).text == local({"query": query}, []).text
+    assert remote.schema == local.schema
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"queries": "x"}', b'{"queries": [1]}', b'{"queries": ["x"], "topk": 0}'])
+def test_the_service_survives_bad_requests(service, body):
+    assert httpx.post(f"{service}/retrieve", content=body).status_code in (400, 413)
+    assert httpx.post(f"{service}/other", content=b"{}").status_code == 404
+    assert httpx.post(f"{service}/retrieve", json={"queries": ["Peru"]}).status_code == 200
+
+
+def test_a_service_that_is_gone_is_an_observation():
+    runner = ToolRunner([RemoteTextSearch("http://127.0.0.1:9", top_k=1, budget=9, timeout_s=1)], workers=1, timeout_s=5, retries=1)
+    _, result = runner.run(ToolCall("text_search_tool", {"query": "x"}), [])
+    assert result.error == "exception" and "ConnectError" in result.text
+
+
+def test_a_corpus_line_without_contents_is_named(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"contents": "a"}\n{"text": "b"}')
+    with pytest.raises(UserError, match="line 2"):
+        read_corpus(str(tmp_path / "c.jsonl"))
