@@ -11,7 +11,7 @@ from tapo_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    a = parse_arg(arg, steps=5000, seed=0)
+    a = parse_arg(arg, steps=9000, seed=0)
     c = ConfigDict()
     c.seed = a.seed
     c.total_steps = a.steps
@@ -23,13 +23,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.shapes = dict(
         copy=dict(rows=32, length=64),
         text_part=dict(rows=16, length=176),
-        first_turn=dict(rows=16, length=160, patches=256),
+        where=dict(rows=10, length=304, patches=256),
         full=dict(rows=8, length=480, patches=320),
     )
-    c.phases = (
-        ConfigDict(dict(until=0.25, mixture=dict(copy=0.5, text_part=0.35, first_turn=0.15))),
-        ConfigDict(dict(until=0.5, mixture=dict(copy=0.1, text_part=0.4, first_turn=0.3, full=0.2))),
-        ConfigDict(dict(until=1.0, mixture=dict(copy=0.05, text_part=0.2, first_turn=0.25, full=0.5))),
+    c.phases = (  # until: the step at which the next one begins
+        ConfigDict(dict(until=3500, mixture=dict(copy=0.8, text_part=0.08, where=0.12))),
+        ConfigDict(dict(until=5000, mixture=dict(copy=0.1, text_part=0.25, where=0.3, full=0.35))),
+        ConfigDict(dict(until=a.steps, mixture=dict(copy=0.03, text_part=0.12, where=0.2, full=0.65))),
     )
     c.lr, c.warmup_steps = 3e-3, 50
     return c

@@ -82,12 +82,12 @@ class Agent:
 def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Sequence[Tool], mesh: Mesh) -> Agent:
     """An agent as the config says. Raises UserError for a directory without a usable tokenizer or slots that the mesh does not divide."""
     chat = Chat.from_dir(directory)
+    pixels = PixelStore(ImageProcessor.from_dir(directory))
     rollout_config = config.rollout
     sampler = Sampler(
         model, mesh=mesh, slots=rollout_config.slots, capacity=rollout_config.max_length, chunk=rollout_config.decode_chunk,
-        stop_ids=chat.stop_ids, forbidden_V=chat.forbidden_V(model.config.vocab),
+        image_patches=pixels.max_patches, stop_ids=chat.stop_ids, forbidden_V=chat.forbidden_V(model.config.vocab),
     )
     runner = ToolRunner(tools, workers=config.tools.workers, timeout_s=config.tools.timeout_s, retries=config.tools.retries)
     limits = Limits(rollout_config.max_turns, rollout_config.max_new_tokens, rollout_config.max_length)
-    pixels = PixelStore(ImageProcessor.from_dir(directory))
     return Agent(sampler, chat, pixels, runner, limits, dict(config.reward), rollout_config.tool_wait_s)

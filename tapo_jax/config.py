@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 
@@ -28,15 +28,16 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
 def _parse_flags(args: list[str]) -> list[str]:
     """absl's parsing; a --config.… flag that the config has no field for, or a config file that does not exist, is a UserError."""
+    logging.set_verbosity(logging.WARNING)  # libraries report every step of their work otherwise; --verbosity=0 shows it
     try:
         rest = app.parse_flags_with_usage(args)
+        if "config" in flags.FLAGS:
+            flags.FLAGS["config"].value.is_locked  # noqa: B018 - a file that could not be read says so when it is looked at
+    except OSError as error:
+        raise UserError("--config names a file that cannot be read: give FILE.py or FILE.py:ARGUMENT.") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         sentence = str(error).strip("'\"").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
         raise UserError(f"A --config.… flag does not fit the config: {sentence}.") from error
-    try:
-        flags.FLAGS["config"].value.is_locked  # noqa: B018 - a file that could not be read says so when it is looked at
-    except OSError as error:
-        raise UserError("--config names a file that cannot be read: give FILE.py or FILE.py:ARGUMENT.") from error
     return rest
 
 

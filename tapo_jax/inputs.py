@@ -63,6 +63,11 @@ class PixelStore:
             self._bytes -= oldest_NxF.nbytes
         return value
 
+    @property
+    def max_patches(self) -> int:
+        """Patches of the largest image."""
+        return self.processor.max_pixels // self.processor.patch**2
+
     def tokens(self, image: Image) -> int:
         """Placeholders of an image, without processing it."""
         return self.processor.tokens(self.grid(image))

@@ -35,7 +35,7 @@ def token_logp(
     def one(hidden_BxCxD: jax.Array, token_BxC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BxCxV = qwen3_vl.logits(model, hidden_BxCxD) / temperature
         if forbidden_V is not None:
-            logits_BxCxV = jnp.where(forbidden_V, FORBIDDEN, logits_BxCxV)
+            logits_BxCxV = jnp.where(forbidden_V[None, None], FORBIDDEN, logits_BxCxV)
         return logp_and_entropy(logits_BxCxV, token_BxC)
 
     if steps == 0:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from tapo_jax import flops
+from tapo_jax.inputs import PixelStore
+from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.types import Episode
 
 _compiles = [0]
 
@@ -53,22 +58,19 @@ class Clock:
         return taken
 
 
-# Peak dense bfloat16 operations a second of one device, by a part of its name.
-PEAK_FLOPS = {
-    "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v6": 918e12, "v4": 275e12, "H100": 989e12, "H200": 989e12,
-    "A100": 312e12,
-}  # fmt: skip
-
-
-def throughput(values: Mapping[str, float], *, rows: int, parameters: int) -> dict[str, float]:
-    """perf/… of one step: tokens that the policy wrote per second of the whole step; floating point operations per second
-    and device of the updates (6 · parameters · tokens, attention not counted) and, on devices with a known peak, their share of it."""
-    devices = jax.devices()
-    written, length = values["rollout/written"] * rows, values["rollout/length"] * rows
-    flops = 6.0 * parameters * length / values["time/update"] / len(devices)
-    perf = {"perf/tokens_per_s": written / values["time/step"], "perf/tflops": flops / 1e12}
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in devices[0].device_kind), None)
-    return perf if peak is None else perf | {"perf/mfu": flops / peak}
+def throughput(
+    values: Mapping[str, float], episodes: Sequence[Episode], config: Qwen3VLConfig, pixels: PixelStore, *, train_vision: bool
+) -> dict[str, float]:
+    """perf/… of one step from its time/…: tokens that the policies of all processes wrote, per second of the whole step; operations
+    per second and device of the updates, and on devices with a known peak their share of it (mfu)."""
+    grids = [pixels.grid(image) for episode in episodes for image in episode.images]
+    lengths = [len(episode.token_T) for episode in episodes]
+    done = flops.update(config, lengths, [t * h * w for t, h, w in grids], train_vision=train_vision)
+    each = done / values["time/update"] / jax.local_device_count()
+    written = sum(int(episode.mask_T.sum()) for episode in episodes) * jax.process_count()
+    chip = flops.chip(jax.local_devices()[0].device_kind)
+    perf = {"perf/tokens_per_s": written / values["time/step"], "perf/tflops": each / 1e12}
+    return perf if chip is None else perf | {"perf/mfu": each / chip.flops}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

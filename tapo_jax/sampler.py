@@ -62,9 +62,10 @@ def _this_process(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
 class Sampler:
     """The slots and the calls on them. Weights are given to every call: they change between rollouts, the shapes do not.
 
-    model: for its structure, config and dtype; its weights are not kept. slots: over all devices; capacity: places of a slot.
+    model: for its structure, config and dtype; its weights are not kept. slots: over all devices; capacity: places of a slot;
+    chunk: tokens of a decoding call at most; image_patches: patches of the largest image (`PixelStore.max_patches`).
     stop_ids: the tokens that end a turn. forbidden_V: bool, tokens that are never drawn. mesh: None is one device.
-    shapes: the shapes that calls may have; None makes ladders from the other arguments.
+    shapes: the shapes that calls may have; None makes ladders from the arguments above.
     Raises UserError where the mesh does not divide the slots.
     """
 
@@ -75,6 +76,7 @@ class Sampler:
         slots: int,
         capacity: int,
         chunk: int,
+        image_patches: int,
         stop_ids: Sequence[int],
         forbidden_V: np.ndarray,
         mesh: Mesh | None = None,
@@ -91,7 +93,7 @@ class Sampler:
         self._local_shards = 1 if mesh is None else len(sharding.local_rows(mesh, self._shards))
         self.slots = self.slots_per_shard * self._local_shards  # of this process
         self.shapes = shapes or Shapes.make(
-            slots=self.slots_per_shard, capacity=capacity, chunk=chunk, merge=self.config.vision.merge
+            slots=self.slots_per_shard, capacity=capacity, chunk=chunk, merge=self.config.vision.merge, image_patches=image_patches
         )
         with self._on_mesh():
             self._state = init_slots(self.config, self._shards, self.slots_per_shard, self.shapes.capacity, model.dtype)
@@ -158,9 +160,9 @@ class Sampler:
 
     def warm_up(self, params: Any) -> None:
         """Compiles every call that can occur, by running each on empty rows."""
-        for rows, length, patches, window in self.shapes.extend_calls():
-            self.extend(params, Round(pieces=(schedule.Piece(rows, length, patches, window),)), [])
-        for rows in self.shapes.rows:
+        for piece in self.shapes.extend_calls():
+            self.extend(params, Round(pieces=(piece,)), [])
+        for rows in self.shapes.decode_rows:
             self.copy(Round(copy_rows=rows), [])
         for rows, window in self.shapes.decode_calls():
             plan = Round(decode_rows=rows, decode_window=window)
@@ -228,7 +230,8 @@ def generate(
     length = -(-max(len(row.token_T) for row, _ in rows) // 64) * 64
     patches = max(row.patches for row, _ in rows)
     shapes = Shapes(
-        rows=(min(slots, len(rows)),),
+        extend_rows=(min(slots, len(rows)),),
+        decode_rows=(min(slots, len(rows)),),
         lengths=(length,),
         patches=(patches,) if patches else (),
         windows=(length + -(-max_new_tokens // 64) * 64,),
@@ -238,7 +241,14 @@ def generate(
     forbidden_V = np.zeros(config.vocab, bool)
     forbidden_V[[config.image_token, config.video_token, config.vision_start, config.vision_end]] = True
     sampler = Sampler(
-        model, slots=shapes.rows[0], capacity=shapes.capacity, chunk=shapes.chunk, stop_ids=stop_ids, forbidden_V=forbidden_V, shapes=shapes
+        model,
+        slots=shapes.slots,
+        capacity=shapes.capacity,
+        chunk=shapes.chunk,
+        image_patches=patches,
+        stop_ids=stop_ids,
+        forbidden_V=forbidden_V,
+        shapes=shapes,
     )
     params = nnx.to_pure_dict(nnx.state(model))
     numbers = {"temperature": temperature, "top_p": top_p, "seed": seed, "step": 0}

@@ -10,20 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from tapo_jax.inputs import Row, bucket, ladder
+from tapo_jax.inputs import Row, bucket
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The sizes that calls may have, ascending.
+    """The sizes that calls may have, ascending. Every combination is a program to compile, so there are few of them.
 
-    rows: R; the last one is C, all slots of a shard. lengths: T of an extension. patches: N of an extension with images.
-    windows: cache places that a call reads; the last one is the capacity of a slot.
-    chunk: tokens of a decoding call at most. tokens_per_call: bound on R·T of one shard (at least the fewest rows run).
+    slots: C, slots of a shard. extend_rows, decode_rows: R of the two kinds of calls; the last of decode_rows is C.
+    lengths: T of an extension. patches: N of an extension with images (never more than T tokens can stand for).
+    windows: cache places that a call works on; the last one is the capacity of a slot.
+    chunk: tokens of a decoding call at most. tokens_per_call: bound on R·T of one shard (the fewest rows always run).
     merge: patches along the side of one image token.
     """
 
-    rows: tuple[int, ...]
+    extend_rows: tuple[int, ...]
+    decode_rows: tuple[int, ...]
     lengths: tuple[int, ...]
     patches: tuple[int, ...]
     windows: tuple[int, ...]
@@ -32,50 +34,66 @@ class Shapes:
     tokens_per_call: int = 4096
 
     @classmethod
-    def make(cls, *, slots: int, capacity: int, chunk: int, merge: int, patches: Sequence[int] = ()) -> "Shapes":
-        """Ladders for `slots` slots a shard of `capacity` places. Without `patches` a row may have any that its tokens allow."""
-        lengths = ladder(capacity, smallest=min(64, capacity), factor=4)
+    def make(cls, *, slots: int, capacity: int, chunk: int, merge: int, image_patches: int) -> "Shapes":
+        """Ladders for `slots` slots a shard of `capacity` places and images of at most `image_patches` patches."""
+        lengths = tuple(length for length in (64, 128, 256, 1024, 4096) if length < capacity)
+        patches = {min(size, capacity * merge**2) for size in (image_patches, 2 * image_patches, capacity * merge**2)}
         return cls(
-            rows=ladder(slots, smallest=min(4, slots), factor=4),
-            lengths=lengths,
-            patches=tuple(patches) or tuple(length * merge**2 for length in lengths[-2:]),
-            windows=ladder(capacity, smallest=max(capacity // 4, min(256, capacity)), factor=2),
+            extend_rows=tuple(sorted({min(8, slots), slots})),
+            decode_rows=tuple(sorted({min(8, slots), -(-slots // 2), slots})),
+            lengths=(*lengths, capacity),
+            patches=tuple(sorted(patches)),
+            windows=tuple(sorted({-(-capacity // 2), capacity})),
             chunk=chunk,
             merge=merge,
         )
 
     @property
+    def slots(self) -> int:
+        return self.decode_rows[-1]
+
+    @property
     def capacity(self) -> int:
         return self.windows[-1]
 
-    def extend_rows(self, length: int, patches: int) -> tuple[int, ...]:
-        tokens = max(length, patches // self.merge**2)
-        return tuple(r for r in self.rows if r * tokens <= self.tokens_per_call) or self.rows[:1]
+    def patches_of(self, length: int) -> tuple[int, ...]:
+        """The N that go with a T; 0 is an extension without images."""
+        return (0, *sorted({min(patches, length * self.merge**2) for patches in self.patches}))
 
-    def extend_window(self, before: int, length: int) -> int:
-        """Places for an extension of T = `length` behind `before`: the padding of T is written too, past the capacity if need be."""
-        wanted = before + length
-        return next((window for window in self.windows if window >= wanted), self.capacity + length)
+    def rows_of(self, length: int, patches: int) -> tuple[int, ...]:
+        tokens = max(length, patches // self.merge**2)
+        return tuple(r for r in self.extend_rows if r * tokens <= self.tokens_per_call) or self.extend_rows[:1]
+
+    def windows_of(self, length: int) -> tuple[int, ...]:
+        """Places that an extension may work on. Its padding is written too, past the capacity if need be."""
+        return (*(window for window in self.windows[:-1] if window >= length), self.capacity + length)
 
     def decode_window(self, longest: int) -> int:
         return next((window for window in self.windows if window >= longest + self.chunk), self.capacity)
 
-    def extend_calls(self) -> Iterator[tuple[int, int, int, int]]:
-        """Every (R, T, N, window) that can occur."""
+    def extend_calls(self) -> Iterator["Piece"]:
+        """Every extension that can occur."""
         for length in self.lengths:
-            smaller = (0, *self.patches)
-            for n, patches in enumerate((0, *self.patches)):
-                if n and smaller[n - 1] >= length * self.merge**2:
-                    continue  # so many patches need more placeholders than T
-                for rows in self.extend_rows(length, patches):
-                    for window in (*(w for w in self.windows if w >= length), self.capacity + length):
-                        yield rows, length, patches, window
+            for patches in self.patches_of(length):
+                for rows in self.rows_of(length, patches):
+                    for window in self.windows_of(length):
+                        yield Piece(rows, length, patches, window)
 
     def decode_calls(self) -> Iterator[tuple[int, int]]:
         """Every (R, window) that can occur."""
-        for rows in self.rows:
+        for rows in self.decode_rows:
             for window in self.windows:
                 yield rows, window
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One extending call: R rows of each shard, T tokens, N patches, cache places."""
+
+    rows: int
+    length: int
+    patches: int
+    window: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +122,6 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One extending call: R rows of each shard, T tokens, N patches, cache places."""
-
-    rows: int
-    length: int
-    patches: int
-    window: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Round:
     """The calls of one round, the same in every process. rows = 0: no such call. more: somebody still has episodes."""
 
@@ -134,8 +142,8 @@ def plan(
     agree: Callable[[np.ndarray], np.ndarray],
 ) -> Round:
     """The round of these needs. copies: (source slot, target slot) of one shard. agree: elementwise maximum over processes."""
-    slots = shapes.rows[-1]
-    kinds = [(length, patches) for length in shapes.lengths for patches in (0, *shapes.patches)]
+    slots = shapes.slots
+    kinds = [(length, patches) for length in shapes.lengths for patches in shapes.patches_of(length)]
     rows_K, before_K = np.zeros(len(kinds), np.int64), np.zeros(len(kinds), np.int64)
     for kind, members in group(shapes, extensions).items():
         rows_K[kinds.index(kind)] = most_in_a_shard([extension.slot for extension in members], slots)
@@ -150,13 +158,13 @@ def plan(
     (more_any, copy_rows, draw_rows, longest), rows_K, before_K = np.split(agreed, [4, 4 + len(kinds)])
     pieces = []
     for (length, patches), rows, before in zip(kinds, rows_K.tolist(), before_K.tolist(), strict=True):
-        window = shapes.extend_window(before, length)
-        pieces.extend(Piece(r, length, patches, window) for r in cover(rows, shapes.extend_rows(length, patches)))
+        window = bucket(before + length, shapes.windows_of(length))
+        pieces.extend(Piece(r, length, patches, window) for r in cover(rows, shapes.rows_of(length, patches)))
     return Round(
         more=bool(more_any),
         pieces=tuple(pieces),
-        copy_rows=bucket(int(copy_rows), shapes.rows) if copy_rows else 0,
-        decode_rows=bucket(int(draw_rows), shapes.rows) if draw_rows else 0,
+        copy_rows=bucket(int(copy_rows), shapes.decode_rows) if copy_rows else 0,
+        decode_rows=bucket(int(draw_rows), shapes.decode_rows) if draw_rows else 0,
         decode_window=shapes.decode_window(int(longest)),
     )
 
@@ -165,8 +173,9 @@ def group(shapes: Shapes, extensions: Sequence[Extension]) -> dict[tuple[int, in
     """Extensions by the (T, N) that they need."""
     groups: dict[tuple[int, int], list[Extension]] = {}
     for extension in extensions:
-        patches = extension.row.patches and bucket(extension.row.patches, shapes.patches)
-        groups.setdefault((bucket(len(extension.row.token_T), shapes.lengths), patches), []).append(extension)
+        length = bucket(len(extension.row.token_T), shapes.lengths)
+        patches = bucket(extension.row.patches, shapes.patches_of(length))
+        groups.setdefault((length, patches), []).append(extension)
     return groups
 
 

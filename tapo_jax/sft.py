@@ -34,7 +34,7 @@ from tapo_jax.models.image_processor import ImageProcessor
 def mixture(step: int, config: Any) -> dict[str, float]:
     """Probabilities of the kinds of batch at a step: the phase whose end is not yet reached."""
     for phase in config.phases:
-        if step < phase.until * config.total_steps:
+        if step < phase.until:
             return dict(phase.mixture)
     return dict(config.phases[-1].mixture)
 

@@ -8,7 +8,7 @@ A new strategy is one edit in RULES.
 import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,6 +113,24 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return array
     return jax.lax.with_sharding_constraint(array, PartitionSpec(*_split(axes, array.shape, mesh)))
+
+
+def pieces(logical: str) -> int:
+    """In how many pieces the mesh of the program being traced splits a logical axis; 1 outside of `on`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in _mesh_axes(logical))
+
+
+def on_shards(function: Callable, axes: Sequence[tuple[str | None, ...]], *arrays: jax.Array) -> jax.Array:
+    """`function(*arrays)` on every device's own part of the arrays, for kernels that the compiler cannot split by itself.
+
+    axes: the logical axes of each array; the result is laid out like the first array. Outside of `on` it is function(*arrays).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arrays)
+    specs = tuple(PartitionSpec(*_split(names, array.shape, mesh)) for names, array in zip(axes, arrays, strict=True))
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def _mesh_axes(logical: str | None) -> tuple[str, ...]:

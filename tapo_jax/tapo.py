@@ -107,9 +107,11 @@ def credit_transfer(
     if not support:
         sup_PxS = jnp.ones_like(sup_PxS)
 
-    best_PxS, best_sup_PxS, star_PxS, nearest_PxS = _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS)
+    best_PxS, nearest_PxS = _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS)
     found_PxS = valid_PxS & (best_PxS >= 0)
-    star_adv_PxS = jnp.take_along_axis(cluster_adv_PxS, jnp.where(found_PxS, star_PxS, 0), axis=1)
+    best_sup_PxS, star_adv_PxS, star_PxS = (
+        jnp.take_along_axis(x, nearest_PxS, axis=1) for x in (sup_PxS, cluster_adv_PxS, label_PxS)
+    )
     evidence_PxS = best_PxS.astype(best_sup_PxS.dtype) * best_sup_PxS
     correctable_PxS = found_PxS & ~successful_PxS & (best_PxS >= theta_PxS)
     corrected_PxS = correctable_PxS & (evidence_PxS >= alpha_min) & (adv_PxS < 0)
@@ -166,28 +168,29 @@ def _support_and_advantage(in_cluster_PxSxG, success_PxG, advantage_PxG, weight_
 
 
 def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
-    """(sim, sup, label, slot) of the best witness of every slot: largest sim, then largest sup, then lowest label, then slot.
+    """(sim, slot) of the best witness of every slot: largest sim, then largest sup, then lowest label, then lowest slot.
 
-    One reduction compares all four, so that a tie is decided on the same numbers that the maximum saw; `sim == max` in a
-    fused program may compare two differently rounded copies of one similarity. sim is -1 where there is no witness.
+    sim is -1 where there is no witness. One reduction compares sim and rank together, so that a tie is decided on the same
+    numbers that the maximum saw; `sim == max` in a fused program may compare two differently rounded copies of one similarity.
     """
-    shape = sim_PxSxS.shape
-    slot_PxSxS = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
-    operands = (
-        jnp.where(witness_PxS[:, None, :], sim_PxSxS, -1),
-        jnp.broadcast_to(sup_PxS[:, None, :], shape),
-        jnp.broadcast_to(label_PxS[:, None, :], shape),
-        slot_PxSxS,
-    )
-    start = (jnp.array(-2, sim_PxSxS.dtype), jnp.array(-1, sup_PxS.dtype), jnp.int32(shape[1]), jnp.int32(shape[1]))
+    S = sim_PxSxS.shape[1]
+    slot_1xS = jnp.arange(S, dtype=jnp.int32)[None, :]
+    sup_a, sup_b = sup_PxS[:, :, None], sup_PxS[:, None, :]
+    key_a, key_b = (label_PxS * S + slot_1xS)[:, :, None], (label_PxS * S + slot_1xS)[:, None, :]
+    ahead_PxSxS = (sup_b > sup_a) | ((sup_b == sup_a) & (key_b < key_a))
+    rank_PxS = ahead_PxSxS.sum(axis=2, dtype=jnp.int32)
 
     def better(a, b):
-        (sim_a, sup_a, label_a, slot_a), (sim_b, sup_b, label_b, slot_b) = a, b
-        first = (label_a < label_b) | ((label_a == label_b) & (slot_a < slot_b))
-        takes_a = (sim_a > sim_b) | ((sim_a == sim_b) & ((sup_a > sup_b) | ((sup_a == sup_b) & first)))
-        return tuple(jnp.where(takes_a, x, y) for x, y in zip(a, b, strict=True))
+        (sim_a, rank_a), (sim_b, rank_b) = a, b
+        takes_a = (sim_a > sim_b) | ((sim_a == sim_b) & (rank_a < rank_b))
+        return jnp.where(takes_a, sim_a, sim_b), jnp.where(takes_a, rank_a, rank_b)
 
-    return jax.lax.reduce(operands, start, better, (2,))
+    masked_PxSxS = jnp.where(witness_PxS[:, None, :], sim_PxSxS, -1)
+    all_rank_PxSxS = jnp.broadcast_to(rank_PxS[:, None, :], sim_PxSxS.shape)
+    start = (jnp.array(-2, sim_PxSxS.dtype), jnp.int32(S))
+    best_PxS, best_rank_PxS = jax.lax.reduce((masked_PxSxS, all_rank_PxSxS), start, better, (2,))
+    chosen_PxSxS = best_rank_PxS[:, :, None] == rank_PxS[:, None, :]
+    return best_PxS, jnp.where(chosen_PxSxS, slot_1xS[:, None, :], 0).sum(axis=2, dtype=jnp.int32)
 
 
 def transfer_credit(

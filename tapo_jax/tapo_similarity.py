@@ -19,8 +19,8 @@ TEXT_MEASURES = ("dice", "jaccard", "cosine", "exact")
 def pairwise_similarity(steps: Steps, text: str = "dice"):
     """sim_PxSxS in 0..1, float32, symmetric; exactly 1 for equal calls, 0 where either slot has no valid step.
 
-    text: "dice", "jaccard" (both need integer counts), "cosine" (counts or embeddings), "exact" (equal after normalising).
-    Raises ValueError for another measure and for dice or jaccard of a float array.
+    text: "dice", "jaccard" (both need uint8 counts), "cosine" (counts or embeddings), "exact" (equal after normalising).
+    Raises ValueError for another measure and for dice or jaccard of another type.
     """
     if text not in TEXT_MEASURES:
         raise ValueError(f"text similarity is {text!r}; known: {', '.join(TEXT_MEASURES)}")
@@ -76,8 +76,8 @@ def _text(steps: Steps, i: int, measure: str):
     if measure == "cosine":
         sim_PxSxS = _cosine(text_PxSxF)
     else:
-        if not jnp.issubdtype(text_PxSxF.dtype, jnp.integer):
-            raise ValueError(f"{measure} compares counts; the text features are {text_PxSxF.dtype}: use text='cosine'")
+        if text_PxSxF.dtype != jnp.uint8:
+            raise ValueError(f"{measure} compares uint8 counts; the text features are {text_PxSxF.dtype}: use text='cosine'")
         shared_PxSxS = shared_counts(text_PxSxF).astype(jnp.float32)
         size_PxS = text_PxSxF.sum(axis=-1, dtype=jnp.int32).astype(jnp.float32)
         total_PxSxS = size_PxS[:, :, None] + size_PxS[:, None, :]
@@ -99,25 +99,41 @@ def _cosine(text_PxSxF):
 
 
 def shared_counts(count_PxSxF):
-    """Σ_f min(a_f, b_f) of all pairs, int32 [P, S, S], exact.
+    """Σ_f min(a_f, b_f) of all pairs, int32 [P, S, S], exact. count_PxSxF: uint8.
 
     min(a, b) = Σ_{t ≥ 1} [a ≥ t]·[b ≥ t], so each level t is an AND of bit rows and a population count: 32 features an
     instruction, and no [P, S, S, F] array. Levels run up to the largest count present (a handful in search queries).
     """
     P, S, F = count_PxSxF.shape
     words = -(-F // 32)
-    count_PxSxWx32 = jnp.pad(count_PxSxF, ((0, 0), (0, 0), (0, 32 * words - F))).reshape(P, S, words, 32)
-    shift_1x1x1x32 = jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 1, 32)
+    count_PxSxF = jnp.pad(count_PxSxF, ((0, 0), (0, 0), (0, 32 * words - F)))
+    # Four counts in each uint32, eight of those for each word of bits; which feature lands where does not matter.
+    four_PxSx8xW = jax.lax.bitcast_convert_type(count_PxSxF.reshape(P, S, 8, words, 4), jnp.uint32)
     top = count_PxSxF.max(initial=0).astype(jnp.int32)
 
-    def add_level(carry):
-        level, shared_PxSxS = carry
-        bit_PxSxWx32 = (count_PxSxWx32 >= level.astype(count_PxSxWx32.dtype)).astype(jnp.uint32)
-        bits_PxSxW = (bit_PxSxWx32 << shift_1x1x1x32).sum(axis=-1, dtype=jnp.uint32)
-        for w in range(words):
-            both_PxSxS = bits_PxSxW[:, :, None, w] & bits_PxSxW[:, None, :, w]
-            shared_PxSxS += jax.lax.population_count(both_PxSxS).astype(jnp.int32)
-        return level + 1, shared_PxSxS
+    def bits(level):
+        reached_PxSx8xW = _bytes_at_least(four_PxSx8xW, level.astype(jnp.uint32)) >> 7
+        bits_PxSxW = sum(reached_PxSx8xW[:, :, i] << i for i in range(8))
+        return jnp.moveaxis(bits_PxSxW, 2, 0)
 
-    start = (jnp.int32(1), jnp.zeros((P, S, S), jnp.int32))
-    return jax.lax.while_loop(lambda carry: carry[0] <= top, add_level, start)[1]
+    def add_level(carry):
+        level, bits_WxPxS, shared_PxSxS = carry
+        for bits_PxS in bits_WxPxS:
+            both_PxSxS = bits_PxS[:, :, None] & bits_PxS[:, None, :]
+            shared_PxSxS += jax.lax.population_count(both_PxSxS).astype(jnp.int32)
+        # The next level's bits travel in the carry: computed in place, they would be fused into the pairs and computed S times.
+        return level + 1, bits(level + 1), shared_PxSxS
+
+    start = (jnp.int32(1), bits(jnp.int32(1)), jnp.zeros((P, S, S), jnp.int32))
+    return jax.lax.while_loop(lambda carry: carry[0] <= top, add_level, start)[2]
+
+
+def _bytes_at_least(four, level):
+    """The top bit of each byte of four tells whether that byte is ≥ level (1..255).
+
+    With its top bit set, a byte minus the level's low seven bits cannot borrow from its neighbour, and keeps the bit exactly
+    where its own low seven bits are not smaller.
+    """
+    tops = jnp.uint32(0x80808080)
+    low = ((four | tops) - (level & 127) * jnp.uint32(0x01010101)) & tops
+    return jnp.where(level < 128, (four & tops) | low, (four & tops) & low)

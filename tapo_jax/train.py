@@ -170,13 +170,7 @@ def load_reference(config: ConfigDict, directory: Path, mesh: Mesh) -> Any:
 def make_programs(
     config: ConfigDict, graphdef: Any, optimizer: Any, schedule: Callable, state: TrainState, agent: Agent, mesh: Mesh
 ) -> Programs:
-    a, t = config.algorithm, config.tapo
-    objective = Objective(
-        loss=a.loss, clip_low=a.clip_low, clip_high=a.clip_high, clip_dual=a.clip_dual, tau_pos=a.tau_pos, tau_neg=a.tau_neg,
-        aggregation=a.aggregation, kl_coef=a.kl_coef, kl_estimator=a.kl_estimator, importance_cap=a.importance_cap,
-        temperature=config.rollout.temperature, updates_per_batch=config.train.updates_per_batch,
-        micro_batches=config.train.micro_batches, remat=config.model.remat, train_vision=config.model.train_vision,
-    )  # fmt: skip
+    a, t, objective = config.algorithm, config.tapo, train_step.make_objective(config)
     transfer = dict(
         theta=t.theta, alpha_min=t.alpha_min, beta=t.beta, cluster=t.cluster, cluster_theta=t.cluster_theta, aggregate=t.aggregate,
         support=t.support, clip=t.clip, text=t.text, scope=t.scope, control=t.control,
@@ -266,10 +260,8 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
             if step == 1 or step % config.log.episodes_every == 0 or not np.isfinite([m["loss/total"] for m in each]).all():
                 record_episodes(run, episodes, credit, step)
     values = reward_means(episodes) | played | clock.take() | {"perf/compiles": compile_count() - compiled}
-    values = processes.mean_over(values) | jax.device_get(found) | train_step.over_updates(each)
-    count = sum(array.size for array in jax.tree.leaves(state.params))
-    rows = config.data.prompts_per_step * config.rollout.group_size
-    return state, values | throughput(values, rows=rows, parameters=count)
+    values |= throughput(values, episodes, run.agent.sampler.config, run.agent.pixels, train_vision=config.model.train_vision)
+    return state, processes.mean_over(values) | jax.device_get(found) | train_step.over_updates(each)
 
 
 def to_device(run: Run, episodes: Sequence[Episode], length: int, patches: int) -> tuple[TrainBatch, prepare.Outcome]:

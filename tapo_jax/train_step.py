@@ -49,7 +49,7 @@ class Objective:
     clip_dual: float | None = None
     tau_pos: float = 1.0
     tau_neg: float = 1.05
-    aggregation: str = "token_mean"
+    aggregation: str | None = None
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     importance_cap: float | None = 2.0
@@ -58,6 +58,17 @@ class Objective:
     micro_batches: int = 1
     remat: str = "none"
     train_vision: bool = True
+
+
+def make_objective(config: Any) -> Objective:
+    """The numbers of a config's algorithm, rollout, train and model that the update needs."""
+    a = config.algorithm
+    return Objective(
+        loss=a.loss, clip_low=a.clip_low, clip_high=a.clip_high, clip_dual=a.clip_dual, tau_pos=a.tau_pos, tau_neg=a.tau_neg,
+        aggregation=a.aggregation, kl_coef=a.kl_coef, kl_estimator=a.kl_estimator, importance_cap=a.importance_cap,
+        temperature=config.rollout.temperature, updates_per_batch=config.train.updates_per_batch,
+        micro_batches=config.train.micro_batches, remat=config.model.remat, train_vision=config.model.train_vision,
+    )  # fmt: skip
 
 
 # State.

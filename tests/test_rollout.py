@@ -23,7 +23,9 @@ CAPACITY, CHUNK, STEPS = 192, 5, 5
 CHAT = world.chat(40)  # a turn ends after about 6 tokens
 LIMITS = Limits(max_turns=5, max_new_tokens=24, max_length=CAPACITY)
 # Two rungs of each kind, so that episodes of this size meet every path: some slots, all slots, short and long windows.
-SHAPES = Shapes(rows=(2, 6), lengths=(48, CAPACITY), patches=(64, 128), windows=(96, CAPACITY), chunk=CHUNK, merge=2)
+SHAPES = Shapes(
+    extend_rows=(2, 6), decode_rows=(2, 6), lengths=(48, CAPACITY), patches=(64, 128), windows=(96, CAPACITY), chunk=CHUNK, merge=2
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +35,8 @@ def random_text_means_something(monkeypatch):
 
 def make_sampler(cls=Sampler, *, slots=6, shapes=SHAPES, mesh=None):
     return cls(
-        world.model(), slots=slots, capacity=CAPACITY, chunk=CHUNK, stop_ids=CHAT.stop_ids, forbidden_V=CHAT.forbidden_V(272),
-        mesh=mesh, shapes=shapes,
+        world.model(), slots=slots, capacity=CAPACITY, chunk=CHUNK, image_patches=36, stop_ids=CHAT.stop_ids,
+        forbidden_V=CHAT.forbidden_V(272), mesh=mesh, shapes=shapes,
     )  # fmt: skip
 
 
@@ -205,14 +207,14 @@ def test_a_key_belongs_to_the_prompts_number_not_to_its_place(sampler, sampled):
 
 def test_slots_are_reused_and_their_number_changes_nothing(sampled):
     episodes, _ = sampled
-    few = Shapes(rows=(2,), lengths=(64, CAPACITY), patches=(128,), windows=(CAPACITY,), chunk=16, merge=2)
+    few = Shapes(extend_rows=(2,), decode_rows=(2,), lengths=(64, CAPACITY), patches=(128,), windows=(CAPACITY,), chunk=16, merge=2)
     assert same_tokens(episodes, play(make_sampler(slots=2, shapes=few))[0])
 
 
 def test_slots_over_eight_devices_play_the_same_episodes(sampled):
     episodes, _ = sampled
     mesh = sharding.make_mesh(data=4, fsdp=2)
-    shapes = Shapes(rows=(1, 2), lengths=(64, CAPACITY), patches=(128,), windows=(96, CAPACITY), chunk=CHUNK, merge=2)
+    shapes = Shapes(extend_rows=(1, 2), decode_rows=(1, 2), lengths=(64, CAPACITY), patches=(128,), windows=(96, CAPACITY), chunk=CHUNK, merge=2)
     params = jax.device_put(world.params(), sharding.replicated(mesh))
     spread = make_sampler(slots=16, shapes=shapes, mesh=mesh)
     found, _ = play(spread, params)
@@ -224,7 +226,7 @@ def test_slots_over_eight_devices_play_the_same_episodes(sampled):
 
 def test_nothing_compiles_after_warm_up_and_no_transfer_is_implicit(sampled):
     """Another step's episodes have other lengths; the calls have the same shapes."""
-    shapes = Shapes(rows=(3,), lengths=(CAPACITY,), patches=(128,), windows=(CAPACITY,), chunk=CHUNK, merge=2)
+    shapes = Shapes(extend_rows=(3,), decode_rows=(3,), lengths=(CAPACITY,), patches=(128,), windows=(CAPACITY,), chunk=CHUNK, merge=2)
     fresh = make_sampler(slots=3, shapes=shapes)
     params = world.params()
     fresh.warm_up(params)

@@ -100,10 +100,9 @@ def test_long_texts_saturate_but_still_compare():
 @pytest.mark.parametrize("features", [1, 31, 32, 33, 256])
 def test_shared_counts_are_exact_for_any_width_and_count(features):
     count = np.random.default_rng(features).integers(0, 40, (3, 7, features)).astype(np.uint8)
-    count[0, 0, 0] = 255
+    count[0, :, 0] = [255, 254, 129, 128, 127, 126, 0]
     expected = np.minimum(count[:, :, None].astype(int), count[:, None].astype(int)).sum(-1)
     np.testing.assert_array_equal(jax.jit(tapo_similarity.shared_counts)(count), expected)
-    np.testing.assert_array_equal(tapo_similarity.shared_counts(count.astype(np.int32)), expected)
 
 
 def test_other_tool_families():

@@ -11,7 +11,8 @@ import numpy as np
 from tapo_jax.batch import ModelInputs
 from tapo_jax.chat import Chat
 from tapo_jax.data import atlas_world
-from tapo_jax.data.experts import Flaws, expert, play
+from tapo_jax.data.experts import Flaws, expert, play, zoom_turn
+from tapo_jax.data.questions import ask
 from tapo_jax.episode import Limits
 from tapo_jax.inputs import PixelStore, make_row, model_inputs
 from tapo_jax.models.config import Qwen3VLConfig
@@ -38,13 +39,17 @@ class ColdStart:
         self._limits = Limits(max_turns=12, max_new_tokens=96, max_length=2048)
         self._world_number, self._game, self._uses = -1, None, 0
 
-    def episode(self, rng: np.random.Generator) -> Episode:
-        """One expert episode; a new world after every 256."""
+    def _draw(self, rng: np.random.Generator):
+        """A question in an invented world; a new world after every 256."""
         if self._uses % 256 == 0:
             self._world_number += 1
             self._game = atlas_world.Game.fictional(self._seed * 1_000_003 + self._world_number, self._settings)
         self._uses += 1
-        prompt, question, scene = self._game.prompt(rng)
+        return self._game.prompt(rng)
+
+    def episode(self, rng: np.random.Generator) -> Episode:
+        """One expert episode."""
+        prompt, question, scene = self._draw(rng)
         pixels = PixelStore(self._processor)
         opening = atlas_world.opening(prompt, self._chat, pixels, self._game.runner.schemas)
         script = expert(question, scene, rng, self._flaws)
@@ -60,15 +65,27 @@ class ColdStart:
                 kept.append((episode.token_T, episode.mask_T, episode.images))
         return self._batch(kept, length, patches, pixels)
 
-    def first_turn(self, rng: np.random.Generator, rows: int, length: int, patches: int) -> Batch:
-        """The question, its scene and the first turn: where to look."""
+    def where(self, rng: np.random.Generator, rows: int, length: int, patches: int) -> Batch:
+        """A scene and for each of its outlines a question and the first turn of an answer: where to look."""
         kept = []
+        pixels = PixelStore(self._processor)
         while len(kept) < rows:
-            episode = self.episode(rng)
-            stop = episode.turns[0].stop
-            if stop <= length:
-                kept.append((episode.token_T[:stop], episode.mask_T[:stop], episode.images[:1]))
-        return self._batch(kept, length, patches, PixelStore(self._processor))
+            prompt, _, scene = self._draw(rng)
+            opening = atlas_world.opening(prompt, self._chat, pixels, self._game.runner.schemas)
+            ids, mask = opening.token_T.tolist(), [False] * len(opening.token_T)
+            for number, placed in enumerate(scene):
+                if number:  # the prompt asks about the first one
+                    question = ask(self._game.world, placed.name, placed.colour, 1, rng)
+                    again = self._ids(f"\n<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
+                    ids, mask = ids + again, mask + [False] * len(again)
+                turn = [*self._ids(zoom_turn(placed, rng, self._flaws)), self._chat.stop_ids[0]]
+                ids, mask = ids + turn, mask + [True] * len(turn)
+            images = list(opening.images)
+            kept.append((np.array(ids[:length], np.int32), np.array(mask[:length]), images))
+        return self._batch(kept, length, patches, pixels)
+
+    def _ids(self, text: str) -> list[int]:
+        return self._chat.tokenizer.encode(text, add_special_tokens=False).ids
 
     def text_part(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
         """What follows an image search, and, where it fits, the question before it: names to be carried on."""
@@ -79,16 +96,12 @@ class ColdStart:
             if not found:
                 continue
             token_T, mask_T = episode.token_T[found[-1] :], episode.mask_T[found[-1] :]
-            question_T = self._question(episode)
+            question_T = np.array(self._ids(f"user\n{episode.prompt.question}"), np.int32)
             token_T = np.concatenate([question_T, token_T])[:length]
             mask_T = np.concatenate([np.zeros(len(question_T), bool), mask_T])[:length]
             if mask_T.any():
                 kept.append((token_T, mask_T, []))
         return self._batch(kept, length, 0, PixelStore(self._processor))
-
-    def _question(self, episode: Episode) -> np.ndarray:
-        ids = self._chat.tokenizer.encode(f"user\n{episode.prompt.question}", add_special_tokens=False).ids
-        return np.array(ids, np.int32)
 
     def copy(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
         """A few invented words of several random tokens, in random order again and again. The weight is on what follows the
@@ -98,8 +111,8 @@ class ColdStart:
         weight_BxT = np.zeros((rows, length), np.float32)
         for b in range(rows):
             # Few different tokens make pairs ambiguous, so that more than one token of history has to match.
-            pool = rng.choice(ordinary, int(rng.choice([20, 100, len(ordinary)])), replace=False)
-            words = [rng.choice(pool, int(rng.integers(2, 9))) for _ in range(int(rng.integers(2, 9)))]
+            pool = rng.choice(ordinary, int(rng.choice([30, len(ordinary)], p=[0.2, 0.8])), replace=False)
+            words = [rng.choice(pool, int(rng.integers(3, 8))) for _ in range(int(rng.integers(2, 6)))]
             seen, at = set(), 0
             while at < length:
                 number = int(rng.integers(len(words)))

@@ -102,6 +102,11 @@ def _identify(name: str, scene: Sequence[Placed], rng: np.random.Generator, flaw
     return re.findall(r"^\d+\. (.+)$", result, re.MULTILINE) or ["unknown"]
 
 
+def zoom_turn(target: Placed, rng: np.random.Generator, flaws: Flaws) -> str:
+    """The turn that looks at an outline."""
+    return _zoom(_box(target.box, rng, sloppy=_happens(rng, flaws.sloppy_box)), target.colour)
+
+
 def _box(box: Sequence[float], rng: np.random.Generator, *, sloppy: bool) -> list[int]:
     """In thousandths, rounded to tens: the outline's box with a margin; a sloppy one is moved and scaled besides."""
     x1, y1, x2, y2 = box

@@ -7,6 +7,7 @@ import json
 import pathlib
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -100,7 +101,20 @@ def create(path: str | pathlib.Path, seed: int = 0) -> None:
     tokenizer = train_tokenizer()
     write_files(path, tokenizer)
     config = tiny_config(tokenizer)
-    hf.save(Qwen3VL(config, rngs=nnx.Rngs(seed)), config, path)
+    model = Qwen3VL(config, rngs=nnx.Rngs(seed))
+    position = nnx.state(model, nnx.Param)["vision"]["position"]
+    position[...] = jnp.asarray(plane_waves(config.vision.position_side, config.vision.hidden))
+    hf.save(model, config, path)
+
+
+def plane_waves(side: int, width: int, amplitude: float = 3.0) -> np.ndarray:
+    """float32 [side², width]: sines and cosines of rows and columns, as large as what a patch's pixels contribute. A random
+    table is a hundredth of that, and then no place in the image can be told."""
+    frequency = np.pi * np.geomspace(1.0, side / 2, width // 4) / side
+    angle = np.arange(side)[:, None] * frequency
+    wave = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    rows, columns = np.repeat(wave, side, axis=0), np.tile(wave, (side, 1))
+    return (amplitude * np.concatenate([rows, columns], axis=1)).astype(np.float32)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ S keys, H query heads, K key/value heads, G = H / K, A numbers of one head.
 import jax
 import jax.numpy as jnp
 
+from tapo_jax.models.splash import splash_attention
+
 MASKED = -1e30
+QUERY_BLOCK = 256
 
 
 def attention(
@@ -22,9 +25,44 @@ def attention(
 ) -> jax.Array:
     """Softmax attention within equal segments, scaled by A^-1/2; causal: only to keys at the same place or before.
 
-    Padding has a segment of its own (0), so no row of the softmax is empty. Returns [B, T, H, A] in the dtype of q.
+    Segments are not negative; padding has one of its own (0), so no row of the softmax is empty.
+    backend: "xla", "splash", "cudnn", or "auto": by the platform that the program is traced for.
+    Returns [B, T, H, A] in the dtype of q. Raises KeyError for another backend.
     """
-    return xla_attention(q_BxTxHxA, k_BxSxKxA, v_BxSxKxA, q_segment_BxT, kv_segment_BxS, causal=causal)
+    if backend == "auto":
+        backend = choose_backend(platform(), q_BxTxHxA.dtype, q_BxTxHxA.shape[-1])
+    function = {"xla": xla_attention, "splash": splash_attention, "cudnn": cudnn_attention}[backend]
+    return function(q_BxTxHxA, k_BxSxKxA, v_BxSxKxA, q_segment_BxT, kv_segment_BxS, causal=causal)
+
+
+def platform() -> str:
+    """Of the mesh that is being traced for; a program may be compiled for machines that are not here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def choose_backend(platform: str, dtype: jnp.dtype, head_dim: int) -> str:
+    """cuDNN's kernel takes 16-bit numbers and heads of up to 128 in steps of 8; all else goes through XLA there."""
+    if platform == "tpu":
+        return "splash"
+    narrow = dtype in (jnp.bfloat16, jnp.float16)
+    return "cudnn" if platform in ("gpu", "cuda") and narrow and head_dim % 8 == 0 and head_dim <= 128 else "xla"
+
+
+def cudnn_attention(
+    q_BxTxHxA: jax.Array,
+    k_BxSxKxA: jax.Array,
+    v_BxSxKxA: jax.Array,
+    q_segment_BxT: jax.Array,
+    kv_segment_BxS: jax.Array,
+    *,
+    causal: bool,
+) -> jax.Array:
+    """The fused kernel of NVIDIA GPUs."""
+    mask_Bx1xTxS = (q_segment_BxT[:, :, None] == kv_segment_BxS[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BxTxHxA, k_BxSxKxA, v_BxSxKxA, mask=mask_Bx1xTxS, is_causal=causal, implementation="cudnn"
+    )
 
 
 def xla_attention(
@@ -47,7 +85,7 @@ def xla_attention(
         S = stop if causal else k_BxKxSxA.shape[2]
         mask_BxtxS = q_segment_BxT[:, start:stop, None] == kv_segment_BxS[:, None, :S]
         if causal:
-            mask_BxtxS &= jnp.arange(start, stop)[:, None] >= jnp.arange(S)
+            mask_BxtxS &= (jnp.arange(start, stop)[:, None] >= jnp.arange(S)[None])[None]
         out.append(_block(q_BxTxHxA[:, start:stop], k_BxKxSxA[:, :, :S], v_BxKxSxA[:, :, :S], mask_BxtxS))
     return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
 
@@ -55,10 +93,24 @@ def xla_attention(
 def cached_attention(
     q_BxTxHxA: jax.Array, k_BxKxSxA: jax.Array, v_BxKxSxA: jax.Array, length_B: jax.Array
 ) -> jax.Array:
-    """New tokens over a cache that holds them already: query t of row b sees the places 0 … length_B[b] + t."""
-    T, S = q_BxTxHxA.shape[1], k_BxKxSxA.shape[2]
-    last_BxT = length_B[:, None] + jnp.arange(T)
-    return _block(q_BxTxHxA, k_BxKxSxA, v_BxKxSxA, jnp.arange(S) <= last_BxT[:, :, None])
+    """New tokens over a cache that holds them already: query t of row b sees the places 0 … length_B[b] + t.
+
+    Long stretches go block by block, so that the scores of all T queries never exist together.
+    """
+    B, T, H, A = q_BxTxHxA.shape
+    place_S = jnp.arange(k_BxKxSxA.shape[2])
+
+    def block(q_BxtxHxA: jax.Array, start: int | jax.Array) -> jax.Array:
+        last_Bxt = length_B[:, None] + start + jnp.arange(q_BxtxHxA.shape[1])[None]
+        return _block(q_BxtxHxA, k_BxKxSxA, v_BxKxSxA, place_S[None, None] <= last_Bxt[:, :, None])
+
+    if T <= QUERY_BLOCK:
+        return block(q_BxTxHxA, 0)
+    blocks = -(-T // QUERY_BLOCK)
+    padded = jnp.pad(q_BxTxHxA, ((0, 0), (0, blocks * QUERY_BLOCK - T), (0, 0), (0, 0)))
+    split = jnp.moveaxis(padded.reshape(B, blocks, QUERY_BLOCK, H, A), 1, 0)
+    out = jax.lax.map(lambda xs: block(*xs), (split, jnp.arange(blocks) * QUERY_BLOCK))
+    return jnp.moveaxis(out, 0, 1).reshape(B, blocks * QUERY_BLOCK, H, A)[:, :T]
 
 
 def _block(q_BxtxHxA: jax.Array, k_BxKxSxA: jax.Array, v_BxKxSxA: jax.Array, mask_BxtxS: jax.Array) -> jax.Array:

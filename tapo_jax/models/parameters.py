@@ -5,14 +5,18 @@ A kernel is stored [inputs…, outputs…] with heads as an axis of their own; a
 """
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 
 Path = tuple[str, ...]
+ONE_DRAW = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +53,33 @@ def vision_filter(path: tuple, value: object = None) -> bool:
     return bool(path) and path[0] == "vision"
 
 
-def create(spec: Spec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A fresh value: normal draws are made in float32, so that a narrow dtype rounds the same numbers."""
-    if spec.std is None:
-        return jnp.full(spec.shape, spec.constant, dtype)
-    return (spec.std * jax.random.normal(key, spec.shape, jnp.float32)).astype(dtype)
+def create(table: dict[Path, Spec], key: jax.Array, dtype: jnp.dtype) -> dict[Path, jax.Array]:
+    """Fresh values. Normal draws are made in float32, so that a narrow dtype rounds the same numbers."""
+    return dict(zip(table, _create(tuple(table.values()), key, dtype), strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _create(table: tuple[Spec, ...], key: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+    if sum(math.prod(spec.shape) for spec in table) > ONE_DRAW:
+        draws = [jax.random.normal(jax.random.fold_in(key, i), spec.shape) for i, spec in enumerate(table)]
+    else:  # one generator in the program instead of one for each shape: it compiles many times faster
+        ends = np.cumsum([math.prod(spec.shape) for spec in table])
+        flat = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
+        draws = [part.reshape(spec.shape) for part, spec in zip(flat, table, strict=True)]
+    full = [jnp.full(spec.shape, spec.constant, dtype) for spec in table]
+    pairs = zip(table, draws, full, strict=True)
+    return [constant if spec.std is None else (spec.std * draw).astype(dtype) for spec, draw, constant in pairs]
 
 
 class Stack(nnx.Module):
     """Named arrays of one part of the model; `arrays()` hands them to the functions that compute."""
 
-    def __init__(self, table: dict[Path, Spec], rngs: nnx.Rngs, dtype: jnp.dtype):
-        groups = {path[0] for path in table if len(path) > 1}
-        for name in sorted(groups):
-            setattr(self, name, Stack({p[1:]: s for p, s in table.items() if p[0] == name}, rngs, dtype))
-        for path, spec in table.items():
+    def __init__(self, values: dict[Path, jax.Array]):
+        for name in sorted({path[0] for path in values if len(path) > 1}):
+            setattr(self, name, Stack({path[1:]: x for path, x in values.items() if path[0] == name}))
+        for path, value in values.items():
             if len(path) == 1:
-                setattr(self, path[0], nnx.Param(create(spec, rngs.params(), dtype)))
+                setattr(self, path[0], nnx.Param(value))
 
     def arrays(self) -> dict:
         """The parameters as a plain (nested) dictionary of arrays."""

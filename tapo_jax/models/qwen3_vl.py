@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs
 from tapo_jax.models import cache as cache_lib
 from tapo_jax.models import positions, vision
 from tapo_jax.models.attention import attention, cached_attention
 from tapo_jax.models.cache import Cache
 from tapo_jax.models.config import Qwen3VLConfig
-from tapo_jax.models.parameters import Stack, specs
+from tapo_jax.models.layers import frequencies, project, rms_norm, rotate
+from tapo_jax.models.parameters import Stack, create, specs
 from tapo_jax.models.stack import run_stack
 
 
@@ -35,7 +37,7 @@ class Qwen3VL(Stack):
         param_dtype: jnp.dtype = jnp.float32,
         dtype: jnp.dtype = jnp.float32,
     ):
-        super().__init__(specs(config), rngs, jnp.dtype(param_dtype))
+        super().__init__(create(specs(config), rngs.params(), jnp.dtype(param_dtype)))
         self.config = config
         self.dtype = jnp.dtype(dtype)
 
@@ -59,7 +61,7 @@ def hidden_states(model: Qwen3VL, inputs: ModelInputs, *, remat: str = "none") -
 def logits(model: Qwen3VL, hidden_xD: jax.Array) -> jax.Array:
     """float32 logits over the vocabulary of hidden states [..., D]."""
     table_VxD = model.embedding[...] if model.config.tied else model.lm_head[...]
-    table_VxD = table_VxD.astype(hidden_xD.dtype)
+    table_VxD = sharding.constrain(table_VxD.astype(hidden_xD.dtype), "vocab", None)
     return jnp.einsum("...d,vd->...v", hidden_xD, table_VxD, preferred_element_type=jnp.float32)
 
 
@@ -153,27 +155,22 @@ def _forward(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.
     return logits(model, hidden_states(model, inputs))
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return normal.astype(x.dtype) * scale.astype(x.dtype)
-
-
-def rotary(position_BxTx3: jax.Array, config: Qwen3VLConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, 1, A/2]. Frequencies are dealt to time, height, width in turn (interleaved M-RoPE):
-    height and width get every third one up to 3 · their section, time all the others."""
-    half = config.head_dim // 2
-    axis_A = np.zeros(half, np.int32)
+def rotary(position_BxTx3: jax.Array, config: Qwen3VLConfig) -> jax.Array:
+    """Angles [B, T, 1, A/2]. The pairs are dealt to time, height, width in turn (interleaved M-RoPE): height and width
+    get every third one up to 3 · their section, time all the others."""
+    pairs = config.head_dim // 2
+    axis_P = np.zeros(pairs, np.int32)
     for axis in (1, 2):
-        axis_A[axis : 3 * config.mrope_section[axis] : 3] = axis
-    frequency_A = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) * 2 / config.head_dim)
-    angle_BxTx1xA = (position_BxTx3[..., axis_A].astype(jnp.float32) * frequency_A)[:, :, None]
-    return jnp.cos(angle_BxTx1xA), jnp.sin(angle_BxTx1xA)
+        axis_P[axis : 3 * config.mrope_section[axis] : 3] = axis
+    frequency_P = frequencies(pairs, config.rope_theta)
+    return (position_BxTx3[..., axis_P].astype(jnp.float32) * frequency_P[None, None])[:, :, None]
 
 
 def _embed(params: dict, inputs: ModelInputs, config: Qwen3VLConfig, dtype: jnp.dtype, remat: str):
     """Token embeddings with the image features in their places: (x_BxTxD, deep_nxBxTxD or None)."""
-    x_BxTxD = params["embedding"][inputs.token_BxT].astype(dtype)
+    # Whole rows of the table on a device: a lookup in a table split along D makes the compiler gather the batch.
+    table_VxD = sharding.constrain(params["embedding"], "vocab", None)
+    x_BxTxD = sharding.constrain(table_VxD[inputs.token_BxT].astype(dtype), "batch", None, None)
     if inputs.pixels_BxNxF is None:
         return x_BxTxD, None
     feature_BxMxD, deep_nxBxMxD = vision.features(params["vision"], inputs, config.vision, dtype, remat=remat)
@@ -196,21 +193,17 @@ def _add_deep(x_BxTxD: jax.Array, deep_nxBxTxD: jax.Array | None, index: int | j
     return x_BxTxD + jnp.where(index < n, deep_nxBxTxD[jnp.minimum(index, n - 1)], 0)
 
 
-def _project(x: jax.Array, p: dict, name: str, axes: int = 1) -> jax.Array:
-    y = vision.product(x, p[name], axes)
-    return y + p[f"{name}_bias"].astype(x.dtype) if f"{name}_bias" in p else y
-
-
-def _qkv(x_BxTxD: jax.Array, p: dict, angle: tuple[jax.Array, jax.Array], config: Qwen3VLConfig):
+def _qkv(x_BxTxD: jax.Array, p: dict, angle_BxTx1xP: jax.Array, config: Qwen3VLConfig):
     """Queries, keys, values of one layer, normalised by head and rotated: [B, T, H|K, A]."""
     x_BxTxD = rms_norm(x_BxTxD, p["input_norm"], config.norm_epsilon)
-    q_BxTxHxA = rms_norm(_project(x_BxTxD, p, "q"), p["q_norm"], config.norm_epsilon)
-    k_BxTxKxA = rms_norm(_project(x_BxTxD, p, "k"), p["k_norm"], config.norm_epsilon)
-    return vision.rotate(q_BxTxHxA, angle), vision.rotate(k_BxTxKxA, angle), _project(x_BxTxD, p, "v")
+    q_BxTxHxA = rms_norm(project(x_BxTxD, p, "q"), p["q_norm"], config.norm_epsilon)
+    k_BxTxKxA = rms_norm(project(x_BxTxD, p, "k"), p["k_norm"], config.norm_epsilon)
+    return rotate(q_BxTxHxA, angle_BxTx1xP), rotate(k_BxTxKxA, angle_BxTx1xP), project(x_BxTxD, p, "v")
 
 
 def _rest(x_BxTxD: jax.Array, out_BxTxHxA: jax.Array, p: dict, config: Qwen3VLConfig) -> jax.Array:
     """What follows attention in a layer: output projection, residual, SwiGLU, residual."""
-    x_BxTxD = x_BxTxD + _project(out_BxTxHxA, p, "o", axes=2)
+    x_BxTxD = x_BxTxD + project(out_BxTxHxA, p, "o", axes=2)
     y_BxTxD = rms_norm(x_BxTxD, p["mlp_norm"], config.norm_epsilon)
-    return x_BxTxD + _project(jax.nn.silu(_project(y_BxTxD, p, "gate")) * _project(y_BxTxD, p, "up"), p, "down")
+    x_BxTxD = x_BxTxD + project(jax.nn.silu(project(y_BxTxD, p, "gate")) * project(y_BxTxD, p, "up"), p, "down")
+    return sharding.constrain(x_BxTxD, "batch", None, None)

@@ -1,16 +1,14 @@
 """The vision tower: patches of a row's images in, one feature for each merge × merge block of patches out."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
+from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs
 from tapo_jax.models.attention import attention
 from tapo_jax.models.config import VisionConfig
+from tapo_jax.models.layers import frequencies, layer_norm, project, rotate
 from tapo_jax.models.stack import run_stack
-
-EPSILON = 1e-6
 
 
 def features(
@@ -21,13 +19,13 @@ def features(
     params: the arrays under `vision`. deep: the outputs of the n deepstack mergers, for the decoder's first n layers.
     Rows hold their own images only; padding patches (patch_image 0) see each other and their features are never read.
     """
-    x_BxNxE = layer_patches(params, inputs, dtype)
-    angle = rotary(inputs.patch_rowcol_BxNx2, vision)
+    x_BxNxE = embed_patches(params, inputs, dtype)
+    angle_BxNx1xP = rotary(inputs.patch_rowcol_BxNx2, vision)
     segment_BxN = inputs.patch_image_BxN
 
     def block(x_BxNxE: jax.Array, p: dict, index: int | jax.Array) -> jax.Array:
         del index
-        return vision_block(x_BxNxE, p, angle, segment_BxN)
+        return vision_block(x_BxNxE, p, angle_BxNx1xP, segment_BxN)
 
     deep, start = [], 0
     blocks, deepstack = params["blocks"], params.get("deepstack")
@@ -40,61 +38,29 @@ def features(
     return merge(x_BxNxE, params["merger"], vision, after=False), jnp.stack(deep) if deep else None
 
 
-def layer_patches(params: dict, inputs: ModelInputs, dtype: jnp.dtype) -> jax.Array:
+def embed_patches(params: dict, inputs: ModelInputs, dtype: jnp.dtype) -> jax.Array:
     """Patch embedding plus the learned position table, read between its entries."""
-    x_BxNxE = inputs.pixels_BxNxF.astype(dtype) @ params["patch"].astype(dtype) + params["patch_bias"].astype(dtype)
+    x_BxNxE = project(inputs.pixels_BxNxF.astype(dtype), params, "patch")
     corner_BxNx4xE = params["position"][inputs.patch_corner_BxNx4]
     position_BxNxE = jnp.sum(corner_BxNx4xE * inputs.patch_weight_BxNx4[..., None], axis=2)
     return x_BxNxE + position_BxNxE.astype(dtype)
 
 
-def rotary(rowcol_BxNx2: jax.Array, vision: VisionConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, N, 1, A/2]: the first half of the frequencies turns with the row, the other with the column."""
-    quarter = vision.head_dim // 4
-    frequency = vision.rope_theta ** (-jnp.arange(quarter, dtype=jnp.float32) * 2 / (vision.head_dim // 2))
-    angle_BxNx2xQ = rowcol_BxNx2[..., None].astype(jnp.float32) * frequency
-    angle_BxNx1xA = angle_BxNx2xQ.reshape(*rowcol_BxNx2.shape[:2], 1, 2 * quarter)
-    return jnp.cos(angle_BxNx1xA), jnp.sin(angle_BxNx1xA)
+def rotary(rowcol_BxNx2: jax.Array, vision: VisionConfig) -> jax.Array:
+    """Angles [B, N, 1, A/2]: the first half of the pairs turns with the row, the other with the column."""
+    frequency_Q = frequencies(vision.head_dim // 4, vision.rope_theta)
+    angle_BxNx2xQ = rowcol_BxNx2[..., None].astype(jnp.float32) * frequency_Q[None, None, None]
+    return angle_BxNx2xQ.reshape(*rowcol_BxNx2.shape[:2], 1, -1)
 
 
-def rotate(x_BxTxHxA: jax.Array, angle: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (a, a + A/2) of every head, in float32."""
-    cos, sin = angle
-    low, high = jnp.split(x_BxTxHxA.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_BxTxHxA.dtype)
-
-
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    normal = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + EPSILON)
-    return (normal * scale + bias).astype(x.dtype)
-
-
-def product(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
-    """x · kernel over the last `axes` axes of x and the first of the kernel.
-
-    Written as a product of two matrices: with more axes the gradient of the kernel costs transposed copies on a CPU.
-    """
-    rows, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
-    inputs = math.prod(kernel.shape[:axes])
-    y = x.reshape(math.prod(rows), inputs) @ kernel.astype(x.dtype).reshape(inputs, math.prod(outputs))
-    return y.reshape(*rows, *outputs)
-
-
-def dense(x: jax.Array, p: dict, name: str, axes: int = 1) -> jax.Array:
-    return product(x, p[name], axes) + p[f"{name}_bias"].astype(x.dtype)
-
-
-def vision_block(
-    x_BxNxE: jax.Array, p: dict, angle: tuple[jax.Array, jax.Array], segment_BxN: jax.Array
-) -> jax.Array:
-    qkv_BxNx3xHxA = dense(layer_norm(x_BxNxE, p["norm1"], p["norm1_bias"]), p, "qkv")
+def vision_block(x_BxNxE: jax.Array, p: dict, angle_BxNx1xP: jax.Array, segment_BxN: jax.Array) -> jax.Array:
+    qkv_BxNx3xHxA = project(layer_norm(x_BxNxE, p["norm1"], p["norm1_bias"]), p, "qkv")
     q, k, v = (qkv_BxNx3xHxA[:, :, i] for i in range(3))
-    out_BxNxHxA = attention(rotate(q, angle), rotate(k, angle), v, segment_BxN, segment_BxN, causal=False)
-    x_BxNxE = x_BxNxE + dense(out_BxNxHxA, p, "proj", axes=2)
-    up_BxNxM = jax.nn.gelu(dense(layer_norm(x_BxNxE, p["norm2"], p["norm2_bias"]), p, "fc1"), approximate=True)
-    return x_BxNxE + dense(up_BxNxM, p, "fc2")
+    q, k = rotate(q, angle_BxNx1xP), rotate(k, angle_BxNx1xP)
+    out_BxNxHxA = attention(q, k, v, segment_BxN, segment_BxN, causal=False)
+    x_BxNxE = x_BxNxE + project(out_BxNxHxA, p, "proj", axes=2)
+    up_BxNxM = jax.nn.gelu(project(layer_norm(x_BxNxE, p["norm2"], p["norm2_bias"]), p, "fc1"), approximate=True)
+    return sharding.constrain(x_BxNxE + project(up_BxNxM, p, "fc2"), "batch", None, None)
 
 
 def merge(x_BxNxE: jax.Array, p: dict, vision: VisionConfig, *, after: bool) -> jax.Array:
@@ -105,4 +71,4 @@ def merge(x_BxNxE: jax.Array, p: dict, vision: VisionConfig, *, after: bool) -> 
     B, N, E = x_BxNxE.shape
     block = (B, N // vision.merge**2, E * vision.merge**2)
     x = layer_norm(x_BxNxE.reshape(block) if after else x_BxNxE, p["norm"], p["norm_bias"])
-    return dense(jax.nn.gelu(dense(x.reshape(block), p, "fc1"), approximate=False), p, "fc2")
+    return project(jax.nn.gelu(project(x.reshape(block), p, "fc1"), approximate=False), p, "fc2")

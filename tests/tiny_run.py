@@ -1,0 +1,69 @@
+"""Whole training runs in seconds: `train` on the model, tools and readings of `rollout_world`. Also a program, for runs that are
+killed or have several processes:
+
+    python tests/tiny_run.py WORKDIR MODEL_DIRECTORY [field=value …]
+"""
+
+import json
+from pathlib import Path
+
+import rollout_world as world
+from ml_collections import ConfigDict
+
+from tapo_jax.config import beside, run_main
+from tapo_jax.models import hf
+
+STOPS = 24  # ids that end a turn, of 262: turns of about eleven tokens
+
+
+def write_model(path: Path) -> Path:
+    """A model directory with the random weights of `rollout_world`."""
+    hf.save(world.model(), world.config(), path)
+    world.chat().tokenizer.save(str(path / "tokenizer.json"))
+    (path / "chat_template.jinja").write_text(world.TEMPLATE)
+    (path / "preprocessor_config.json").write_text(json.dumps(world.PROCESSOR.to_hf()))
+    return path
+
+
+def config(model: Path, **fields) -> ConfigDict:
+    """The test setting of tapo_grpo.py, smaller still; `fields` by their dotted names."""
+    c = beside(str(Path(__file__).parents[1] / "configs" / "x"), "tapo_grpo.py")("test,steps=4")
+    c.model.path = str(model)
+    c.data.prompts_per_step = 4
+    c.rollout.update(group_size=4, slots=16, max_turns=3, max_new_tokens=12, max_length=144, decode_chunk=4)
+    c.tapo.update(steps=3, features=32, theta=0.3, alpha_min=0.1)
+    c.optimizer.lr = 3e-3
+    c.train.update(length_buckets=(), patch_buckets=())
+    c.checkpoint.every = 2
+    c.eval.update(prompts=6, split="held_out")
+    for name, value in fields.items():
+        section, _, field = name.replace("__", ".").rpartition(".")
+        (c[section] if section else c)[field] = value
+    return c
+
+
+def patch(setattr_) -> None:
+    """Puts the little world in the place of Atlas. setattr_(target, name, value)."""
+    from tapo_jax import agent, episode
+    from tapo_jax.data import sources
+
+    chat = world.chat(STOPS)
+    setattr_(episode, "parse_turn", world.read_turn)
+    setattr_(agent.Chat, "from_dir", classmethod(lambda cls, path: chat))
+    setattr_(sources, "prompts", lambda config, split: world.prompts(24 if split == "train" else 6))
+    setattr_(sources, "tools", lambda config: [world.Crop(), world.Say()])
+
+
+def main(argv: list[str]) -> None:
+    from tapo_jax import processes
+
+    processes.join()
+    from tapo_jax.train import train
+
+    patch(setattr)
+    fields = dict(item.split("=") for item in argv[3:])
+    train(config(Path(argv[2]), **{name: int(value) for name, value in fields.items()}), argv[1])
+
+
+if __name__ == "__main__":
+    run_main(main)
