@@ -11,7 +11,7 @@ from tapo_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    a = parse_arg(arg, steps=9000, seed=0)
+    a = parse_arg(arg, steps=6000, seed=0)
     c = ConfigDict()
     c.seed = a.seed
     c.total_steps = a.steps
@@ -27,8 +27,8 @@ def get_config(arg: str = "") -> ConfigDict:
         full=dict(rows=8, length=480, patches=320),
     )
     c.phases = (  # until: the step at which the next one begins
-        ConfigDict(dict(until=3500, mixture=dict(copy=0.8, text_part=0.08, where=0.12))),
-        ConfigDict(dict(until=5000, mixture=dict(copy=0.1, text_part=0.25, where=0.3, full=0.35))),
+        ConfigDict(dict(until=1000, mixture=dict(copy=0.25, text_part=0.25, where=0.5))),
+        ConfigDict(dict(until=2500, mixture=dict(copy=0.05, text_part=0.2, where=0.4, full=0.35))),
         ConfigDict(dict(until=a.steps, mixture=dict(copy=0.03, text_part=0.12, where=0.2, full=0.65))),
     )
     c.lr, c.warmup_steps = 3e-3, 50

@@ -1,5 +1,7 @@
 """Drawing one token from logits: keys, temperature, top-p, forbidden tokens. Pure functions of arrays."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -29,15 +31,36 @@ def draw(
     greedy = temperature == 0
     logp_RxV = jax.nn.log_softmax(logits_RxV / jnp.where(greedy, 1.0, temperature), axis=-1)
     p_RxV = jax.lax.cond(top_p < 1, lambda p: _nucleus(p, top_p), lambda p: p, jnp.exp(logp_RxV))
-    # Inverse of the cumulative distribution: one random number for each row instead of one for each token of the vocabulary.
-    # A cumulative sum in blocks need not be monotone in its last bits, so tokens of probability 0 are excluded explicitly.
-    total_RxV = jnp.cumsum(p_RxV, axis=-1)
-    u_Rx1 = jax.vmap(jax.random.uniform)(key_R)[:, None]
-    passed_RxV = (total_RxV > u_Rx1 * total_RxV[:, -1:]) & (p_RxV > 0)
     most_R = jnp.argmax(logits_RxV, axis=-1)
-    drawn_R = jnp.where(passed_RxV.any(axis=-1), jnp.argmax(passed_RxV, axis=-1), most_R)
+    drawn_R = pick(p_RxV, jax.vmap(jax.random.uniform)(key_R))
     token_R = jnp.where(greedy, most_R, drawn_R).astype(jnp.int32)
     return token_R, jnp.take_along_axis(logp_RxV, token_R[:, None], axis=-1)[:, 0]
+
+
+def pick(p_RxV: jax.Array, u_R: jax.Array) -> jax.Array:
+    """The inverse of each row's cumulative distribution at u in [0, 1): one random number for each row instead of one for each
+    token of the vocabulary. Rows need not add up to 1. A token of probability 0 is never picked.
+
+    In two levels of about √V: first the block of tokens, then the token in it; sums of so few terms are one small product.
+    """
+    R, V = p_RxV.shape
+    side = math.isqrt(V - 1) + 1
+    p_RxMxM = jnp.pad(p_RxV, ((0, 0), (0, side * side - V))).reshape(R, side, side)
+    before_MxM = jnp.tri(side, dtype=jnp.float32).T  # x @ before: sums up to and including each place
+
+    def first(p_RxM: jax.Array, target_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first place where the sum passes the target, and what is left of the target there."""
+        sum_RxM = jnp.matmul(p_RxM, before_MxM, precision="highest")
+        passed_RxM = (sum_RxM > target_R[:, None]) & (p_RxM > 0)
+        # Rounding may leave no place: then the most probable one.
+        place_R = jnp.where(passed_RxM.any(axis=1), jnp.argmax(passed_RxM, axis=1), jnp.argmax(p_RxM, axis=1))
+        taken_R = jnp.take_along_axis(sum_RxM - p_RxM, place_R[:, None], axis=1)[:, 0]
+        return place_R, target_R - taken_R
+
+    block_RxM = p_RxMxM.sum(axis=2)
+    block_R, rest_R = first(block_RxM, u_R * block_RxM.sum(axis=1))
+    place_R, _ = first(jnp.take_along_axis(p_RxMxM, block_R[:, None, None], axis=1)[:, 0], rest_R)
+    return block_R * side + place_R
 
 
 def _nucleus(p_RxV: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -170,25 +170,19 @@ def _support_and_advantage(in_cluster_PxSxG, success_PxG, advantage_PxG, weight_
 def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
     """(sim, slot) of the best witness of every slot: largest sim, then largest sup, then lowest label, then lowest slot.
 
-    sim is -1 where there is no witness. One reduction compares sim and rank together, so that a tie is decided on the same
-    numbers that the maximum saw; `sim == max` in a fused program may compare two differently rounded copies of one similarity.
+    sim is -1 where there is no witness. The barrier makes both reductions read the same array: recomputed inside each of two
+    fused loops, a similarity may round differently, and then no slot equals the maximum.
     """
     S = sim_PxSxS.shape[1]
     slot_1xS = jnp.arange(S, dtype=jnp.int32)[None, :]
-    sup_a, sup_b = sup_PxS[:, :, None], sup_PxS[:, None, :]
-    key_a, key_b = (label_PxS * S + slot_1xS)[:, :, None], (label_PxS * S + slot_1xS)[:, None, :]
-    ahead_PxSxS = (sup_b > sup_a) | ((sup_b == sup_a) & (key_b < key_a))
+    key_PxS = label_PxS * S + slot_1xS
+    ahead_PxSxS = (sup_PxS[:, None, :] > sup_PxS[:, :, None]) | (
+        (sup_PxS[:, None, :] == sup_PxS[:, :, None]) & (key_PxS[:, None, :] < key_PxS[:, :, None])
+    )
     rank_PxS = ahead_PxSxS.sum(axis=2, dtype=jnp.int32)
-
-    def better(a, b):
-        (sim_a, rank_a), (sim_b, rank_b) = a, b
-        takes_a = (sim_a > sim_b) | ((sim_a == sim_b) & (rank_a < rank_b))
-        return jnp.where(takes_a, sim_a, sim_b), jnp.where(takes_a, rank_a, rank_b)
-
-    masked_PxSxS = jnp.where(witness_PxS[:, None, :], sim_PxSxS, -1)
-    all_rank_PxSxS = jnp.broadcast_to(rank_PxS[:, None, :], sim_PxSxS.shape)
-    start = (jnp.array(-2, sim_PxSxS.dtype), jnp.int32(S))
-    best_PxS, best_rank_PxS = jax.lax.reduce((masked_PxSxS, all_rank_PxSxS), start, better, (2,))
+    masked_PxSxS = jax.lax.optimization_barrier(jnp.where(witness_PxS[:, None, :], sim_PxSxS, -1))
+    best_PxS = masked_PxSxS.max(axis=2)
+    best_rank_PxS = jnp.where(masked_PxSxS == best_PxS[:, :, None], rank_PxS[:, None, :], S).min(axis=2)
     chosen_PxSxS = best_rank_PxS[:, :, None] == rank_PxS[:, None, :]
     return best_PxS, jnp.where(chosen_PxSxS, slot_1xS[:, None, :], 0).sum(axis=2, dtype=jnp.int32)
 

@@ -11,7 +11,7 @@ A parameter that only one of two calls has counts as similarity 0, one that neit
 import jax
 import jax.numpy as jnp
 
-from tapo_jax.tapo_encode import Steps
+from tapo_jax.tapo_encode import MAX_COUNT, Steps
 
 TEXT_MEASURES = ("dice", "jaccard", "cosine", "exact")
 
@@ -49,7 +49,7 @@ def _both(flag_PxS):
 
 def _region(steps: Steps, i: int):
     box_PxSx4 = steps.box_PxSxRx4[:, :, i]
-    x1, y1, x2, y2 = (box_PxSx4[..., c] for c in range(4))
+    x1, y1, x2, y2 = jax.lax.optimization_barrier(tuple(box_PxSx4[..., c] for c in range(4)))
     area_PxS = jnp.maximum(x2 - x1, 0) * jnp.maximum(y2 - y1, 0)
     width_PxSxS = jnp.minimum(x2[:, :, None], x2[:, None, :]) - jnp.maximum(x1[:, :, None], x1[:, None, :])
     height_PxSxS = jnp.minimum(y2[:, :, None], y2[:, None, :]) - jnp.maximum(y1[:, :, None], y1[:, None, :])
@@ -102,30 +102,34 @@ def shared_counts(count_PxSxF):
     """Σ_f min(a_f, b_f) of all pairs, int32 [P, S, S], exact. count_PxSxF: uint8.
 
     min(a, b) = Σ_{t ≥ 1} [a ≥ t]·[b ≥ t], so each level t is an AND of bit rows and a population count: 32 features an
-    instruction, and no [P, S, S, F] array. Levels run up to the largest count present (a handful in search queries).
+    instruction, and no [P, S, S, F] array. Levels run as long as any count reaches them (a handful in search queries).
     """
     P, S, F = count_PxSxF.shape
     words = -(-F // 32)
     count_PxSxF = jnp.pad(count_PxSxF, ((0, 0), (0, 0), (0, 32 * words - F)))
     # Four counts in each uint32, eight of those for each word of bits; which feature lands where does not matter.
     four_PxSx8xW = jax.lax.bitcast_convert_type(count_PxSxF.reshape(P, S, 8, words, 4), jnp.uint32)
-    top = count_PxSxF.max(initial=0).astype(jnp.int32)
 
     def bits(level):
+        """A uint32 [P, S] for each word, apart: as one array XLA would keep the words side by side, and read pairs with a stride."""
         reached_PxSx8xW = _bytes_at_least(four_PxSx8xW, level.astype(jnp.uint32)) >> 7
         bits_PxSxW = sum(reached_PxSx8xW[:, :, i] << i for i in range(8))
-        return jnp.moveaxis(bits_PxSxW, 2, 0)
+        return tuple(bits_PxSxW[:, :, w] for w in range(words))
 
     def add_level(carry):
-        level, bits_WxPxS, shared_PxSxS = carry
-        for bits_PxS in bits_WxPxS:
+        level, bits_of_words, shared_PxSxS = carry
+        for bits_PxS in bits_of_words:
             both_PxSxS = bits_PxS[:, :, None] & bits_PxS[:, None, :]
             shared_PxSxS += jax.lax.population_count(both_PxSxS).astype(jnp.int32)
         # The next level's bits travel in the carry: computed in place, they would be fused into the pairs and computed S times.
         return level + 1, bits(level + 1), shared_PxSxS
 
+    def any_left(carry):
+        level, bits_of_words, _ = carry
+        return (level <= MAX_COUNT) & jnp.stack([bits_PxS.max(initial=0) for bits_PxS in bits_of_words]).any()
+
     start = (jnp.int32(1), bits(jnp.int32(1)), jnp.zeros((P, S, S), jnp.int32))
-    return jax.lax.while_loop(lambda carry: carry[0] <= top, add_level, start)[2]
+    return jax.lax.while_loop(any_left, add_level, start)[2]
 
 
 def _bytes_at_least(four, level):

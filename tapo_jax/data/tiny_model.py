@@ -7,11 +7,13 @@ import json
 import pathlib
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tapo_jax.data.copying_init import write_copying_heads
 from tapo_jax.data.questions import ask, corpus
 from tapo_jax.data.scene import COLOURS
 from tapo_jax.data.world import fictional_world
@@ -102,8 +104,12 @@ def create(path: str | pathlib.Path, seed: int = 0) -> None:
     write_files(path, tokenizer)
     config = tiny_config(tokenizer)
     model = Qwen3VL(config, rngs=nnx.Rngs(seed))
-    position = nnx.state(model, nnx.Param)["vision"]["position"]
-    position[...] = jnp.asarray(plane_waves(config.vision.position_side, config.vision.hidden))
+    state = nnx.state(model, nnx.Param)
+    params = jax.tree.map(np.array, nnx.to_pure_dict(state))
+    params["vision"]["position"] = plane_waves(config.vision.position_side, config.vision.hidden)
+    write_copying_heads(params, config, np.random.default_rng(seed))
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
+    nnx.update(model, state)
     hf.save(model, config, path)
 
 

@@ -6,7 +6,6 @@ parameter's part besides what its devices hold. Saving goes tensor by tensor.
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -119,12 +118,9 @@ def load(
     shardings = _shardings(config, mesh)
     values = {}
     for place, spec in table.items():
-        parts = [_as_ours(tensors[name], place, spec) for name in tensor_names(place, spec)]
+        parts = [as_ours(tensors[name], place, spec) for name in tensor_names(place, spec)]
         values[place] = _put(parts, spec, jnp.dtype(dtype), shardings[place])
-    state = nnx.state(model, nnx.Param)
-    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
-    nnx.update(model, state)
-    return model, config
+    return fill(model, values), config
 
 
 def abstract(config: Qwen3VLConfig, *, param_dtype: str = "float32", dtype: str = "float32") -> Qwen3VL:
@@ -134,14 +130,25 @@ def abstract(config: Qwen3VLConfig, *, param_dtype: str = "float32", dtype: str 
     )
 
 
+def fill(model: Qwen3VL, values: dict[parameters.Path, jax.Array]) -> Qwen3VL:
+    """Puts arrays by path in the place of an abstract model's shapes."""
+    state = nnx.state(model, nnx.Param)
+    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
+    nnx.update(model, state)
+    return model
+
+
 def save(
     model: Qwen3VL, config: Qwen3VLConfig, path: str | Path, *, dtype: str | None = None, assets: str | Path | None = None
 ) -> None:
     """Writes config.json and model.safetensors (in `dtype`; None: the parameters' own) for transformers and vLLM.
 
+    A model with low-rank parameters has to be merged first (`lora.merged`): ValueError.
     assets: a model directory whose tokenizer, chat template and preprocessor files are copied along.
     Every process of a run must call it; the first one writes.
     """
+    if model.lora_rank is not None:
+        raise ValueError("the model has low-rank parameters: save lora.merged(model), or the adapter by lora.save_adapter")
     path = Path(path)
     table = parameters.specs(config)
     arrays = {place: leaf for place, leaf in nnx.traversals.flatten_mapping(model.arrays()).items()}
@@ -153,7 +160,7 @@ def save(
     def read(name: str) -> np.ndarray:
         place, i = source[name]
         array = arrays[place][i] if table[place].axes[0] == "layers" else arrays[place]
-        return _as_theirs(_to_host(array), place, shapes[name])
+        return as_theirs(_to_host(array), place, shapes[name])
 
     if not first:
         for name in shapes:
@@ -183,13 +190,13 @@ def _check(tensors: dict[str, np.ndarray], table: dict, config: Qwen3VLConfig) -
             raise ValueError(f'tensor "{name}" has shape {tensors[name].shape}, expected {tuple(shape)}')
 
 
-def _as_ours(tensor: np.ndarray, path: parameters.Path, spec: parameters.Spec) -> np.ndarray:
+def as_ours(tensor: np.ndarray, path: parameters.Path, spec: parameters.Spec) -> np.ndarray:
     """A view of a file's tensor in our layout (splitting axes and transposing copy nothing)."""
     shape = spec.shape[1:] if spec.axes[0] == "layers" else spec.shape
     return (tensor.reshape(tensor.shape[0], -1).T if path[-1] in _KERNELS else tensor).reshape(shape)
 
 
-def _as_theirs(array: np.ndarray, path: parameters.Path, shape: tuple[int, ...]) -> np.ndarray:
+def as_theirs(array: np.ndarray, path: parameters.Path, shape: tuple[int, ...]) -> np.ndarray:
     return (array.reshape(-1, shape[0]).T if path[-1] in _KERNELS else array).reshape(shape)
 
 

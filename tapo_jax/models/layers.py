@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def product(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
@@ -44,13 +45,14 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float =
     return (normal * along(scale, normal) + along(bias, normal)).astype(x.dtype)
 
 
-def rotate(x_BxTxHxA: jax.Array, angle_BxTx1xP: jax.Array) -> jax.Array:
-    """Turns the P = A/2 pairs (a, a + A/2) of every head by their angles, in float32."""
-    cos, sin = jnp.cos(angle_BxTx1xP), jnp.sin(angle_BxTx1xP)
+def rotate(x_BxTxHxA: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the P = A/2 pairs (a, a + A/2) of every head, in float32. turn: cos and sin of the angles, [B, T, 1, P]."""
+    cos, sin = turn
     low, high = jnp.split(x_BxTxHxA.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_BxTxHxA.dtype)
 
 
-def frequencies(pairs: int, theta: float) -> jax.Array:
-    """theta^(-p / pairs) for each of the pairs of a rotary embedding, float32."""
-    return theta ** -(jnp.arange(pairs, dtype=jnp.float32) / pairs)
+def frequencies(pairs: int, theta: float) -> np.ndarray:
+    """theta^(-p / pairs) of each pair, rounded in float32 step by step as in PyTorch: far positions show the difference."""
+    power_P = np.arange(0, 2 * pairs, 2, dtype=np.float32) / np.float32(2 * pairs)
+    return np.float32(1) / np.float32(theta) ** power_P

@@ -26,7 +26,7 @@ from tapo_jax.models.stack import run_stack
 class Qwen3VL(Stack):
     """The parameters. What they compute is in this file's functions, which take the model as their first argument.
 
-    config, dtype (of the computation; the parameters have their own) are static.
+    Static: config; dtype, of the computation (the parameters have their own); lora_rank and lora_scale (`lora.add`).
     """
 
     def __init__(
@@ -40,17 +40,24 @@ class Qwen3VL(Stack):
         super().__init__(create(specs(config), rngs.params(), jnp.dtype(param_dtype)))
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.lora_rank: int | None = None
+        self.lora_scale = 1.0
+
+    def arrays(self) -> dict:
+        """The parameters as a nested dictionary of arrays, the scale of low-rank updates worked into their second half."""
+        scale = lambda path, x: x * self.lora_scale if path[-1].key.endswith("_lora_b") else x  # noqa: E731
+        return super().arrays() if self.lora_rank is None else jax.tree_util.tree_map_with_path(scale, super().arrays())
 
 
 def hidden_states(model: Qwen3VL, inputs: ModelInputs, *, remat: str = "none") -> jax.Array:
     """The whole sequence without a cache: hidden_BxTxD after the final norm. remat: see `stack.run_stack`."""
     config, params = model.config, model.arrays()
     x_BxTxD, deep = _embed(params, inputs, config, model.dtype, remat)
-    angle = rotary(inputs.position_BxTx3, config)
+    turn = rotary(inputs.position_BxTx3, config)
     segment_BxT = inputs.segment_BxT
 
     def layer(x_BxTxD: jax.Array, p: dict, index: int | jax.Array) -> jax.Array:
-        q, k, v = _qkv(x_BxTxD, p, angle, config)
+        q, k, v = _qkv(x_BxTxD, p, turn, config)
         out = attention(q, k, v, segment_BxT, segment_BxT, causal=True)
         return _add_deep(_rest(x_BxTxD, out, p, config), deep, index)
 
@@ -62,7 +69,9 @@ def logits(model: Qwen3VL, hidden_xD: jax.Array) -> jax.Array:
     """float32 logits over the vocabulary of hidden states [..., D]."""
     table_VxD = model.embedding[...] if model.config.tied else model.lm_head[...]
     table_VxD = sharding.constrain(table_VxD.astype(hidden_xD.dtype), "vocab", None)
-    return jnp.einsum("...d,vd->...v", hidden_xD, table_VxD, preferred_element_type=jnp.float32)
+    rows = hidden_xD.reshape(-1, hidden_xD.shape[-1])
+    out = jax.lax.dot_general(rows, table_VxD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return out.reshape(*hidden_xD.shape[:-1], table_VxD.shape[0])
 
 
 def extend(
@@ -90,10 +99,10 @@ def extend(
     # Rows without tokens may repeat a slot that another row fills: they write nowhere.
     target_R = jnp.where(count_R > 0, row_R, cache.slots)
     x_RxTxD, deep = _embed(params, inputs, config, model.dtype, "none")
-    angle = rotary(inputs.position_BxTx3, config)
+    turn = rotary(inputs.position_BxTx3, config)
 
     def layer(x_RxTxD, k_cache, v_cache, p, index, place):
-        q, k, v = _qkv(x_RxTxD, p, angle, config)
+        q, k, v = _qkv(x_RxTxD, p, turn, config)
         k_cache = cache_lib.write(k_cache, k.swapaxes(1, 2), place, target_R, length_R)
         v_cache = cache_lib.write(v_cache, v.swapaxes(1, 2), place, target_R, length_R)
         seen = [c[place] if slot_R is None else c[place, slot_R] for c in (k_cache, v_cache)]
@@ -155,15 +164,16 @@ def _forward(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.
     return logits(model, hidden_states(model, inputs))
 
 
-def rotary(position_BxTx3: jax.Array, config: Qwen3VLConfig) -> jax.Array:
-    """Angles [B, T, 1, A/2]. The pairs are dealt to time, height, width in turn (interleaved M-RoPE): height and width
+def rotary(position_BxTx3: jax.Array, config: Qwen3VLConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, 1, A/2]. The pairs are dealt to time, height, width in turn (interleaved M-RoPE): height and width
     get every third one up to 3 · their section, time all the others."""
     pairs = config.head_dim // 2
     axis_P = np.zeros(pairs, np.int32)
     for axis in (1, 2):
         axis_P[axis : 3 * config.mrope_section[axis] : 3] = axis
     frequency_P = frequencies(pairs, config.rope_theta)
-    return (position_BxTx3[..., axis_P].astype(jnp.float32) * frequency_P[None, None])[:, :, None]
+    angle_BxTx1xP = (position_BxTx3[..., axis_P].astype(jnp.float32) * frequency_P[None, None])[:, :, None]
+    return jnp.cos(angle_BxTx1xP), jnp.sin(angle_BxTx1xP)
 
 
 def _embed(params: dict, inputs: ModelInputs, config: Qwen3VLConfig, dtype: jnp.dtype, remat: str):
@@ -193,12 +203,12 @@ def _add_deep(x_BxTxD: jax.Array, deep_nxBxTxD: jax.Array | None, index: int | j
     return x_BxTxD + jnp.where(index < n, deep_nxBxTxD[jnp.minimum(index, n - 1)], 0)
 
 
-def _qkv(x_BxTxD: jax.Array, p: dict, angle_BxTx1xP: jax.Array, config: Qwen3VLConfig):
+def _qkv(x_BxTxD: jax.Array, p: dict, turn: tuple[jax.Array, jax.Array], config: Qwen3VLConfig):
     """Queries, keys, values of one layer, normalised by head and rotated: [B, T, H|K, A]."""
     x_BxTxD = rms_norm(x_BxTxD, p["input_norm"], config.norm_epsilon)
     q_BxTxHxA = rms_norm(project(x_BxTxD, p, "q"), p["q_norm"], config.norm_epsilon)
     k_BxTxKxA = rms_norm(project(x_BxTxD, p, "k"), p["k_norm"], config.norm_epsilon)
-    return rotate(q_BxTxHxA, angle_BxTx1xP), rotate(k_BxTxKxA, angle_BxTx1xP), project(x_BxTxD, p, "v")
+    return rotate(q_BxTxHxA, turn), rotate(k_BxTxKxA, turn), project(x_BxTxD, p, "v")
 
 
 def _rest(x_BxTxD: jax.Array, out_BxTxHxA: jax.Array, p: dict, config: Qwen3VLConfig) -> jax.Array:

@@ -1,7 +1,8 @@
 """Reading and writing *.safetensors as memory maps: one tensor at a time, any slice of it, bfloat16 included."""
 
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -37,7 +38,7 @@ def _open(file: Path) -> dict[str, np.ndarray]:
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
-    data = np.memmap(file, np.uint8, mode="r", offset=8 + size) if file.stat().st_size > 8 + size else np.zeros(0, np.uint8)
+    data = np.memmap(file, np.uint8, mode="r", offset=8 + size)
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -61,34 +62,37 @@ def write_all(
 
     `read(name)` is called for one tensor after another in the order of `shapes`, so one is in memory at a time.
     """
-    bytes_of = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
+    bytes_of = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name, size in bytes_of.items():
         if shards[-1] and sum(bytes_of[n] for n in shards[-1]) + size > shard_bytes:
             shards.append([])
         shards[-1].append(name)
     if len(shards) == 1:
-        _write(directory / "model.safetensors", shards[0], shapes, dtype, read)
+        write(directory / "model.safetensors", shapes, dtype, read)
         return
     where = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write(directory / file, names, shapes, dtype, read)
+        write(directory / file, {name: shapes[name] for name in names}, dtype, read)
         where.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": where}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write(file: Path, names: Iterable[str], shapes: dict, dtype: np.dtype, read: Callable[[str], np.ndarray]) -> None:
+def write(
+    file: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, read: Callable[[str], np.ndarray]
+) -> None:
+    """One safetensors file of the tensors of `shapes`, all in `dtype`."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        size = int(np.prod(shapes[name])) * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [offset, offset + size]}
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
+        for name in shapes:
             stream.write(np.ascontiguousarray(read(name).astype(dtype)).tobytes())

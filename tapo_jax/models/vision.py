@@ -20,12 +20,12 @@ def features(
     Rows hold their own images only; padding patches (patch_image 0) see each other and their features are never read.
     """
     x_BxNxE = embed_patches(params, inputs, dtype)
-    angle_BxNx1xP = rotary(inputs.patch_rowcol_BxNx2, vision)
+    turn = rotary(inputs.patch_rowcol_BxNx2, vision)
     segment_BxN = inputs.patch_image_BxN
 
     def block(x_BxNxE: jax.Array, p: dict, index: int | jax.Array) -> jax.Array:
         del index
-        return vision_block(x_BxNxE, p, angle_BxNx1xP, segment_BxN)
+        return vision_block(x_BxNxE, p, turn, segment_BxN)
 
     deep, start = [], 0
     blocks, deepstack = params["blocks"], params.get("deepstack")
@@ -46,17 +46,18 @@ def embed_patches(params: dict, inputs: ModelInputs, dtype: jnp.dtype) -> jax.Ar
     return x_BxNxE + position_BxNxE.astype(dtype)
 
 
-def rotary(rowcol_BxNx2: jax.Array, vision: VisionConfig) -> jax.Array:
-    """Angles [B, N, 1, A/2]: the first half of the pairs turns with the row, the other with the column."""
+def rotary(rowcol_BxNx2: jax.Array, vision: VisionConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, N, 1, A/2]: the first half of the pairs turns with the row, the other with the column."""
     frequency_Q = frequencies(vision.head_dim // 4, vision.rope_theta)
     angle_BxNx2xQ = rowcol_BxNx2[..., None].astype(jnp.float32) * frequency_Q[None, None, None]
-    return angle_BxNx2xQ.reshape(*rowcol_BxNx2.shape[:2], 1, -1)
+    angle_BxNx1xP = angle_BxNx2xQ.reshape(*rowcol_BxNx2.shape[:2], 1, -1)
+    return jnp.cos(angle_BxNx1xP), jnp.sin(angle_BxNx1xP)
 
 
-def vision_block(x_BxNxE: jax.Array, p: dict, angle_BxNx1xP: jax.Array, segment_BxN: jax.Array) -> jax.Array:
+def vision_block(x_BxNxE: jax.Array, p: dict, turn: tuple[jax.Array, jax.Array], segment_BxN: jax.Array) -> jax.Array:
     qkv_BxNx3xHxA = project(layer_norm(x_BxNxE, p["norm1"], p["norm1_bias"]), p, "qkv")
     q, k, v = (qkv_BxNx3xHxA[:, :, i] for i in range(3))
-    q, k = rotate(q, angle_BxNx1xP), rotate(k, angle_BxNx1xP)
+    q, k = rotate(q, turn), rotate(k, turn)
     out_BxNxHxA = attention(q, k, v, segment_BxN, segment_BxN, causal=False)
     x_BxNxE = x_BxNxE + project(out_BxNxHxA, p, "proj", axes=2)
     up_BxNxM = jax.nn.gelu(project(layer_norm(x_BxNxE, p["norm2"], p["norm2_bias"]), p, "fc1"), approximate=True)

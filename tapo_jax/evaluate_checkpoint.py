@@ -1,0 +1,92 @@
+"""A checkpoint on held-out questions: JSON, a Markdown table and, on demand, a page. The program is `launch/eval.py`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from tapo_jax import check, evaluate, records, sharding, train_step, viewer
+from tapo_jax.agent import load_model, make_agent, model_directory
+from tapo_jax.config import UserError
+from tapo_jax.data import sources
+
+
+def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bool = False) -> dict[str, float]:
+    """Evaluates a checkpoint, prints the table and writes NAME.json and NAME.md (page: NAME.html too) into `out`.
+
+    checkpoint: a WORKDIR (its newest checkpoint), a WORKDIR/checkpoints/N, or a model directory in Hugging Face form. out: None is
+    the run's folder `eval`, or ./eval for a model directory that is no run's. Raises UserError.
+    """
+    check.check(config)
+    saved, directory, name, folder = find(Path(checkpoint), config)
+    mesh = sharding.make_mesh(**config.mesh)
+    prompts = evaluate.split_prompts(config)
+    if not prompts:
+        raise UserError(f"There is nothing to evaluate: eval.prompts is {config.eval.prompts} and the split is '{config.eval.split}'.")
+    model, _ = load_model(directory, config.model, mesh)
+    agent = make_agent(config, directory, model, sources.tools(config), mesh)
+    params = train_step.split_model(model)[1]
+    if saved is not None:
+        params = read_params(saved, params)
+    episodes, played = evaluate.play(agent, params, prompts, temperature=config.eval.temperature, seed=config.seed)
+    values = evaluate.numbers(evaluate.added(evaluate.tally(episodes, played)))
+    if jax.process_index() == 0:
+        folder = Path(out) if out else folder
+        about = {"checkpoint": str(saved or directory), "split": config.eval.split, "temperature": config.eval.temperature, "seed": config.seed}
+        text = f"# {name}: {config.data.name}, {config.eval.split}\n\n{evaluate.table(values)}"
+        write(folder / f"{name}.json", json.dumps(about | {"metrics": values}, indent=2) + "\n")
+        write(folder / f"{name}.md", text)
+        if page:
+            recorded = [records.record(e, step=0, prompt=p, advantage=0.0, credit=()) for p, e in enumerate(episodes)]
+            records.save(folder / f"{name}.npz", recorded)
+            viewer.write_page([folder / f"{name}.npz"], folder / f"{name}.html")
+        print(f"{text}\nwritten to {folder / name}.json", flush=True)
+    return values
+
+
+def find(checkpoint: Path, config: ConfigDict) -> tuple[Path | None, Path, str, Path]:
+    """-> (the checkpoint's folder, None for a model directory; the model directory; a name; the folder for results)."""
+    if not checkpoint.is_dir():
+        raise UserError(f"--checkpoint is '{checkpoint}', which is no directory: give a WORKDIR, WORKDIR/checkpoints/N or a model directory.")
+    if (checkpoint / "checkpoints").is_dir():
+        steps = [int(path.name) for path in (checkpoint / "checkpoints").iterdir() if path.name.isdigit()]
+        if not steps:
+            raise UserError(f"{checkpoint / 'checkpoints'} holds no complete checkpoint: wait until the run has saved one.")
+        checkpoint = checkpoint / "checkpoints" / str(max(steps))
+    if checkpoint.name.isdigit() and checkpoint.resolve().parent.name == "checkpoints":
+        workdir = checkpoint.resolve().parents[1]
+        return checkpoint, model_directory(config.model.path), f"step_{int(checkpoint.name):06d}", workdir / "eval"
+    if not (checkpoint / "config.json").is_file():
+        raise UserError(f"{checkpoint} holds neither checkpoints nor a model: give a WORKDIR, WORKDIR/checkpoints/N or a model directory.")
+    parent = checkpoint.resolve().parent
+    in_run = (parent / "checkpoints").is_dir()
+    return None, model_directory(str(checkpoint)), checkpoint.resolve().name, (parent if in_run else Path()) / "eval"
+
+
+def write(path: Path, text: str) -> None:
+    """All or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_params(checkpoint: Path, like: Any) -> Any:
+    """The weights of one checkpoint of a run, laid out like `like`; the optimizer's state is not read. Raises UserError."""
+    wanted = {"params": jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)}
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(checkpoint.absolute() / "state", args=arguments)["params"]
+    except Exception as error:  # orbax and its readers raise many kinds for a damaged file
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"The checkpoint {checkpoint} cannot be read into the model of this config ({type(error).__name__}: {reason}): use the "
+            "config that wrote it, or evaluate another checkpoint of the run."
+        ) from error
