@@ -23,13 +23,14 @@ def get_config(arg: str = "") -> ConfigDict:
     c.shapes = dict(
         copy=dict(rows=32, length=64),
         text_part=dict(rows=16, length=176),
-        where=dict(rows=10, length=304, patches=256),
+        find=dict(rows=16, patches=256),
+        where=dict(rows=12, patches=256),
         full=dict(rows=8, length=480, patches=320),
     )
     c.phases = (  # until: the step at which the next one begins
-        ConfigDict(dict(until=1000, mixture=dict(copy=0.25, text_part=0.25, where=0.5))),
-        ConfigDict(dict(until=2500, mixture=dict(copy=0.05, text_part=0.2, where=0.4, full=0.35))),
-        ConfigDict(dict(until=a.steps, mixture=dict(copy=0.03, text_part=0.12, where=0.2, full=0.65))),
+        ConfigDict(dict(until=1500, mixture=dict(copy=0.02, text_part=0.05, find=0.7, where=0.2, full=0.03))),
+        ConfigDict(dict(until=2500, mixture=dict(copy=0.02, text_part=0.06, find=0.2, where=0.6, full=0.12))),
+        ConfigDict(dict(until=a.steps, mixture=dict(copy=0.02, text_part=0.1, where=0.23, full=0.65))),
     )
-    c.lr, c.warmup_steps = 3e-3, 50
+    c.lr, c.warmup_steps, c.vision_rate = 3e-3, 50, 0.4
     return c

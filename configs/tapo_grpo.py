@@ -32,6 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     ))  # fmt: skip
     c.model = ConfigDict(dict(
         path="",  # a directory in Hugging Face form; "" is the tiny Atlas model that ships with the package
+        shape="",  # the published model that this config is for; its directory has to be given then
         dtype="float32",  # of the computation
         param_dtype="float32",
         remat="none",  # what the backward pass computes again: "none", "dots", "full"
@@ -43,6 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
         max_turns=6,
         max_new_tokens=96,  # of one turn
         max_length=640,  # of a conversation, images and tool responses included
+        max_pixels=0,  # height · width of an image at most; 0: what the model directory says
         temperature=1.0, top_p=1.0,
         decode_chunk=16,  # tokens between two looks at who has finished
         tool_wait_s=float("inf"),  # how long a round waits for tools; finite: faster with slow tools, but not repeatable
@@ -78,7 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train = ConfigDict(dict(
         updates_per_batch=2, micro_batches=1,
         max_nonfinite=5,  # updates in a row without a finite loss and gradient, after which the run ends
-        length_buckets=(384, 512), patch_buckets=(320, 448),  # sizes that batches are padded to; the largest possible is added
+        length_buckets=(384, 512), patch_buckets=(320, 448, 640),  # sizes that batches are padded to; the largest possible is added
         warm_up=False,  # compile every such size before the first step
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices

@@ -29,8 +29,11 @@ from tapo_jax.types import Episode, Prompt
 SHIPPED_MODEL = tiny_model.PACKAGED
 
 
-def model_directory(path: str) -> Path:
-    """The directory of a config's model.path; "" is the model that ships with the package. Raises UserError where it lacks a part."""
+def model_directory(path: str, shape: str = "") -> Path:
+    """The directory of a config's model.path; "" is the model that ships with the package, unless the config is for a published
+    model (its model.shape). Raises UserError where it lacks a part."""
+    if shape and not path:
+        raise UserError(f"model.path is empty and this config is for {shape}: give --config.model.path=DIR, a directory with its files.")
     directory = Path(path) if path else SHIPPED_MODEL
     if not directory.is_dir():
         raise UserError(f"model.path is '{directory}', which is no directory: give a model directory in Hugging Face form.")
@@ -82,8 +85,11 @@ class Agent:
 def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Sequence[Tool], mesh: Mesh) -> Agent:
     """An agent as the config says. Raises UserError for a directory without a usable tokenizer or slots that the mesh does not divide."""
     chat = Chat.from_dir(directory)
-    pixels = PixelStore(ImageProcessor.from_dir(directory))
     rollout_config = config.rollout
+    processor = ImageProcessor.from_dir(directory)
+    if rollout_config.max_pixels:
+        processor = dataclasses.replace(processor, max_pixels=min(processor.max_pixels, rollout_config.max_pixels))
+    pixels = PixelStore(processor)
     sampler = Sampler(
         model, mesh=mesh, slots=rollout_config.slots, capacity=rollout_config.max_length, chunk=rollout_config.decode_chunk,
         image_patches=pixels.max_patches, stop_ids=chat.stop_ids, forbidden_V=chat.forbidden_V(model.config.vocab),

@@ -12,6 +12,8 @@ The order of resuming, which `train.py` follows:
 So a run that was killed after any step, and started again, writes what the run would have written.
 """
 
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from tapo_jax.config import UserError
+from tapo_jax.train_step import TrainState
 
 
 @jax.jit
@@ -53,9 +56,14 @@ class Checkpoints:
         """The step of the newest complete checkpoint, None in a fresh folder."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, *, data: dict[str, Any], seed: int) -> None:
-        """Starts writing; the state may be donated as soon as this returns. Raises UserError where the disk refuses."""
-        run = {"step": step, "seed": seed, "fingerprint": int(jax.device_get(fingerprint(state)))}
+    def save(self, step: int, state: TrainState, *, data: dict[str, Any], seed: int) -> None:
+        """Starts writing; the state may be donated as soon as this returns. Raises UserError where the disk refuses.
+
+        The fingerprint of the parameters alone is for programs that read only them.
+        """
+        state_mark, params_mark = jax.device_get((fingerprint(state), fingerprint(state.params)))
+        run = {"step": step, "seed": seed, "fingerprint": int(state_mark), "params_fingerprint": int(params_mark)}
+        run["data_check"] = _check(data)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), run=ocp.args.JsonSave(run)
         )
@@ -72,7 +80,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(error) from error
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
         """-> (state, data, run). `like`: a state of the same shapes, whose layout is taken. Raises UserError where it cannot be read."""
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         items = ocp.args.Composite(
@@ -80,11 +88,13 @@ class Checkpoints:
         )
         try:
             found = self._manager.restore(step, args=items)
+            state, data, run = found["state"], found["data"], found["run"]
+            intact = int(jax.device_get(fingerprint(state))) == run["fingerprint"] and _check(data) == run["data_check"]
         except Exception as error:  # orbax and its readers raise many kinds for a damaged file
             raise self._unreadable(step, _first_line(error)) from error
-        if int(jax.device_get(fingerprint(found["state"]))) != found["run"]["fingerprint"]:
-            raise self._unreadable(step, "its arrays are not those that were saved")
-        return found["state"], found["data"], found["run"]
+        if not intact:
+            raise self._unreadable(step, "its content is not what was saved")
+        return state, data, run
 
     def close(self) -> None:
         self.wait()
@@ -103,6 +113,10 @@ class Checkpoints:
             f"The checkpoint in {self.directory} could not be written ({_first_line(error)}): "
             "make room on the disk and run the same command again; older checkpoints are intact."
         )
+
+
+def _check(data: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
 def _first_line(error: BaseException) -> str:

@@ -70,9 +70,9 @@ def _parse_value(name: str, text: str, kind: type) -> Any:
         raise UserError(f"Config argument '{name}' must be of type {kind.__name__}, and '{text}' is not.") from error
 
 
-def beside(config_file: str, name: str) -> Callable[[str], ConfigDict]:
-    """`get_config` of another config file in the same folder, for a config that changes a few of its fields."""
-    return runpy.run_path(str(Path(config_file).with_name(name)))["get_config"]
+def beside(config_file: str, name: str, function: str = "get_config") -> Callable:
+    """A function of another config file in the same folder (the folder is no package)."""
+    return runpy.run_path(str(Path(config_file).with_name(name)))[function]
 
 
 def total_steps(steps: int, epochs: float, examples: int, prompts_per_step: int) -> int:

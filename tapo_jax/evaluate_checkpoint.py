@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from tapo_jax import check, evaluate, records, sharding, train_step, viewer
 from tapo_jax.agent import load_model, make_agent, model_directory
+from tapo_jax.checkpoints import fingerprint
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
 
@@ -76,17 +77,29 @@ def write(path: Path, text: str) -> None:
 
 
 def read_params(checkpoint: Path, like: Any) -> Any:
-    """The weights of one checkpoint of a run, laid out like `like`; the optimizer's state is not read. Raises UserError."""
+    """The weights of one checkpoint of a run, laid out like `like`; the optimizer's state is not read.
+
+    Raises UserError where they cannot be read, do not fit, or are not those that were saved.
+    """
     wanted = {"params": jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)}
     arguments = ocp.args.PyTreeRestore(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(checkpoint.absolute() / "state", args=arguments)["params"]
+            params = reader.restore(checkpoint.absolute() / "state", args=arguments)["params"]
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            saved = reader.restore(checkpoint.absolute() / "run")
     except Exception as error:  # orbax and its readers raise many kinds for a damaged file
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(
-            f"The checkpoint {checkpoint} cannot be read into the model of this config ({type(error).__name__}: {reason}): use the "
-            "config that wrote it, or evaluate another checkpoint of the run."
-        ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(" See full")[0][:200].rstrip(".")
+        raise _unreadable(checkpoint, reason) from error
+    if int(jax.device_get(fingerprint(params))) != saved["params_fingerprint"]:
+        raise _unreadable(checkpoint, "its arrays are not those that were saved")
+    return params
+
+
+def _unreadable(checkpoint: Path, reason: str) -> UserError:
+    return UserError(
+        f"The checkpoint {checkpoint} cannot be read into the model of this config ({reason}): use the config that wrote it, or "
+        "evaluate another checkpoint."
+    )

@@ -1,4 +1,7 @@
-"""Log-probabilities and entropies of given tokens, never with a whole [B, T, V] array of logits."""
+"""Log-probabilities and entropies of given tokens, never with a whole [B, T, V] array of logits.
+
+Axes: B rows, T tokens, D width, V vocabulary, C places of a chunk.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,42 +19,89 @@ def token_logp(
     temperature: float = 1.0,
     forbidden_V: jax.Array | None = None,
     chunk: int = 128,
+    vocab_chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(logp_BxT, entropy_BxT), float32, aligned with the token itself: logp[:, t] = log p(token[:, t] | token[:, :t]).
 
     The distribution is softmax(logits / temperature) without the forbidden tokens, as the sampler draws from it; entropy
     is that of the distribution the token was drawn from. Place 0 has no history: both are 0 there.
-    chunk: places of every row whose logits [B, chunk, V] exist at one time; the backward pass makes them again.
+    chunk: places of every row whose logits exist at one time; vocab_chunk: how many of the V logits of these (None: all;
+    meant for a vocabulary that is not split over devices). The backward pass makes them again.
     """
-    B, T = token_BxT.shape
-    steps = -(-(T - 1) // chunk) if T > 1 else 0
-    chunk = -(-(T - 1) // steps) if steps else 0
-    pad = steps * chunk - (T - 1)
+    table_VxD = qwen3_vl.output_table(model, hidden_BxTxD.dtype)
+    T = token_BxT.shape[1]
+    if T == 1:
+        return jnp.zeros(token_BxT.shape), jnp.zeros(token_BxT.shape)
+    steps = -(-(T - 1) // chunk)
+    chunk = -(-(T - 1) // steps)
+    spare = steps * chunk - (T - 1)
     # Place t is predicted from place t - 1.
-    history = jnp.pad(hidden_BxTxD[:, :-1], ((0, 0), (0, pad), (0, 0)))
-    target = jnp.pad(token_BxT[:, 1:], ((0, 0), (0, pad)))
+    history = jnp.pad(hidden_BxTxD[:, :-1], ((0, 0), (0, spare), (0, 0)))
+    target = jnp.pad(token_BxT[:, 1:], ((0, 0), (0, spare)))
 
     @jax.checkpoint
-    def one(hidden_BxCxD: jax.Array, token_BxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BxCxV = qwen3_vl.logits(model, hidden_BxCxD) / temperature
-        if forbidden_V is not None:
-            logits_BxCxV = jnp.where(forbidden_V[None, None], FORBIDDEN, logits_BxCxV)
-        return logp_and_entropy(logits_BxCxV, token_BxC)
+    def one(table_VxD: jax.Array, hidden_BxCxD: jax.Array, token_BxC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if vocab_chunk is not None:
+            return _by_parts(table_VxD, hidden_BxCxD, token_BxC, temperature, forbidden_V, vocab_chunk)
+        logits_BxCxV = _logits(table_VxD, hidden_BxCxD, temperature, forbidden_V)
+        lse_BxC = jax.nn.logsumexp(logits_BxCxV, axis=-1)
+        chosen_BxC = jnp.take_along_axis(logits_BxCxV, token_BxC[..., None], axis=-1)[..., 0]
+        # -Σ p log p = lse - Σ p · logit
+        mean_BxC = jnp.sum(jnp.exp(logits_BxCxV - lse_BxC[..., None]) * logits_BxCxV, axis=-1)
+        return chosen_BxC - lse_BxC, lse_BxC - mean_BxC
 
-    if steps == 0:
-        return jnp.zeros((B, T)), jnp.zeros((B, T))
     if steps == 1:
-        logp, entropy = one(history, target)
+        out = one(table_VxD, history, target)
     else:
-        split = [jnp.moveaxis(x.reshape(B, steps, chunk, *x.shape[2:]), 1, 0) for x in (history, target)]
-        _, out = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, tuple(split))
-        logp, entropy = (jnp.moveaxis(x, 0, 1).reshape(B, steps * chunk) for x in out)
-    return tuple(jnp.pad(x[:, : T - 1], ((0, 0), (1, 0))) for x in (logp, entropy))
+        split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], steps, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
+        _, out = jax.lax.scan(lambda _, xs: (None, one(table_VxD, *xs)), None, (split(history), split(target)))
+        out = [jnp.moveaxis(x, 0, 1).reshape(x.shape[1], steps * chunk) for x in out]
+    logp_BxT, entropy_BxT = (jnp.pad(x[:, : T - 1], ((0, 0), (1, 0))) for x in out)
+    return logp_BxT, entropy_BxT
 
 
-def logp_and_entropy(logits_xV: jax.Array, token_x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log softmax(logits)[token] and the entropy -Σ p log p = lse - Σ p·logit."""
-    lse_x = jax.nn.logsumexp(logits_xV, axis=-1)
-    chosen_x = jnp.take_along_axis(logits_xV, token_x[..., None], axis=-1)[..., 0]
-    mean_x = jnp.sum(jnp.exp(logits_xV - lse_x[..., None]) * logits_xV, axis=-1)
-    return chosen_x - lse_x, lse_x - mean_x
+def _logits(
+    table_VxD: jax.Array, hidden_BxCxD: jax.Array, temperature: float, forbidden_V: jax.Array | None
+) -> jax.Array:
+    logits_BxCxV = qwen3_vl.times_table(table_VxD, hidden_BxCxD) / temperature
+    return logits_BxCxV if forbidden_V is None else jnp.where(forbidden_V[None, None], FORBIDDEN, logits_BxCxV)
+
+
+def _by_parts(
+    table_VxD: jax.Array,
+    hidden_BxCxD: jax.Array,
+    token_BxC: jax.Array,
+    temperature: float,
+    forbidden_V: jax.Array | None,
+    size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The same sums over parts of the vocabulary, each relative to the largest logit so far."""
+    V, D = table_VxD.shape
+    parts = -(-V // size)
+    forbidden_V = jnp.zeros(V, bool) if forbidden_V is None else forbidden_V
+    table_PxWxD = jnp.pad(table_VxD, ((0, parts * size - V), (0, 0))).reshape(parts, size, D)
+    forbidden_PxW = jnp.pad(forbidden_V, (0, parts * size - V), constant_values=True).reshape(parts, size)
+
+    @jax.checkpoint
+    def part(sums: tuple[jax.Array, ...], xs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
+        top_BxC, total_BxC, weighted_BxC, chosen_BxC = sums
+        table_WxD, forbidden_W, start = xs
+        logits_BxCxW = _logits(table_WxD, hidden_BxCxD, temperature, forbidden_W)
+        new_BxC = jax.lax.stop_gradient(jnp.maximum(top_BxC, jnp.max(logits_BxCxW, axis=-1)))
+        weight_BxCxW = jnp.exp(logits_BxCxW - new_BxC[..., None])
+        shrink_BxC = jnp.exp(top_BxC - new_BxC)
+        place_BxC = token_BxC - start
+        found_BxC = jnp.take_along_axis(logits_BxCxW, jnp.clip(place_BxC, 0, size - 1)[..., None], axis=-1)[..., 0]
+        return (
+            new_BxC,
+            total_BxC * shrink_BxC + jnp.sum(weight_BxCxW, axis=-1),
+            weighted_BxC * shrink_BxC + jnp.sum(weight_BxCxW * logits_BxCxW, axis=-1),
+            jnp.where((place_BxC >= 0) & (place_BxC < size), found_BxC, chosen_BxC),
+        ), None
+
+    zero_BxC = jnp.zeros(token_BxC.shape)
+    first = (jnp.full_like(zero_BxC, FORBIDDEN), zero_BxC, zero_BxC, zero_BxC)
+    xs = (table_PxWxD, forbidden_PxW, jnp.arange(parts) * size)
+    (top_BxC, total_BxC, weighted_BxC, chosen_BxC), _ = jax.lax.scan(part, first, xs)
+    lse_BxC = top_BxC + jnp.log(total_BxC)
+    return chosen_BxC - lse_BxC, lse_BxC - weighted_BxC / total_BxC

@@ -7,7 +7,6 @@
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from tapo_jax import viewer
+from tapo_jax import report_credit, report_figures, viewer
 from tapo_jax.config import UserError
 from tapo_jax.metrics import read
+from tapo_jax.report_plots import BLUE, GOLD, INK, RED, SOFT, new_figure, series, smooth, title
 
-INK, SOFT, BLUE, RED, GREEN, GOLD = "#1b1b1f", "#8a8893", "#2f6fde", "#d0453b", "#1a7f37", "#d99a00"
 _TIMES = (
     ("time/decode", "decode", "#2f6fde"), ("time/prefill", "pre-fill", "#74add1"), ("time/tool_wait", "tool wait", "#d99a00"),
     ("rest", "rest of the rollout", "#c9dcef"), ("time/logprobs", "log-probs", "#b39ddb"), ("time/update", "update", "#d0453b"),
@@ -55,35 +53,6 @@ def write_curve(metrics_jsonl: Path, out: Path) -> None:
     for axes in (entropy, tools, seconds):
         axes.set_xlabel("step")
     figure.savefig(out, dpi=150)
-
-
-def new_figure(rows: int, columns: int, *, width: float = 10.0, height: float = 2.9) -> Figure:
-    """rows × columns plain axes; height: inches of a row. Readable at the width of a README."""
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.05, hspace=0.06)
-    for axes in np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel():
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#b5b2a9")
-        axes.tick_params(colors="#55525f", labelsize=9)
-        axes.grid(axis="y", color="#e8e5dd", linewidth=0.8)
-        axes.set_axisbelow(True)
-    return figure
-
-
-def title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=10.5, fontweight="bold", color=INK)
-
-
-def series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(step_N, value_N) where the number was logged and finite."""
-    found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    return np.array([step for step, _ in found], float), np.array([value for _, value in found], float)
-
-
-def smooth(value_N: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the `window` nearest values, fewer at the ends."""
-    kernel = np.ones(window)
-    return np.convolve(value_N, kernel, "same") / np.convolve(np.ones(len(value_N)), kernel, "same")
 
 
 def draw(axes: Axes, text: str, *curves: tuple[str, Sequence[Mapping[str, Any]], str, str], legend: bool = True) -> None:
@@ -136,6 +105,49 @@ def draw_seconds(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
         colors=[colour for _, _, colour in kept], linewidth=0,
     )  # fmt: skip
     axes.set_ylim(0, 1.35 * float(np.quantile(total, 0.95)))
-    title(axes, f"seconds per step, TAPO {100 * parts['time/tapo'].sum() / max(total.sum(), 1e-9):.2f} %")
+    share = float(np.median(parts["time/tapo"] / np.maximum(total, 1e-9)))  # the median: steps that compile are not typical
+    title(axes, f"seconds per step, TAPO {100 * share:.2f} %")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=7.5, frameon=False, loc="upper right", ncols=2, labelcolor=INK)
+
+
+# The command line.
+
+
+def recordings(run: Path) -> list[Path]:
+    """The recorded steps of a run, in order. Raises UserError where there are none."""
+    found = sorted((run / "episodes").glob("step_*.npz"))
+    if not found:
+        raise UserError(f"{run} has no recorded episodes (episodes/step_*.npz): give a run's folder; log.episodes_every sets how often.")
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Raises UserError."""
+    parser = argparse.ArgumentParser(prog="python -m tapo_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("curve", "credit", "page", "sweep"):
+        command = commands.add_parser(name)
+        command.add_argument("directory", type=Path)
+        if name == "page":
+            command.add_argument("--questions", type=int, default=viewer.MAX_GROUPS, help="how many the page shows at most")
+    given = parser.parse_args(arguments)
+    if not given.directory.is_dir():
+        raise UserError(f"{given.directory} is no directory: give the folder of a run or of a sweep.")
+    if given.command == "curve":
+        write_curve(given.directory / "metrics.jsonl", given.directory / "curve.png")
+        print(given.directory / "curve.png")
+    elif given.command == "page":
+        viewer.write_page(recordings(given.directory), given.directory / "episodes.html", max_groups=given.questions)
+        print(given.directory / "episodes.html")
+    elif given.command == "sweep":
+        print(report_figures.write_sweep(given.directory))
+    else:
+        print(report_credit.write_credit(recordings(given.directory), given.directory))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -5,6 +5,7 @@ N numbers of a call at most, F text features.
 """
 
 import dataclasses
+import functools
 import hashlib
 import re
 import unicodedata
@@ -151,6 +152,7 @@ def parameter_slots(schemas: Sequence[Mapping]) -> dict[str, int]:
     return {"regions": most["region"] + most["image"], "texts": most["text"], "numbers": most["number"]}
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def name_hash(text: str) -> int:
     """Stable int32 of a string (Python's own `hash` differs from process to process)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little", signed=True)
@@ -161,6 +163,7 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+@functools.lru_cache(maxsize=1 << 14)  # the rollouts of a group repeat each other's queries; 4 MiB at 256 features
 def text_counts(text: str, features: int) -> np.ndarray:
     """uint8 [features]: hashed counts of the words of a normalised text and of the character trigrams inside their boundaries
     (" eiffel " gives " ei", "eif", …, "el "). A text without a letter or digit is one word."""
@@ -170,4 +173,6 @@ def text_counts(text: str, features: int) -> np.ndarray:
         padded = f" {word} "
         tokens.extend(padded[i : i + 3] for i in range(len(padded) - 2))
     bins = [zlib.crc32(token.encode()) % features for token in tokens]
-    return np.minimum(np.bincount(bins, minlength=features), MAX_COUNT).astype(np.uint8)
+    count_F = np.minimum(np.bincount(bins, minlength=features), MAX_COUNT).astype(np.uint8)
+    count_F.flags.writeable = False
+    return count_F

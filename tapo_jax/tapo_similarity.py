@@ -109,11 +109,12 @@ def shared_counts(count_PxSxF):
     count_PxSxF = jnp.pad(count_PxSxF, ((0, 0), (0, 0), (0, 32 * words - F)))
     # Four counts in each uint32, eight of those for each word of bits; which feature lands where does not matter.
     four_PxSx8xW = jax.lax.bitcast_convert_type(count_PxSxF.reshape(P, S, 8, words, 4), jnp.uint32)
+    shift_1x1x8x1 = jnp.arange(8, dtype=jnp.uint32).reshape(1, 1, 8, 1)
 
     def bits(level):
         """A uint32 [P, S] for each word, apart: as one array XLA would keep the words side by side, and read pairs with a stride."""
         reached_PxSx8xW = _bytes_at_least(four_PxSx8xW, level.astype(jnp.uint32)) >> 7
-        bits_PxSxW = sum(reached_PxSx8xW[:, :, i] << i for i in range(8))
+        bits_PxSxW = (reached_PxSx8xW << shift_1x1x8x1).sum(axis=2, dtype=jnp.uint32)
         return tuple(bits_PxSxW[:, :, w] for w in range(words))
 
     def add_level(carry):

@@ -39,7 +39,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     # ---------------------------------------------------------------------------------------------------- check the config
     workdir = Path(workdir)
     check.check(config)
-    directory = model_directory(config.model.path)
+    directory = model_directory(config.model.path, config.model.shape)
     # ---------------------------------------------------------------------------------------------------- mesh
     mesh = sharding.make_mesh(**config.mesh)
     check.check_rows(
@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     local = local_prompts(mesh, config)
     prompts = Prompts(source, prompts_per_step=config.data.prompts_per_step, local=local, seed=config.seed)
     total = total_steps(config.total_steps, config.total_epochs, len(source), config.data.prompts_per_step)
-    held_out = evaluation_prompts(config)
+    held_out = evaluate.split_prompts(config) if config.eval.at_start or config.eval.at_end or config.eval.every else []
     # ---------------------------------------------------------------------------------------------------- model
     model, model_config = load_model(directory, config.model, mesh)
     agent = make_agent(config, directory, model, sources.tools(config), mesh)
@@ -137,15 +137,6 @@ def local_prompts(mesh: Mesh, config: ConfigDict) -> list[int]:
             "choose a multiple, because all samples of one prompt are played by one process."
         )
     return prompts
-
-
-def evaluation_prompts(config: ConfigDict) -> list[Prompt]:
-    """The same questions in every run: the first eval.prompts of the split in an order that no seed changes."""
-    if not (config.eval.at_start or config.eval.at_end or config.eval.every):
-        return []
-    source = sources.prompts(config, config.eval.split)
-    order = np.random.default_rng(0).permutation(len(source))[: config.eval.prompts]
-    return [source[int(index)] for index in order]
 
 
 def restore(checkpoints: Checkpoints, state: TrainState, prompts: Prompts, config: ConfigDict) -> tuple[TrainState, int | None]:

@@ -42,7 +42,7 @@ def test_a_flawless_expert_is_nearly_always_right_and_a_flawed_one_often_wrong(d
 
 def test_batches_weigh_what_the_policy_writes(directory):
     source, rng = cold_start(directory, Flaws()), np.random.default_rng(1)
-    for batch in (source.full(rng, 2, 480, 320), source.where(rng, 2, 304, 256), source.text_part(rng, 2, 176)):
+    for batch in (source.full(rng, 2, 480, 320), source.where(rng, 2, 256), source.text_part(rng, 2, 176)):
         weight = batch.weight_BxT
         assert set(np.unique(weight)) <= {np.float32(0), np.float32(0.1), np.float32(1)} and (weight == 1).any(1).all()
         assert not weight[batch.inputs.segment_BxT == 0].any() and not weight[:, 0].any()

@@ -18,6 +18,7 @@ from tapo_jax.models import qwen3_vl
 from tapo_jax.rollout import rollout
 from tapo_jax.sampler import Sampler
 from tapo_jax.schedule import Shapes
+from tapo_jax.types import Prompt
 
 CAPACITY, CHUNK, STEPS = 192, 5, 5
 CHAT = world.chat(40)  # a turn ends after about 6 tokens
@@ -283,11 +284,13 @@ def test_budgets(sampler):
 
 
 def test_a_prompt_without_room_gives_an_empty_episode(sampler):
-    short = Limits(max_turns=2, max_new_tokens=6, max_length=58)
-    episodes, _ = play(sampler, limits=short, count=3)
-    empty = [episode for episode in episodes if len(episode.token_T) == 0]
-    assert 0 < len(empty) < len(episodes)  # the prompts with images do not fit into 58 tokens
-    assert all(episode.finish == "length" and not episode.turns and not episode.images for episode in empty)
+    long = Prompt("long", "why " * 50, (world.picture(0),), ("x",))  # 200 bytes do not fit into 192 tokens
+    episodes, numbers = play(sampler, prompts=[*world.prompts(1), long, *world.prompts(1)], group_size=2)
+    assert [len(episode.token_T) == 0 for episode in episodes] == [False, False, True, True, False, False]
+    empty = episodes[2]
+    assert (empty.finish, empty.turns, empty.images, empty.answer) == ("length", [], [], None)
+    assert not pack(episodes).inputs.segment_BxT[2].any()
+    assert numbers["rollout/finish_length"] >= 2 / 6
 
 
 def test_an_episode_longer_than_a_slot_is_refused(sampler):

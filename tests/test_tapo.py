@@ -13,7 +13,12 @@ from tapo_jax.types import Text
 OPTIONS = dict(theta=0.7, alpha_min=0.25, beta=0.8)
 
 
-def transfer(sim, success, advantage, valid=None, jit=False, **options):
+@functools.cache
+def compiled(**options):
+    return jax.jit(functools.partial(tapo.credit_transfer, **options))
+
+
+def transfer(sim, success, advantage, valid=None, jit=True, **options):
     """One group with K = 2 steps a rollout; sim is an upper triangle as {(i, j): value}."""
     G = len(success)
     full = np.eye(2 * G, dtype=np.float32)
@@ -21,9 +26,10 @@ def transfer(sim, success, advantage, valid=None, jit=False, **options):
         full[i, j] = full[j, i] = value
     valid = np.ones((1, 2 * G), bool) if valid is None else np.array([valid], bool)
     trajectory = np.array([np.arange(2 * G) // 2], np.int32)
-    function = functools.partial(tapo.credit_transfer, **{**OPTIONS, **options})
-    function = jax.jit(function) if jit else function
-    return function(full[None], trajectory, valid, np.array([success], bool), np.array([advantage], np.float32))
+    weight = options.pop("weight_PxG", np.ones((1, G), np.float32))
+    options = {**OPTIONS, **options}
+    function = compiled(**options) if jit else functools.partial(tapo.credit_transfer, **options)
+    return function(full[None], trajectory, valid, np.array([success], bool), np.array([advantage], np.float32), weight_PxG=weight)
 
 
 # Three rollouts, slots (0 1) (2 3) (4 5). The first two succeed with advantages 0.5 and 0.7, the third fails with -1.2.
@@ -107,7 +113,7 @@ def test_long_chain_is_one_component_in_any_order():
     sim[order[:-1], order[1:]] = sim[order[1:], order[:-1]] = 0.9
     trajectory = (np.arange(S, dtype=np.int32) // 8)[None]
     args = sim[None], trajectory, np.ones((1, S), bool), np.ones((1, 8), bool), np.ones((1, 8), np.float32)
-    result = tapo.credit_transfer(*args, **OPTIONS)
+    result = compiled(**OPTIONS)(*args)
     assert result.clusters_P.tolist() == [1] and (result.cluster_PxS == 0).all()
 
 
@@ -179,7 +185,7 @@ def test_diagnostics_by_hand():
         np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-5, err_msg=name)
     # Counts of the two groups add up to the batch's.
     parts = [
-        tapo.diagnostic_counts(r, trajectory[:1], valid[i : i + 1], success[i : i + 1], advantage[i : i + 1])
+        jax.jit(tapo.diagnostic_counts)(r, trajectory[:1], valid[i : i + 1], success[i : i + 1], advantage[i : i + 1])
         for i, r in enumerate((result, other))
     ]
     summed = tapo.diagnostics_from_counts(jax.tree.map(jnp.add, *parts))
@@ -189,7 +195,7 @@ def test_diagnostics_by_hand():
 def test_nothing_failing_gives_zero_fractions():
     result = transfer(SIM, [True] * 3, ADVANTAGE)
     trajectory = np.arange(6, dtype=np.int32)[None] // 2
-    metrics = tapo.diagnostics(result, trajectory, np.ones((1, 6), bool), np.ones((1, 3), bool), np.float32([ADVANTAGE]))
+    metrics = jax.jit(tapo.diagnostics)(result, trajectory, np.ones((1, 6), bool), np.ones((1, 3), bool), np.float32([ADVANTAGE]))
     assert float(metrics["tapo/correctable_actions"]) == 0 and all(np.isfinite(float(v)) for v in metrics.values())
 
 

@@ -41,7 +41,7 @@ CONFIGS = {
         dict(depth=10, hidden=16, mlp=24, heads=1, patch=3, merge=1, temporal=2, positions=9, deepstack=()),
     ),
     "deep_stacked": _config(
-        dict(hidden=24, mlp=32, layers=9, heads=3, kv_heads=1, head_dim=8, mrope_section=(2, 1, 1), attention_bias=False, tied=True),
+        dict(hidden=24, mlp=32, layers=9, heads=3, kv_heads=1, head_dim=8, mrope_section=(2, 1, 1), attention_bias=False, tied=False),
         dict(depth=3, hidden=16, mlp=24, heads=1, patch=2, merge=2, temporal=2, positions=49, deepstack=(1, 2)),
     ),
 }

@@ -39,13 +39,14 @@ class ColdStart:
         self._limits = Limits(max_turns=12, max_new_tokens=96, max_length=2048)
         self._world_number, self._game, self._uses = -1, None, 0
 
-    def _draw(self, rng: np.random.Generator):
-        """A question in an invented world; a new world after every 256."""
+    def _draw(self, rng: np.random.Generator, outlines: int | None = None):
+        """A question in an invented world; a new world after every 256. outlines: another number of them in the scene."""
         if self._uses % 256 == 0:
             self._world_number += 1
             self._game = atlas_world.Game.fictional(self._seed * 1_000_003 + self._world_number, self._settings)
         self._uses += 1
-        return self._game.prompt(rng)
+        settings = self._settings if outlines is None else dataclasses.replace(self._settings, outlines=outlines)
+        return atlas_world.make_prompt(self._game.world, settings, rng)
 
     def episode(self, rng: np.random.Generator) -> Episode:
         """One expert episode."""
@@ -65,12 +66,21 @@ class ColdStart:
                 kept.append((episode.token_T, episode.mask_T, episode.images))
         return self._batch(kept, length, patches, pixels)
 
-    def where(self, rng: np.random.Generator, rows: int, length: int, patches: int) -> Batch:
-        """A scene and for each of its outlines a question and the first turn of an answer: where to look."""
+    def find(self, rng: np.random.Generator, rows: int, patches: int) -> Batch:
+        """Scenes of one outline, the question and the first turn of its answer: finding something comes before finding the
+        right one."""
+        return self._look(rng, rows, patches, outlines=1)
+
+    def where(self, rng: np.random.Generator, rows: int, patches: int) -> Batch:
+        """Scenes of several outlines, a question about each and the first turn of each answer: where to look."""
+        return self._look(rng, rows, patches, outlines=int(rng.integers(2, self._settings.outlines + 1)))
+
+    def _look(self, rng: np.random.Generator, rows: int, patches: int, *, outlines: int) -> Batch:
+        length = 88 + 72 * outlines
         kept = []
         pixels = PixelStore(self._processor)
         while len(kept) < rows:
-            prompt, _, scene = self._draw(rng)
+            prompt, _, scene = self._draw(rng, outlines)
             opening = atlas_world.opening(prompt, self._chat, pixels, self._game.runner.schemas)
             ids, mask = opening.token_T.tolist(), [False] * len(opening.token_T)
             for number, placed in enumerate(scene):
@@ -78,10 +88,9 @@ class ColdStart:
                     question = ask(self._game.world, placed.name, placed.colour, 1, rng)
                     again = self._ids(f"\n<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
                     ids, mask = ids + again, mask + [False] * len(again)
-                turn = [*self._ids(zoom_turn(placed, rng, self._flaws)), self._chat.stop_ids[0]]
+                turn = [*self._ids(zoom_turn(placed, rng)), self._chat.stop_ids[0]]
                 ids, mask = ids + turn, mask + [True] * len(turn)
-            images = list(opening.images)
-            kept.append((np.array(ids[:length], np.int32), np.array(mask[:length]), images))
+            kept.append((np.array(ids[:length], np.int32), np.array(mask[:length]), list(opening.images)))
         return self._batch(kept, length, patches, pixels)
 
     def _ids(self, text: str) -> list[int]:

@@ -102,9 +102,9 @@ def _identify(name: str, scene: Sequence[Placed], rng: np.random.Generator, flaw
     return re.findall(r"^\d+\. (.+)$", result, re.MULTILINE) or ["unknown"]
 
 
-def zoom_turn(target: Placed, rng: np.random.Generator, flaws: Flaws) -> str:
-    """The turn that looks at an outline."""
-    return _zoom(_box(target.box, rng, sloppy=_happens(rng, flaws.sloppy_box)), target.colour)
+def zoom_turn(target: Placed, rng: np.random.Generator) -> str:
+    """The turn that looks at an outline, carefully."""
+    return _zoom(_box(target.box, rng, sloppy=False), target.colour)
 
 
 def _box(box: Sequence[float], rng: np.random.Generator, *, sloppy: bool) -> list[int]:

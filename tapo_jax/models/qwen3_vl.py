@@ -67,8 +67,16 @@ def hidden_states(model: Qwen3VL, inputs: ModelInputs, *, remat: str = "none") -
 
 def logits(model: Qwen3VL, hidden_xD: jax.Array) -> jax.Array:
     """float32 logits over the vocabulary of hidden states [..., D]."""
+    return times_table(output_table(model, hidden_xD.dtype), hidden_xD)
+
+
+def output_table(model: Qwen3VL, dtype: jnp.dtype) -> jax.Array:
+    """[V, D]: the rows that hidden states are compared with; the embedding itself in a tied model."""
     table_VxD = model.embedding[...] if model.config.tied else model.lm_head[...]
-    table_VxD = sharding.constrain(table_VxD.astype(hidden_xD.dtype), "vocab", None)
+    return sharding.constrain(table_VxD.astype(dtype), "vocab", None)
+
+
+def times_table(table_VxD: jax.Array, hidden_xD: jax.Array) -> jax.Array:
     rows = hidden_xD.reshape(-1, hidden_xD.shape[-1])
     out = jax.lax.dot_general(rows, table_VxD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return out.reshape(*hidden_xD.shape[:-1], table_VxD.shape[0])

@@ -1,0 +1,52 @@
+"""Benchmarks: `python -m tapo_jax.bench NAME` runs tapo_jax/bench_NAME.py, prints a table and writes JSON.
+
+A benchmark is a module with `add_arguments(parser)` and `run(args) -> list[dict]`, one dict a row; every row has the same keys.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+
+def names() -> list[str]:
+    """What can be run: the benchmark modules beside this file."""
+    modules = (importlib.import_module(f"tapo_jax.{path.stem}") for path in sorted(Path(__file__).parent.glob("bench_*.py")))
+    return [module.__name__.removeprefix("tapo_jax.bench_") for module in modules if hasattr(module, "run")]
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as aligned text."""
+    head = list(rows[0])
+    body = [[f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in head] for row in rows]
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tapo_jax.bench", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="name", required=True)
+    for name in names():
+        module = importlib.import_module(f"tapo_jax.bench_{name}")
+        command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
+        command.add_argument("--out", default=f"bench_{name}.json", help="JSON file to write")
+        command.add_argument("--repeats", type=int, default=15, help="timed calls after warm-up; the median counts")
+        module.add_arguments(command)
+    args = parser.parse_args(argv)
+    rows = importlib.import_module(f"tapo_jax.bench_{args.name}").run(args)
+    machine = {
+        "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "cores": os.cpu_count(),
+        "load": os.getloadavg()[0], "jax": jax.__version__, "python": platform.python_version(),
+    }
+    Path(args.out).write_text(json.dumps({"benchmark": args.name, "machine": machine, "rows": rows}, indent=1) + "\n")
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(table(rows))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""TAPO from encoded calls to token advantages, against plain Python loops over the same arrays.
+
+Two mixes of calls: text searches only, and a search agent's (70 % text searches; the rest zooms and image searches). The share is of
+an update of a 4B model on the same tokens: 6 · parameters flops a token at this machine's measured matmul speed.
+CPU seconds count every thread and do not depend on what else the machine does; the factor "faster" is of wall-clock times.
+"""
+
+import time
+
+import jax
+import numpy as np
+
+from tapo_jax import bench_reference, benchmarking, tapo
+from tapo_jax.types import Region, Text
+
+THETA, ALPHA_MIN, BETA = 0.7, 0.25, 0.8
+PARAMETERS = 4e9
+SIZES = {"paper": (128, 8, 8, 1), "large": (1024, 16, 16, 16)}  # P, G, K, chunks
+MIXES = {"text": 1.0, "search": 0.7}  # share of text searches
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--mixes", nargs="+", default=list(MIXES), choices=MIXES)
+    parser.add_argument("--tokens", type=int, default=2048, help="length T of a row")
+    parser.add_argument("--loop-prompts", type=int, default=128, help="prompts the Python loop runs at most; its time is scaled up")
+
+
+def run(args) -> list[dict]:
+    speed = benchmarking.matmul_flops(args.repeats)
+    return [measure(size, mix, args, speed) for size in args.sizes for mix in args.mixes]
+
+
+def measure(size: str, mix: str, args, speed: float) -> dict:
+    P, G, K, chunks = SIZES[size]
+    start = time.perf_counter()
+    steps = tapo.encode_steps(random_calls(P, G, K, MIXES[mix]), steps=K, regions=1, texts=1, numbers=0)
+    encode = time.perf_counter() - start
+    rng = np.random.default_rng(1)
+    success = rng.random((P, G)) < 0.4
+    advantage = np.where(success, 0.9, -0.6).astype(np.float32)
+    step = rng.integers(-1, K, (P * G, args.tokens)).astype(np.int32)
+
+    def kernel(steps, success, advantage, step):
+        result = tapo.transfer_credit(
+            steps, success, advantage, theta=THETA, alpha_min=ALPHA_MIN, beta=BETA, chunks=chunks
+        )
+        return result.advantage_PxS, tapo.token_advantages(advantage, result.advantage_PxS, step)
+
+    arrays = jax.device_put((steps, success, advantage, step))
+    compiled = jax.jit(kernel).lower(*arrays).compile()
+    cpu = time.process_time()
+    median, fastest = benchmarking.timed(compiled, *arrays, repeats=args.repeats)
+    cpu = (time.process_time() - cpu) / (args.repeats + 1)
+    step_advantage, token_advantage = (np.asarray(x) for x in compiled(*arrays))
+
+    # The loop on the large batch would take a quarter of an hour: it runs some of the prompts, and its time is scaled.
+    looped = min(args.loop_prompts, P, 8 if size == "large" else P)
+    slots = bench_reference.as_lists(jax.tree.map(lambda x: x[:looped], steps))
+    lists = success[:looped].tolist(), advantage[:looped].astype(float).tolist(), step.reshape(P, G, -1)[:looped].tolist()
+    start, loop_cpu = time.perf_counter(), time.process_time()
+    different = 0
+    for p, group in enumerate(slots):
+        corrected = bench_reference.transfer(group, lists[0][p], lists[1][p], THETA, ALPHA_MIN, BETA)
+        tokens = bench_reference.token_rows(lists[1][p], corrected, K, lists[2][p])
+        different += int((np.abs(np.array(corrected) - step_advantage[p]) > 1e-5).sum())
+        if not different and not np.allclose(tokens, token_advantage.reshape(P, G, -1)[p], atol=1e-5):
+            raise AssertionError(f"kernel and loop disagree on the tokens of prompt {p}")
+    loop, loop_cpu = ((now - then) * P / looped for now, then in [(time.perf_counter(), start), (time.process_time(), loop_cpu)])
+    S, words, levels = G * K, steps.text_PxSxXxF.shape[-1] // 32, int(steps.text_PxSxXxF.max())
+    return {
+        "batch": f"{P}x{G}x{K}",
+        "calls": mix,
+        "kernel_ms": median * 1e3,
+        "fastest_ms": fastest * 1e3,
+        "cpu_ms": cpu * 1e3,
+        "loop_s": loop,
+        "loop_cpu_s": loop_cpu,
+        "faster": loop / median,
+        "differ": different,  # a float32 and a float64 similarity on two sides of a threshold
+        "memory_mib": benchmarking.memory_mib(compiled),
+        "gflop": operations(P, S, G, words, levels) / 1e9,
+        "min_mib": (benchmarking.nbytes(arrays) + token_advantage.nbytes + step_advantage.nbytes) / 2**20,
+        "encode_ms": encode * 1e3,
+        "share_of_update": median / (6 * PARAMETERS * P * G * args.tokens / speed),
+    }
+
+
+def operations(P: int, S: int, G: int, words: int, levels: int) -> float:
+    """Arithmetic of the kernel: for each pair an AND, a population count and an addition a word and level, about 30 for the
+    region, about 10 for masks and gates, 15 for three rounds of clustering and 10 for the choice; 2·G for the members of clusters."""
+    return P * S * S * (3 * words * levels + 65 + 2 * G)
+
+
+def random_calls(P: int, G: int, K: int, texts: float):
+    """Each prompt has its own dozen of words and its own image; rollouts search and zoom around them."""
+    rng = np.random.default_rng(0)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    words = np.array(["".join(rng.choice(letters, rng.integers(3, 9))) for _ in range(400)])
+    groups = []
+    for p in range(P):
+        topic = rng.choice(words, 12, replace=False)
+        draw, corner = rng.random((G, K)), rng.uniform(0, 0.3, (G, K, 2)).astype(np.float32)
+        query = [[" ".join(topic[np.argsort(row)[:5]]) for row in rollout] for rollout in rng.random((G, K, 12))]
+        groups.append([
+            [_call(draw[g, k], texts, query[g][k], p, corner[g, k].tolist()) for k in range(K)] for g in range(G)
+        ])
+    return groups
+
+
+def _call(draw: float, texts: float, query: str, root: int, corner: list[float]):
+    if draw < texts:
+        return ("text_search_tool", (Text(query),))
+    region = Region(root, (*corner, corner[0] + 0.6, corner[1] + 0.6))
+    return ("image_zoom_in_tool" if draw < (1 + texts) / 2 else "image_search_tool", (region,))

@@ -1,0 +1,240 @@
+"""What a compiled program does on one device, by its optimised HLO: arithmetic, memory traffic and collectives, with the bodies of
+loops multiplied by their turns.
+
+flops: of matrix products and convolutions, 2 for each multiplication with its addition; kernels by `KERNELS`. traffic: bytes between main
+memory and the core, as every instruction that is not part of a fusion reads its operands and writes its value once; slices
+and in-place updates count what they touch. collectives: bytes that a device receives over the interconnect.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from tapo_jax.hlo_text import Computation, Instruction, Module, Shape, read
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+# These move nothing by themselves.
+FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all iota partition-id replica-id opt-barrier domain add-dependency "
+    "async-done async-update copy-done send-done recv-done".split()
+) | {f"{name}-done" for name in COLLECTIVES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one call. seconds: each instruction at the speed of what limits it, arithmetic or memory, one after another.
+    collectives: kind -> (how many, bytes)."""
+
+    flops: float = 0.0
+    traffic: float = 0.0
+    seconds: float = 0.0
+    collectives: tuple[tuple[str, float, float], ...] = ()
+
+    def __add__(self, other: "Costs") -> "Costs":
+        sums = {kind: (count, size) for kind, count, size in self.collectives}
+        for kind, count, size in other.collectives:
+            have = sums.get(kind, (0.0, 0.0))
+            sums[kind] = (have[0] + count, have[1] + size)
+        merged = tuple((kind, *pair) for kind, pair in sorted(sums.items()))
+        return Costs(self.flops + other.flops, self.traffic + other.traffic, self.seconds + other.seconds, merged)
+
+    def times(self, turns: float) -> "Costs":
+        collectives = tuple((kind, count * turns, size * turns) for kind, count, size in self.collectives)
+        return Costs(self.flops * turns, self.traffic * turns, self.seconds * turns, collectives)
+
+
+def costs(text: str, *, flops_per_s: float, bytes_per_s: float, loops: int = 1, kernel_flops: Callable | None = None) -> Costs:
+    """Of the module in `text` (`compiled.as_text()`). loops: turns of loops whose number of turns only the data decide.
+
+    kernel_flops(op_name, operand shapes) -> flops of a Pallas kernel; None counts kernels as 0.
+    """
+    reader = _Reader(read(text), flops_per_s, bytes_per_s, loops, kernel_flops)
+    return reader.computation(reader.module.entry)
+
+
+class _Reader:
+    def __init__(self, module: Module, flops_per_s: float, bytes_per_s: float, loops: int, kernel_flops: Callable | None):
+        self.module, self.loops, self.kernel_flops = module, loops, kernel_flops
+        self.flops_per_s, self.bytes_per_s = flops_per_s, bytes_per_s
+        self.computation = functools.cache(self._computation)
+        self.inside = functools.cache(self._inside)
+
+    def _computation(self, name: str) -> Costs:
+        """Of a computation whose instructions run one by one."""
+        computation = self.module.computations[name]
+        return sum((self._instruction(computation, i) for i in computation.instructions), Costs())
+
+    def _inside(self, name: str) -> Costs:
+        """Arithmetic and collectives of a fusion's computation, which touches no memory on its own."""
+        computation = self.module.computations[name]
+        total = Costs()
+        for i in computation.instructions:
+            inner = i.called("calls") or i.called("to_apply") if i.opcode in ("fusion", "call", "async-start") else None
+            total += self.inside(inner) if inner else Costs(self._flops(computation, i)) + self._collective(computation, i)
+        return total
+
+    def _instruction(self, computation: Computation, i: Instruction) -> Costs:
+        if i.opcode in FREE:
+            return Costs()
+        if i.opcode == "while":
+            turns = self._turns(i)
+            return (self.computation(i.called("body")) + self.computation(i.called("condition"))).times(turns)
+        if i.opcode == "conditional":
+            branches = re.findall(r"%([\w.\-]+)", re.search(r"branch_computations=\{([^}]*)\}", i.rest).group(1)) if (
+                "branch_computations" in i.rest
+            ) else [i.called("true_computation"), i.called("false_computation")]
+            return max((self.computation(branch) for branch in branches), key=lambda c: (c.seconds, c.flops))
+        if i.opcode in ("call", "async-start"):
+            return self.computation(i.called("calls") or i.called("to_apply"))
+        if i.opcode == "fusion":
+            inner = self.inside(i.called("calls"))
+            return self._timed(inner, self._fusion_traffic(computation, i))
+        traffic = self._traffic(computation, i)
+        return self._timed(Costs(self._flops(computation, i)) + self._collective(computation, i), traffic)
+
+    def _timed(self, work: Costs, traffic: float) -> Costs:
+        seconds = max(work.flops / self.flops_per_s, traffic / self.bytes_per_s)
+        return dataclasses.replace(work, traffic=traffic, seconds=seconds)
+
+    def _turns(self, i: Instruction) -> int:
+        """The loop's number of turns as the compiler worked it out, or `loops`."""
+        found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.rest)
+        return int(found.group(1)) if found else self.loops
+
+    # Arithmetic.
+
+    def _flops(self, computation: Computation, i: Instruction) -> float:
+        if i.opcode == "dot":
+            left = computation.operand_shapes(i, 0)[0]
+            contracted = math.prod(left.dims[d] for d in _numbers(i.rest, "lhs_contracting_dims"))
+            return 2.0 * i.shapes[0].size * contracted
+        if i.opcode == "convolution":
+            return _convolution(i, computation.operand_shapes(i, 0)[0], computation.operand_shapes(i, 1)[0])
+        if i.opcode == "custom-call" and self.kernel_flops is not None and 'custom_call_target="tpu_custom_call"' in i.rest:
+            return self.kernel_flops(i.op_name, [s for k in range(len(i.operands)) for s in computation.operand_shapes(i, k)])
+        return 0.0
+
+    # Memory.
+
+    def _traffic(self, computation: Computation, i: Instruction) -> float:
+        first = computation.operand_shapes(i, 0) if i.operands else ()
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * _main_bytes(i.shapes)
+        if i.opcode in ("dynamic-update-slice", "scatter"):
+            update = computation.operand_shapes(i, 1 if i.opcode == "dynamic-update-slice" else 2)
+            return 2 * _main_bytes(update)
+        if i.opcode == "copy-start":  # its value is (target, source, a token)
+            return _main_bytes(i.shapes[:1]) + _main_bytes(first)
+        if i.opcode.endswith("-start"):
+            return 2 * _main_bytes(first)
+        return _main_bytes(i.shapes) + sum(_main_bytes(computation.operand_shapes(i, k)) for k in range(len(i.operands)))
+
+    def _fusion_traffic(self, computation: Computation, i: Instruction) -> float:
+        inner = self.module.computations[i.called("calls")]
+        total = 0.0
+        for index in range(len(i.operands)):
+            outer = computation.operand_shapes(i, index)
+            if index in inner.parameters and any(shape.main for shape in outer):
+                total += min(_main_bytes(outer), _read_bytes(inner, inner.parameters[index]))
+        leaves = [inner.by_name[name] for name in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
+        for leaf, shape in zip(leaves, i.shapes, strict=False):
+            total += _written_bytes(inner, leaf) if shape.main else 0.0
+        return total
+
+    # Collectives.
+
+    def _collective(self, computation: Computation, i: Instruction) -> Costs:
+        kind = i.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return Costs()
+        operands = sum(s.bytes for k in range(len(i.operands)) for s in computation.operand_shapes(i, k))
+        n = _group_size(i.rest)
+        if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # the compiler writes it as a fusion of the reduction with a slice
+        share = (n - 1) / n
+        received = {
+            "all-gather": operands * (n - 1), "all-reduce": 2 * operands * share, "reduce-scatter": operands * share,
+            "collective-permute": operands,
+        }.get(kind, operands * share)  # fmt: skip
+        return Costs(collectives=((kind, 1.0, received),)) if received else Costs()
+
+
+def _numbers(rest: str, key: str) -> list[int]:
+    found = re.search(rf"{key}=\{{([\d,]*)\}}", rest)
+    return [int(n) for n in found.group(1).split(",") if n] if found else []
+
+
+def _main_bytes(shapes: tuple[Shape, ...]) -> float:
+    return sum(shape.bytes for shape in shapes if shape.main)
+
+
+def _through_bitcasts(inner: Computation, i: Instruction) -> Instruction:
+    while i.opcode == "bitcast":
+        i = inner.by_name[i.operands[0]]
+    return i
+
+
+def _read_bytes(inner: Computation, parameter: Instruction) -> float:
+    """What a fusion reads of one parameter: slices of it, nothing where it only updates it in place, or all of it."""
+    total, waiting = 0.0, [parameter]
+    while waiting:
+        value = waiting.pop()
+        for user in inner.users[value.name]:
+            if user.opcode == "bitcast":
+                waiting.append(user)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value.name:
+                total += sum(shape.bytes for shape in user.shapes)
+            elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == value.name):
+                return sum(shape.bytes for shape in parameter.shapes)
+    return total
+
+
+def _written_bytes(inner: Computation, leaf: Instruction) -> float:
+    leaf = _through_bitcasts(inner, leaf)
+    if leaf.opcode == "dynamic-update-slice":
+        return sum(shape.bytes for shape in inner.operand_shapes(leaf, 1))
+    return sum(shape.bytes for shape in leaf.shapes)
+
+
+def _group_size(rest: str) -> int:
+    """Devices that take part in a collective together."""
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
+    if iota:
+        return int(iota.group(2))
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    return len(listed.group(1).split(",")) if listed else 2
+
+
+def _convolution(i: Instruction, left: Shape, right: Shape) -> float:
+    """The compiler writes matrix products as convolutions; batch dimensions may be spatial ones with dilation."""
+    labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", i.rest)
+    lhs, rhs, out = labels.groups()
+    groups = int(found.group(1)) if (found := re.search(r"feature_group_count=(\d+)", i.rest)) else 1
+    batches = int(found.group(1)) if (found := re.search(r"batch_group_count=(\d+)", i.rest)) else 1
+    count = left.dims[lhs.index("f")] / groups * i.shapes[0].dims[out.index("f")] * left.dims[lhs.index("b")] / batches
+    window = re.search(r"window=\{([^}]*)\}", i.rest)
+    fields = dict(part.split("=") for part in window.group(1).split()) if window else {}
+    spatial = sorted(label for label in lhs if label.isdigit())
+    for d, label in enumerate(spatial):
+        one = {name: text.split("x")[d] for name, text in fields.items()}
+        count *= _valid_pairs(
+            left.dims[lhs.index(label)], right.dims[rhs.index(label)], i.shapes[0].dims[out.index(label)],
+            stride=int(one.get("stride", 1)), low=int(one.get("pad", "0_0").split("_")[0]), lhs_dilate=int(one.get("lhs_dilate", 1)),
+            rhs_dilate=int(one.get("rhs_dilate", 1)),
+        )  # fmt: skip
+    return 2.0 * count
+
+
+@functools.cache
+def _valid_pairs(size: int, kernel: int, out: int, *, stride: int, low: int, lhs_dilate: int, rhs_dilate: int) -> int:
+    """Pairs of an output place and a kernel place that meet an input value, neither padding nor a hole of the dilation."""
+    pairs, starts = 0, np.arange(out, dtype=np.int64) * stride - low
+    for k in range(kernel):
+        place = starts + k * rhs_dilate
+        inside = (place >= 0) & (place <= (size - 1) * lhs_dilate)
+        pairs += int((inside & (place % lhs_dilate == 0)).sum())
+    return pairs

@@ -1,0 +1,67 @@
+"""How much credit a run misplaced, from its recorded episodes: the share of failing tool steps, and of failing trajectories, that a
+successful sample of the same question made too, at each threshold of similarity."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tapo_jax import credit, records
+from tapo_jax.config import UserError
+from tapo_jax.records import RecordedEpisode
+from tapo_jax.report_plots import BLUE, INK, RED, new_figure, title
+
+
+def write_credit(paths: Sequence[Path], out: Path) -> str:
+    """Writes credit.json and credit.png into `out` and returns the table of all recorded steps together. Raises UserError."""
+    by_step: dict[int, list[RecordedEpisode]] = {}
+    for path in paths:
+        for episode in records.load(path):
+            by_step.setdefault(episode.step, []).append(episode)
+    everything = [episode for episodes in by_step.values() for episode in episodes]
+    rows = table(everything)
+    each = {step: table(episodes) for step, episodes in sorted(by_step.items())}
+    (out / "credit.json").write_text(json.dumps({"all": rows, "steps": each}, indent=1) + "\n", encoding="utf-8")
+    _plot(rows, each, out / "credit.png")
+    success = sum(e.success for e in everything)
+    text = f"{len(everything)} episodes of {len(by_step)} recorded steps, {success} of them right"
+    return f"{text}\n\n{credit.text_table(rows)}\n\nwritten to {out / 'credit.json'} and credit.png"
+
+
+def table(episodes: Sequence[RecordedEpisode], thresholds: Sequence[float] = credit.GRID) -> list[dict[str, Any]]:
+    """The rows of `credit.from_similarities`. A step's similarity is the recorded one, to its nearest witness.
+
+    Raises UserError where tool steps were recorded without it.
+    """
+    called = any(turn.result is not None and turn.error is None for episode in episodes for turn in episode.turns)
+    if called and not any(turn.slot >= 0 for episode in episodes for turn in episode.turns):
+        raise UserError("These episodes were recorded without TAPO's similarities: record them with tapo.enabled (tapo.beta=0 changes no advantage).")
+    groups = {key: number for number, key in enumerate(dict.fromkeys((e.step, e.prompt) for e in episodes))}
+    steps = [
+        (turn.sim if turn.witness is not None else 0.0, groups[episode.step, episode.prompt], episode.sample)
+        for episode in episodes
+        for turn in episode.turns
+        if turn.slot >= 0 and not episode.success
+    ]
+    sim_N, group_N, sample_N = (np.array([step[i] for step in steps], kind) for i, kind in enumerate((np.float32, int, int)))
+    return credit.from_similarities(sim_N, group_N, sample_N, sum(not e.success for e in episodes), thresholds)
+
+
+def _plot(rows: Sequence[dict[str, Any]], each: dict[int, list[dict[str, Any]]], out: Path) -> None:
+    figure = new_figure(1, 2, height=3.4)
+    for axes, unit in zip(figure.axes, ("actions", "trajectories"), strict=True):
+        title(axes, f"correctable share of failing {unit}")
+        for number, (step, found) in enumerate(each.items()):
+            _line(axes, found, unit, color=BLUE, alpha=0.15 + 0.7 * (number + 1) / len(each), linewidth=1.2, label=f"step {step}")
+        _line(axes, rows, unit, color=INK, marker="o", markersize=3.5, linewidth=2.2, label="all")
+        axes.axhline(0.5, color=RED, linewidth=0.9, linestyle=":")
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("similarity to a step of a successful sample of at least")
+    figure.axes[1].legend(fontsize=8, frameon=False, ncols=1 + len(each) // 10, labelcolor=INK)
+    figure.savefig(out, dpi=150)
+
+
+def _line(axes: Any, rows: Sequence[dict[str, Any]], unit: str, **style: Any) -> None:
+    axes.plot([row["threshold"] for row in rows], [row[f"correctable_{unit}"] for row in rows], **style)

@@ -1,0 +1,44 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+import random_tapo
+import reference_tapo
+
+from tapo_jax import bench, bench_reference, bench_tapo, tapo
+
+
+def test_loop_of_the_benchmark_equals_the_reference():
+    """What the kernel is timed against computes the same thing as the kernel and as the tests' own loops."""
+    P, G, K = 24, 4, 3
+    steps = tapo.encode_steps(random_tapo.groups(2, P, G, K), steps=K, features=64)
+    success = np.random.default_rng(0).random((P, G)) < 0.5
+    advantage = np.where(success, 0.9, -0.6).astype(np.float32)
+    kernel = np.asarray(jax.jit(tapo.transfer_credit)(steps, success, advantage).advantage_PxS)
+    agree = 0
+    for p, slots in enumerate(bench_reference.as_lists(steps)):
+        own = advantage[p].astype(float).tolist()
+        result = bench_reference.transfer(slots, success[p].tolist(), own, 0.7, 0.25, 0.8)
+        sim = [[bench_reference.similarity(a, b) for b in slots] for a in slots]
+        expected = reference_tapo.group_transfer(
+            sim, steps.trajectory_PxS[p].tolist(), steps.valid_PxS[p].tolist(), success[p].tolist(), own,
+            theta=0.7, alpha_min=0.25, beta=0.8,
+        )
+        np.testing.assert_allclose(result, expected["advantage"], rtol=1e-12)
+        agree += np.allclose(result, kernel[p], atol=1e-6)
+    assert agree >= P - 1  # a float32 and a float64 similarity may fall on two sides of 0.7
+
+
+@pytest.mark.parametrize("arguments", [
+    ["tapo", "--sizes", "small", "--mixes", "search", "--tokens", "8"],
+    ["losses", "--rows", "4", "--tokens", "16"],
+], ids=lambda arguments: arguments[0])
+def test_command_prints_a_table_and_writes_json(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(bench_tapo.SIZES, "small", (2, 2, 2, 2))
+    out = tmp_path / "out.json"
+    bench.main([*arguments, "--repeats", "1", "--out", str(out)])
+    written = json.loads(out.read_text())
+    assert written["benchmark"] == arguments[0] and written["rows"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in written["rows"][0])

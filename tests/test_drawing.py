@@ -1,0 +1,93 @@
+"""Drawing one token: frequencies, log-probabilities, what top-p and forbidden tokens do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tapo_jax.drawing import draw, pick, turn_keys
+
+LOGITS_V = np.log(np.array([0.5, 0.2, 0.2, 0.1], np.float32))
+NONE_V = np.zeros(4, bool)
+
+
+def draws(count, *, temperature=1.0, top_p=1.0, forbidden_V=NONE_V, logits_V=LOGITS_V):
+    keys = jax.random.split(jax.random.key(0), count)
+    logits_RxV = jnp.broadcast_to(jnp.asarray(logits_V)[None], (count, len(logits_V)))
+    token_R, logp_R = draw(logits_RxV, keys, jnp.float32(temperature), jnp.float32(top_p), jnp.asarray(forbidden_V))
+    return np.asarray(token_R), np.asarray(logp_R)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"),
+    [
+        (1.0, [0.5, 0.2, 0.2, 0.1]),
+        (0.5, [25 / 34, 4 / 34, 4 / 34, 1 / 34]),  # squares 25, 4, 4, 1 of 100, over their sum
+    ],
+)
+def test_frequencies_and_log_probabilities(temperature, expected):
+    token_R, logp_R = draws(20_000, temperature=temperature)
+    # Five standard errors of a share p of 20,000 are at most 5 · 0.5 / 141 = 0.018.
+    np.testing.assert_allclose(np.bincount(token_R, minlength=4) / 20_000, expected, atol=0.018)
+    np.testing.assert_allclose(logp_R, np.log(expected)[token_R], atol=1e-5)
+
+
+def test_top_p_restricts_what_is_drawn_but_not_the_log_probability():
+    token_R, logp_R = draws(5_000, top_p=0.6)  # 0.5 < 0.6, and the two tokens of 0.2 are equally probable: both stay
+    assert set(token_R) == {0, 1, 2}
+    np.testing.assert_allclose((token_R == 0).mean(), 5 / 9, atol=0.035)
+    np.testing.assert_allclose(logp_R, LOGITS_V[token_R], atol=1e-5)
+    assert set(draws(1_000, top_p=0.5)[0]) == {0}  # the first token alone reaches 0.5
+    assert set(draws(1_000, top_p=0.01)[0]) == {0}  # never empty
+
+
+def test_temperature_zero_takes_the_most_probable_and_reports_temperature_one():
+    token_R, logp_R = draws(50, temperature=0.0, logits_V=LOGITS_V[::-1].copy())
+    assert set(token_R) == {3}
+    np.testing.assert_allclose(logp_R, np.log(0.5), atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forbidden_tokens_are_never_drawn_and_have_no_mass(temperature):
+    forbidden_V = np.array([True, False, False, True])
+    token_R, logp_R = draws(2_000, temperature=temperature, forbidden_V=forbidden_V)
+    assert set(token_R) == ({1} if temperature == 0 else {1, 2})
+    np.testing.assert_allclose(logp_R, np.log(0.5), atol=1e-6)  # 0.2 of 0.4
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=50), st.floats(0, 1, exclude_max=True, width=32))
+def test_pick_inverts_the_cumulative_distribution(weights, u):
+    p_V = np.zeros(50, np.float32)  # one shape: compiled once
+    p_V[: len(weights)] = weights
+    if p_V.sum() < 1e-3:
+        return
+    token = int(pick(jnp.asarray(p_V)[None], jnp.float32(u)[None])[0])
+    assert p_V[token] > 0
+    # float64 reference; at a boundary of the distribution float32 sums may fall on either side.
+    total_V = np.cumsum(p_V.astype(np.float64))
+    target = u * total_V[-1]
+    assert total_V[token] - p_V[token] - 1e-4 <= target <= total_V[token] + 1e-4
+
+
+def test_pick_with_the_vocabulary_of_a_real_model():
+    """V = 151,936 is no square: the last block is padding, which is never picked."""
+    V = 151_936
+    p_RxV = jnp.ones((5, V), jnp.float32)
+    token_R = np.asarray(pick(p_RxV, jnp.array([0.0, 0.25, 0.5, 0.75, 1 - 2**-24])))
+    np.testing.assert_allclose(token_R, [0, V // 4, V // 2, 3 * V // 4, V - 1], atol=2)
+    assert token_R.max() < V
+
+
+def test_keys_differ_in_every_number():
+    base = dict(seed=1, step=2, prompt=3, sample=4, turn=5)
+    changed = [base] + [{**base, name: 7} for name in base] + [{**base, "prompt": 4, "sample": 3}]
+
+    def key(seed, step, prompt, sample, turn):
+        one = turn_keys(jnp.int32(seed), jnp.int32(step), *(jnp.array([n], jnp.int32) for n in (prompt, sample, turn)))
+        return tuple(np.asarray(jax.random.key_data(one))[0].tolist())
+
+    assert len({key(**numbers) for numbers in changed}) == 7
+    assert key(**base) == key(**base)

@@ -1,0 +1,212 @@
+"""Numbers of an evaluation, and the program that evaluates a checkpoint."""
+
+import dataclasses
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from rollout_world import model
+
+from tapo_jax import evaluate, evaluate_checkpoint, train_step
+from tapo_jax.checkpoints import fingerprint
+from tapo_jax.config import UserError
+from tapo_jax.types import Episode, Prompt
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def episode(hops: int, right: bool, answer: str | None = "a") -> Episode:
+    empty = np.zeros(0, np.int32)
+    prompt = Prompt(f"q{hops}", "?", (), ("a",), hops=hops)
+    rewards = {"accuracy": float(right), "format": 1.0}
+    return Episode(prompt, 0, empty, empty.astype(bool), empty.astype(np.float32), [], [], [], answer, "answer", rewards, reward=0.5 + right)
+
+
+PLAYED = {
+    "tools/calls": 2.0, "tools/calls/zoom": 1.5, "tools/errors": 0.5, "tools/errors/timeout": 0.5, "rollout/turns": 3.0, "rollout/length": 90.0,
+    "rollout/written": 40.0, "rollout/finish_answer": 0.75, "rollout/finish_length": 0.25, "rollout/finish_turns": 0.0,
+    "rollout/finish_malformed": 0.0, "time/decode": 3.0,
+}  # fmt: skip
+EPISODES = [episode(1, True), episode(1, False), episode(2, False), episode(2, False, None)]
+
+
+def test_wilson():
+    """The roots of (p̂ − p)² = z² p(1 − p)/n. For 0 of n the upper end is z²/(n + z²): 3.8415/13.8415 = 0.27754 for n = 10; 5 of 10 gives
+    0.5 ± z·sqrt(0.025 + z²/400)/(1 + z²/10) = 0.5 ± 0.26341 (z² = 3.84146)."""
+    assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-5)
+    assert evaluate.wilson(10, 10) == pytest.approx((1 - 0.277533, 1.0), abs=1e-5)
+    assert evaluate.wilson(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-5)
+    assert evaluate.wilson(0, 0) == (0.0, 1.0)
+    low, high = evaluate.wilson(37, 128)
+    for end in (low, high):  # the definition itself
+        assert (37 / 128 - end) ** 2 == pytest.approx(evaluate.Z95**2 * end * (1 - end) / 128)
+
+
+def test_numbers_by_hop_count():
+    values = evaluate.numbers(evaluate.tally(EPISODES, PLAYED))
+    assert (values["episodes"], values["accuracy"]) == (4, 0.25)
+    assert (values["episodes/hops_1"], values["accuracy/hops_1"], values["accuracy/hops_2"]) == (2, 0.5, 0.0)
+    assert values["accuracy_low"] < 0.25 < values["accuracy_high"]
+    assert (values["answered"], values["reward"]) == (0.75, 0.75)  # rewards 1.5, 0.5, 0.5, 0.5
+    assert (values["tool_calls"], values["tool_calls/zoom"], values["errors/timeout"]) == (2.0, 1.5, 0.5)
+    assert (values["turns"], values["length"], values["finish/length"]) == (3.0, 90.0, 0.25)
+    assert not [name for name in values if "time" in name.split("/")[0]]
+
+
+def test_sums_of_two_processes_are_those_of_one():
+    """Three episodes and one: the means of the rollouts must be weighted by 3 and 1, not averaged. Calls: (3·2 + 1·6)/4 = 3."""
+    first, second = evaluate.tally(EPISODES[:3], PLAYED), evaluate.tally(EPISODES[3:], PLAYED | {"tools/calls": 6.0})
+    both = {name: first.get(name, 0) + second.get(name, 0) for name in first | second}
+    values = evaluate.numbers(both)
+    assert values["tool_calls"] == 3.0
+    assert values["accuracy/hops_2"] == 0.0 and values["episodes/hops_2"] == 2
+    alone = evaluate.numbers(evaluate.tally(EPISODES, PLAYED))
+    assert {k: v for k, v in values.items() if k != "tool_calls"} == pytest.approx({k: v for k, v in alone.items() if k != "tool_calls"})
+
+
+class FakeAgent:
+    """Stands in for an Agent: remembers what it was asked to play."""
+
+    def play(self, params, prompts, **options):
+        self.asked = (params, list(prompts), options)
+        return [dataclasses.replace(EPISODES[i], prompt=prompt) for i, prompt in enumerate(prompts)], PLAYED
+
+
+def test_evaluate_plays_each_prompt_once():
+    agent, prompts = FakeAgent(), [e.prompt for e in EPISODES]
+    values = dict(evaluate.evaluate(agent, "weights", prompts, temperature=0.0, seed=7))
+    assert values["accuracy"] == 0.25
+    params, asked, options = agent.asked
+    assert params == "weights" and asked == prompts
+    assert options == dict(group_size=1, temperature=0.0, top_p=1.0, seed=7, step=0, first_prompt=0)
+    assert dict(evaluate.evaluate(agent, "weights", [], temperature=0.0, seed=7)) == {}
+
+
+def test_table():
+    text = evaluate.table(evaluate.numbers(evaluate.tally(EPISODES, PLAYED)))
+    assert "| all | 4 | 25.0 % | 4.6 – 69.9 % |" in text  # 1 of 4: (0.25 + 0.48018 ± 0.63907·…)/1.96036, by the definition above
+    assert "| 1 hop | 2 | 50.0 % |" in text and "| 2 hops | 2 | 0.0 % |" in text
+    assert "| tool_calls: zoom | 1.50 |" in text and "| errors: timeout | 0.500 |" in text
+
+
+# A checkpoint from the command line.
+
+
+def save_checkpoint(workdir: Path, step: int, params) -> Path:
+    """A checkpoint as `Checkpoints.save` lays it out, with something beside the weights."""
+    folder = workdir / "checkpoints" / str(step)
+    state = {"update": jnp.int32(3), "params": params, "opt_state": {"mu": jax.tree.map(jnp.zeros_like, params)}}
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder / "state", state)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(folder / "run", {"step": step, "params_fingerprint": int(fingerprint(params))})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run's folder with one checkpoint of random weights, and these weights."""
+    workdir = tmp_path_factory.mktemp("run")
+    params = train_step.split_model(model())[1]
+    return save_checkpoint(workdir, 12, params), params
+
+
+def test_weights_of_a_checkpoint(saved):
+    folder, params = saved
+    like = jax.tree.map(lambda a: a + 1, params)
+    for found, wanted in zip(jax.tree.leaves(evaluate_checkpoint.read_params(folder, like)), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def damage_by_a_bit(folder):
+    largest = max((path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    largest.write_bytes(data)
+
+
+def damage_by_cutting(folder):
+    largest = max((path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+
+
+def damage_by_deleting(folder):
+    shutil.rmtree(folder / "state")
+
+
+@pytest.mark.parametrize("damage", [damage_by_a_bit, damage_by_cutting, damage_by_deleting])
+def test_damaged_checkpoint_is_one_sentence(saved, tmp_path, damage):
+    """Every array counts, so the bit may fall into the weights or not: the file with the most bytes holds both here. Several places
+    are not needed, since the checkpoint's weights are compared by a fingerprint."""
+    folder = tmp_path / "checkpoints" / "12"
+    shutil.copytree(saved[0], folder)
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        evaluate_checkpoint.read_params(folder, saved[1])
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_checkpoint_of_another_model_is_one_sentence(saved):
+    folder, params = saved
+    wider = jax.tree.map(lambda a: jnp.zeros((*a.shape[:-1], a.shape[-1] + 2)), params)
+    with pytest.raises(UserError, match="cannot be read into the model of this config"):
+        evaluate_checkpoint.read_params(folder, wider)
+
+
+def get_config(**model_fields):
+    config = runpy.run_path(str(CONFIGS / "tapo_grpo.py"))["get_config"]("test")
+    config.model.update(model_fields)
+    return config
+
+
+def model_folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        (path / name).write_text("{}")
+    return path
+
+
+def test_what_a_checkpoint_may_be(tmp_path):
+    """A run's folder means its newest checkpoint; half-written ones (orbax's temporary names) do not count."""
+    models = model_folder(tmp_path / "model")
+    config, workdir = get_config(path=str(models)), tmp_path / "run"
+    for name in ("3", "12", "20.orbax-checkpoint-tmp"):
+        (workdir / "checkpoints" / name).mkdir(parents=True)
+    (workdir / "config.json").write_text("{}")
+    newest = (workdir / "checkpoints" / "12", models, "step_000012", workdir / "eval")
+    assert evaluate_checkpoint.find(workdir, config) == newest
+    assert evaluate_checkpoint.find(workdir / "checkpoints" / "3", config)[0] == workdir / "checkpoints" / "3"
+    export = model_folder(workdir / "export")
+    assert evaluate_checkpoint.find(export, config) == (None, export, "export", workdir / "eval")
+    assert evaluate_checkpoint.find(models, config) == (None, models, "model", Path("eval"))
+
+
+def test_wrong_checkpoint_is_one_sentence(tmp_path):
+    config = get_config(path=str(model_folder(tmp_path / "model")))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for path, sentence in (("nowhere", "is no directory"), ("run", "no complete checkpoint"), ("other", "neither checkpoints nor a model")):
+        with pytest.raises(UserError, match=sentence):
+            evaluate_checkpoint.find(tmp_path / path, config)
+
+
+def test_run_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
+    """The whole program around a player and a model that are not there."""
+    monkeypatch.setattr(evaluate_checkpoint, "load_model", lambda *_: (model(), None))
+    monkeypatch.setattr(evaluate_checkpoint, "make_agent", lambda *_: FakeAgent())
+    monkeypatch.setattr(evaluate_checkpoint.sources, "tools", lambda _: [])
+    monkeypatch.setattr(evaluate_checkpoint.evaluate, "split_prompts", lambda _: [e.prompt for e in EPISODES])
+    config = get_config()
+    evaluate_checkpoint.run(config, str(model_folder(tmp_path / "model")), str(tmp_path / "out"), page=True)
+    written = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert written["metrics"]["accuracy"] == 0.25 and written["split"] == config.eval.split
+    text = (tmp_path / "out" / "model.md").read_text()
+    assert "| all | 4 | 25.0 % |" in text and text in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.html").read_text().count("<article") == 0  # these episodes have no turns
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".html", ".json", ".md", ".npz"]

@@ -1,0 +1,260 @@
+"""Figures and tables of runs and sweeps, from files with known numbers."""
+
+import dataclasses
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import synthetic
+
+from tapo_jax import records, report, report_credit, report_figures, report_sweep
+from tapo_jax.config import UserError
+from tapo_jax.records import RecordedEpisode, RecordedTurn
+from tapo_jax.report_plots import series, smooth
+
+
+def picture(path):
+    """The image, which must hold something: not one colour only."""
+    pixels = np.asarray(PIL.Image.open(path).convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    return pixels
+
+
+# One run.
+
+
+def test_curve(tmp_path):
+    path = synthetic.write(tmp_path / "metrics.jsonl", synthetic.lines(40))
+    report.write_curve(path, tmp_path / "curve.png")
+    assert picture(tmp_path / "curve.png").shape == (870, 1500, 3)
+
+
+def test_curve_of_a_run_that_logged_little(tmp_path):
+    """An evaluation alone, steps without TAPO, and a number that was not finite (null) are no reason to fail."""
+    path = synthetic.write(tmp_path / "metrics.jsonl", [{"step": 0, "eval/accuracy": 0.25}, {"step": 1, "reward/mean": None, "loss/entropy": 0.5}])
+    report.write_curve(path, tmp_path / "curve.png")
+    picture(tmp_path / "curve.png")
+
+
+def test_curve_needs_a_step(tmp_path):
+    with pytest.raises(UserError, match="holds no step"):
+        report.write_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+
+
+def test_series_leaves_out_what_is_not_there():
+    step_N, value_N = series([{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": None}, {"step": 4, "a": 0.0}], "a")
+    assert step_N.tolist() == [1, 4] and value_N.tolist() == [2, 0]
+
+
+def test_smooth_is_a_mean_of_what_is_near():
+    """Window 3 of 0, 3, 6, 0: (0+3)/2, (0+3+6)/3, (3+6+0)/3, (6+0)/2."""
+    assert smooth(np.array([0.0, 3.0, 6.0, 0.0]), 3).tolist() == [1.5, 3.0, 3.0, 3.0]
+
+
+def test_commands(tmp_path, capsys):
+    synthetic.write(tmp_path / "metrics.jsonl", synthetic.lines(4))
+    report.main(["curve", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "curve.png")
+    with pytest.raises(UserError, match="no recorded episodes"):
+        report.main(["page", str(tmp_path)])
+    with pytest.raises(UserError, match="is no directory"):
+        report.main(["curve", str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="no finished run"):
+        report.main(["sweep", str(tmp_path)])
+
+
+# Statistics.
+
+
+def test_bootstrap():
+    """Two seeds 0 and 1: a resample's mean is 0, 0.5 or 1 with probabilities ¼, ½, ¼, so both 2.5 % quantiles are the ends."""
+    assert report_sweep.bootstrap([0.0, 1.0]) == (0.0, 1.0)
+    assert report_sweep.bootstrap([0.3]) is None
+    assert report_sweep.bootstrap([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
+    low, high = report_sweep.bootstrap(np.arange(101) / 100)
+    # mean 0.5, standard deviation of the mean sqrt(850/10000/101) = 0.02901; the percentile interval is about ± 1.96 of it
+    assert (low, high) == pytest.approx((0.5 - 0.0569, 0.5 + 0.0569), abs=0.003)
+
+
+def test_student():
+    """1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.302653: half = 2.484138."""
+    assert report_sweep.student([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
+
+
+def result(row, seed, accuracy, *, seconds=10.0):
+    return report_sweep.Result(row, seed, ((0, 0.0, 0.0), (10, seconds, accuracy)), {}, {}, None)
+
+
+def last(found):
+    return found.at_step(10)
+
+
+def test_difference_is_paired_by_seed():
+    """Seeds 0, 1, 2 in common; deltas 0.1, 0.1, 0.1 although the seeds themselves differ by 0.4. The base's mean is 0.5."""
+    ours = {s: result("a", s, 0.4 + 0.2 * s) for s in (0, 1, 2, 7)}
+    theirs = {s: result("b", s, 0.3 + 0.2 * s) for s in (0, 1, 2, 5)}
+    found = report_sweep.difference(ours, theirs, last)
+    assert found["values"] == pytest.approx([0.1, 0.1, 0.1])
+    assert (found["seeds"], found["improved"], found["verdict"]) == (3, 3, "better")
+    assert found["relative"] == pytest.approx(0.2)
+    assert report_sweep.difference(theirs, ours, last)["verdict"] == "worse"
+    assert report_sweep.difference({0: ours[0]}, {1: theirs[1]}, last) is None
+
+
+def test_verdict_needs_both_intervals():
+    """Deltas 0.01, 0.02, 0.09: no resample has a mean of 0, so the bootstrap leaves it out; Student: 0.04 ± 4.303·0.0252."""
+    ours = {s: result("a", s, 0.3 + delta) for s, delta in enumerate((0.01, 0.02, 0.09))}
+    found = report_sweep.difference(ours, {s: result("b", s, 0.3) for s in range(3)}, last)
+    assert found["interval"][0] > 0 > found["student"][0]
+    assert found["verdict"] == "not decided"
+
+
+def test_one_seed_decides_nothing():
+    found = report_sweep.difference({0: result("a", 0, 0.9)}, {0: result("b", 0, 0.1)}, last)
+    assert found["interval"] is None and found["verdict"] == "not decided"
+
+
+def test_interpolation_between_evaluations():
+    """0 at step 0, 0.6 at step 10 after 30 s: half way it is 0.3, at 10 s 0.2; after the end the last value."""
+    found = result("a", 0, 0.6, seconds=30.0)
+    assert (found.at_step(5), found.at_time(10), found.at_time(99)) == pytest.approx((0.3, 0.2, 0.6))
+
+
+def config(enabled, **tapo):
+    return report_sweep.flat({"seed": 3, "algorithm": {"loss": "grpo"}, "tapo": {"enabled": enabled, "beta": 0.8, "theta": 0.7} | tapo})
+
+
+def test_bases_and_reference_are_found_from_the_configs():
+    """The published row is the one that differs least from the others: beta_2 and theta_5 are one field away from it, two apart."""
+    configs = {"off": config(False), "beta_2": config(True, beta=0.2), "on": config(True), "theta_5": config(True, theta=0.5)}
+    configs["other"] = config(True) | {"algorithm.loss": "sapo"}
+    base, reference = report_sweep.bases(configs)
+    assert base == {"beta_2": "off", "on": "off", "theta_5": "off"}
+    assert reference == {"beta_2": "on", "theta_5": "on"}
+
+
+def test_swept_fields():
+    configs = {f"beta_{b}": config(True, beta=b) | {"seed": i} for i, b in enumerate((0.8, 0.2, 0.4))} | {"theta": config(True, theta=0.9)}
+    assert report_figures.swept_fields(configs) == [("tapo.beta", ["beta_0.2", "beta_0.4", "beta_0.8"])]
+
+
+# A sweep.
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Base and TAPO with three seeds (+0.1 in the end), two more betas with two; one failed run, one that has not finished."""
+    directory = tmp_path_factory.mktemp("sweep")
+    rows = {"grpo": (config(False), 0.2, 3), "tapo": (config(True), 0.3, 3), "beta_2": (config(True, beta=0.2), 0.25, 2)}
+    rows["beta_12"] = (config(True, beta=1.2), 0.3, 2)
+    for row, (flat, gain, seeds) in rows.items():
+        for seed in range(seeds):
+            folder = directory / row / f"seed_{seed}"
+            synthetic.write(folder / "metrics.jsonl", synthetic.lines(20, seed=seed, gain=gain, start=0.2 + 0.01 * seed))
+            (folder / "config.json").write_text(json.dumps(flat | {"seed": seed}))
+    (directory / "beta_2" / "seed_1" / "failed.json").write_text('{"error": "The disk\\nis full."}')
+    (directory / "grpo" / "seed_3").mkdir()
+    return directory
+
+
+def test_condensed_results_give_the_same_report(sweep, tmp_path):
+    """The small result files alone are enough to make the report again."""
+    for folder in sweep.glob("*/seed_*"):
+        kept = tmp_path / folder.relative_to(sweep)
+        kept.mkdir(parents=True)
+        if (folder / "failed.json").exists():
+            (kept / "failed.json").write_text((folder / "failed.json").read_text())
+        elif (folder / "metrics.jsonl").exists():
+            condensed = json.dumps(report_sweep.condense(folder, folder.parent.name, int(folder.name[5:])))
+            assert len(condensed) < 40_000
+            (kept / "result.json").write_text(condensed)
+    assert report_sweep.summarise(report_sweep.load(tmp_path)) == report_sweep.summarise(report_sweep.load(sweep))
+
+
+def test_summary_of_a_sweep(sweep):
+    found = report_sweep.summarise(report_sweep.load(sweep))
+    assert (found["step"], found["seconds"]) == (20, 40.0)  # 20 steps of 2 s
+    grpo, tapo = found["rows"]["grpo"], found["rows"]["tapo"]
+    assert grpo["at_step"]["mean"] == pytest.approx(0.21 + 0.2)  # starts at 0.20, 0.21, 0.22 and gains 0.2
+    assert tapo["base"] == "grpo" and tapo["base_at_step"]["mean"] == pytest.approx(0.1)
+    assert tapo["base_at_step"]["improved"] == 3 and tapo["base_at_step"]["verdict"] == "better"
+    assert found["rows"]["beta_12"]["reference"] == "tapo"
+    assert grpo["tapo_share"] == pytest.approx(0.005)
+    assert found["failed"] == [("beta_2", 1, "The disk\nis full.")] and found["unfinished"] == [("grpo", 3)]
+
+
+def test_report_of_a_sweep(sweep):
+    (sweep / "sweep.json").write_text(json.dumps({"rows": ["tapo", "grpo"], "base": {"beta_12": "beta_2", "grpo": "no such row"}}))
+    text = report_figures.write_sweep(sweep)
+    (sweep / "sweep.json").unlink()
+    assert text == (sweep / "report.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in table[1:5]] == ["| tapo", "| grpo", "| beta_12", "| beta_2"]
+    assert "| tapo | 3 | 51.0 [50.0, 52.0] |" in text
+    assert "+10.0 [+10.0, +10.0] | 3/3 |" in text and "| better |" in text
+    assert "**Failed:** beta_2, seed 1: The disk is full." in text and "Not finished: grpo seed 3." in text
+    assert "TAPO's share of a step's time: 0.50 %" in text
+    assert json.loads((sweep / "report.json").read_text())["rows"]["beta_12"]["base"] == "beta_2"
+    shown = [line.split("(")[1][:-1] for line in text.splitlines() if line.startswith("![")]
+    assert len(shown) == 5
+    for name in shown:
+        picture(sweep / name)
+
+
+def test_run_without_a_last_evaluation_is_not_finished(tmp_path):
+    synthetic.write(tmp_path / "metrics.jsonl", synthetic.lines(20)[:-1])
+    with pytest.raises(UserError, match="no evaluation of its last step"):
+        report_sweep.condense(tmp_path, "row", 0)
+
+
+# Credit of recorded episodes.
+
+
+def step_turn(sim, **fields):
+    return RecordedTurn(text="", call_name="t", call_arguments={}, result="r", slot=0, sim=sim, witness=(0, 0, 0), **fields)
+
+
+def credit_episode(sample, success, turns, *, prompt=0, step=1):
+    return RecordedEpisode(
+        step=step, prompt=prompt, sample=sample, prompt_id="", question="", answers=(), hops=1, images=(), prompt_images=0, turns=tuple(turns),
+        answer=None, finish="answer", rewards={}, reward=0.0, success=success, advantage=0.0,
+    )  # fmt: skip
+
+
+def recorded_credit():
+    """Failing: sample 1 with 0.9 and 0.4, sample 2 with 0.6, sample 0 of another question without a witness, and one without a step."""
+    lost = dataclasses.replace(step_turn(0.0), witness=None)
+    return [
+        credit_episode(0, True, [step_turn(1.0)]),
+        credit_episode(1, False, [step_turn(0.9), step_turn(0.4), RecordedTurn(text="answer")]),
+        credit_episode(2, False, [step_turn(0.6)]),
+        credit_episode(0, False, [lost], prompt=1),
+        credit_episode(1, False, [RecordedTurn(text="answer")], prompt=1),
+    ]
+
+
+def test_credit_of_recorded_episodes():
+    """4 failing steps, 4 failing trajectories. At 0.5: 0.9 and 0.6 are near, in two trajectories; at 0.7 only 0.9."""
+    rows = {row["threshold"]: row for row in report_credit.table(recorded_credit(), (0.3, 0.5, 0.7, 1.0))}
+    assert [rows[t]["correctable_actions"] for t in (0.3, 0.5, 0.7, 1.0)] == [0.75, 0.5, 0.25, 0.0]
+    assert [rows[t]["correctable_trajectories"] for t in (0.3, 0.5, 0.7, 1.0)] == [0.5, 0.5, 0.25, 0.0]
+
+
+def test_credit_command(tmp_path, capsys):
+    for step in (1, 20):
+        found = [dataclasses.replace(episode, step=step) for episode in recorded_credit()]
+        records.save(tmp_path / "episodes" / f"step_{step:06d}.npz", found)
+    report.main(["credit", str(tmp_path)])
+    assert "10 episodes of 2 recorded steps, 2 of them right" in capsys.readouterr().out
+    written = json.loads((tmp_path / "credit.json").read_text())
+    (at,) = [row for row in written["all"] if row["threshold"] == 0.7]
+    assert (at["actions"], at["failing_actions"]) == (2, 8)
+    assert sorted(written["steps"]) == ["1", "20"]
+    picture(tmp_path / "credit.png")
+
+
+def test_credit_needs_similarities():
+    unknown = dataclasses.replace(step_turn(0.0), slot=-1, witness=None)
+    with pytest.raises(UserError, match="without TAPO's similarities"):
+        report_credit.table([credit_episode(0, False, [unknown])])
