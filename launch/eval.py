@@ -1,6 +1,7 @@
 """Evaluates a checkpoint: `python launch/eval.py --config=configs/tapo_grpo.py --checkpoint=WORKDIR`.
 
-The checkpoint is a WORKDIR (its newest), a WORKDIR/checkpoints/N, or a model directory in Hugging Face form such as WORKDIR/export.
+The checkpoint is a WORKDIR (its newest), a WORKDIR/checkpoints/N, or a model directory in Hugging Face form such as
+WORKDIR/export.
 """
 
 from absl import flags
@@ -9,7 +10,9 @@ from ml_collections import config_flags
 from tapo_jax import processes
 from tapo_jax.config import run_main
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with its argument: FILE.py or FILE.py:ARGUMENT.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The config file, with its argument: FILE.py or FILE.py:ARGUMENT."
+)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A WORKDIR, a WORKDIR/checkpoints/N, or a model directory.")
 OUT = flags.DEFINE_string("out", None, "Where the results are written; left out: the folder eval of the run.")
 PAGE = flags.DEFINE_bool("page", False, "Also write a page of the episodes.")

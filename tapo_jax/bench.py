@@ -1,6 +1,7 @@
 """Benchmarks: `python -m tapo_jax.bench NAME` runs tapo_jax/bench_NAME.py, prints a table and writes JSON.
 
-A benchmark is a module with `add_arguments(parser)` and `run(args) -> list[dict]`, one dict a row; every row has the same keys.
+A benchmark is a module with `add_arguments(parser)` and `run(args) -> list[dict]`, one dict a row; every row has the
+same keys.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """TAPO's kernel as plain Python loops over the same encoded arrays: what `python -m tapo_jax.bench tapo` compares with.
 
-Default options only (Dice, components, mean, support, clip). Every array is a nested list, so that no loop pays for numpy's indexing.
+Default options only (Dice, components, mean, support, clip). Every array is a nested list, so that no loop pays for
+numpy's indexing.
 """
 
 from tapo_jax.tapo_encode import Steps

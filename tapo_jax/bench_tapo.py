@@ -1,8 +1,9 @@
 """TAPO from encoded calls to token advantages, against plain Python loops over the same arrays.
 
-Two mixes of calls: text searches only, and a search agent's (70 % text searches; the rest zooms and image searches). The share is of
-an update of a 4B model on the same tokens: 6 · parameters flops a token at this machine's measured matmul speed.
-CPU seconds count every thread and do not depend on what else the machine does; the factor "faster" is of wall-clock times.
+Two mixes of calls: text searches only, and a search agent's (70 % text searches; the rest zooms and image searches).
+The share is of an update of a 4B model on the same tokens: 6 · parameters flops a token at this machine's measured
+matmul speed. CPU seconds count every thread and do not depend on what else the machine does; the factor "faster" is of
+wall-clock times.
 """
 
 import time
@@ -87,8 +88,10 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
 
 
 def operations(P: int, S: int, G: int, words: int, levels: int) -> float:
-    """Arithmetic of the kernel: for each pair an AND, a population count and an addition a word and level, about 30 for the
-    region, about 10 for masks and gates, 15 for three rounds of clustering and 10 for the choice; 2·G for the members of clusters."""
+    """Arithmetic of the kernel: for each pair an AND, a population count and an addition a word and level, about 30 for
+    the
+    region, about 10 for masks and gates, 15 for three rounds of clustering and 10 for the choice; 2·G for the members
+    of clusters."""
     return P * S * S * (3 * words * levels + 65 + 2 * G)
 
 

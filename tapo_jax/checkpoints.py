@@ -12,7 +12,9 @@ The order of resuming, which `train.py` follows:
 So a run that was killed after any step, and started again, writes what the run would have written.
 """
 
+import gc
 import json
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -86,14 +88,17 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore()
         )
+        problem = None
         try:
             found = self._manager.restore(step, args=items)
             state, data, run = found["state"], found["data"], found["run"]
-            intact = int(jax.device_get(fingerprint(state))) == run["fingerprint"] and _check(data) == run["data_check"]
+            if int(jax.device_get(fingerprint(state))) != run["fingerprint"] or _check(data) != run["data_check"]:
+                problem = "its content is not what was saved"
         except Exception as error:  # orbax and its readers raise many kinds for a damaged file
-            raise self._unreadable(step, _first_line(error)) from error
-        if not intact:
-            raise self._unreadable(step, "its content is not what was saved")
+            problem = _first_line(error)
+        if problem is not None:
+            _forget_failed_reads()
+            raise self._unreadable(step, problem)
         return state, data, run
 
     def close(self) -> None:
@@ -113,6 +118,13 @@ class Checkpoints:
             f"The checkpoint in {self.directory} could not be written ({_first_line(error)}): "
             "make room on the disk and run the same command again; older checkpoints are intact."
         )
+
+
+def _forget_failed_reads() -> None:
+    """A failed read leaves half-run coroutines, each of which prints a page when it is collected: the sentence would drown."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    gc.collect()
+    sys.unraisablehook = hook
 
 
 def _check(data: dict[str, Any]) -> int:

@@ -1,4 +1,5 @@
-"""How much credit a run misplaced: which steps of its failing episodes a successful episode of the same question made too.
+"""How much credit a run misplaced: which steps of its failing episodes a successful episode of the same question made
+too.
 
 The paper's first figure (arXiv 2606.05784) for anyone's recorded episodes: `python -m tapo_jax.report credit RUN`.
 """
@@ -25,7 +26,8 @@ def calls(episode: Episode) -> list[Call]:
 def table(
     groups: Sequence[Sequence[Episode]], thresholds: Sequence[float] = GRID, text: str = "dice", features: int = 256
 ) -> list[dict]:
-    """One dict a threshold: correctable_actions and correctable_trajectories (fractions), and the four counts behind them.
+    """One dict a threshold: correctable_actions and correctable_trajectories (fractions), and the four counts behind
+    them.
 
     groups: the episodes of each question; groups of different sizes and questions asked in several steps are fine.
     """
@@ -42,7 +44,8 @@ def table(
 
 
 def _nearest_witnesses(groups: Sequence[Sequence[Episode]], text: str, features: int):
-    """(number of the group, its episodes, the similarity of each step to the nearest step of a success; 0: there is none).
+    """(number of the group, its episodes, the similarity of each step to the nearest step of a success; 0: there is
+    none).
 
     Blocks of groups filled up to one shape, so that one compiled program serves the whole run.
     """
@@ -65,7 +68,8 @@ def _nearest_witnesses(groups: Sequence[Sequence[Episode]], text: str, features:
 
 
 def from_similarities(sim_N, group_N, episode_N, failing_trajectories: int, thresholds: Sequence[float] = GRID) -> list[dict]:
-    """The table from the failing steps themselves: sim_N of each to its nearest witness, and which group and episode it is of.
+    """The table from the failing steps themselves: sim_N of each to its nearest witness, and which group and episode it
+    is of.
 
     failing_trajectories: all of them, those without a step included.
     """

@@ -1,4 +1,5 @@
-"""How good an agent is on questions that it was not trained on: the same rollout without gradient, and numbers with their intervals.
+"""How good an agent is on questions that it was not trained on: the same rollout without gradient, and numbers with
+their intervals.
 
 `evaluate` yields (name, value) for the training loop; `evaluate_checkpoint.py` is the program for a checkpoint.
 """
@@ -20,9 +21,11 @@ from tapo_jax.types import Episode, Prompt
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
-def evaluate(agent: Agent, params: Any, prompts: Sequence[Prompt], *, temperature: float, seed: int) -> Iterator[tuple[str, float]]:
-    """Plays every prompt once and yields what `numbers` gives. `prompts` are those of all processes; each plays its part and all
-    yield the same. temperature 0 is greedy. No prompts: yields nothing."""
+def evaluate(
+    agent: Agent, params: Any, prompts: Sequence[Prompt], *, temperature: float, seed: int
+) -> Iterator[tuple[str, float]]:
+    """Plays every prompt once and yields what `numbers` gives. `prompts` are those of all processes; each plays its
+    part and all yield the same. temperature 0 is greedy. No prompts: yields nothing."""
     if prompts:
         episodes, played = play(agent, params, prompts, temperature=temperature, seed=seed)
         yield from numbers(added(tally(episodes, played))).items()
@@ -36,7 +39,14 @@ def play(
     mine = parts[jax.process_index()]
     first = int(mine[0]) if len(mine) else 0
     return agent.play(
-        params, [prompts[i] for i in mine], group_size=1, temperature=temperature, top_p=1.0, seed=seed, step=0, first_prompt=first
+        params,
+        [prompts[i] for i in mine],
+        group_size=1,
+        temperature=temperature,
+        top_p=1.0,
+        seed=seed,
+        step=0,
+        first_prompt=first,
     )
 
 
@@ -44,12 +54,20 @@ def tally(episodes: Sequence[Episode], played: Mapping[str, float]) -> dict[str,
     """Sums that add up over processes. played: the rollout's metrics, which are means over these episodes."""
     counts: dict[str, float] = {"episodes": len(episodes), "right": 0, "answered": 0, "reward": 0.0}
     for episode in episodes:
-        for name, value in (("right", episode.success), ("answered", episode.answer is not None), ("reward", episode.reward)):
+        for name, value in (
+            ("right", episode.success),
+            ("answered", episode.answer is not None),
+            ("reward", episode.reward),
+        ):
             counts[name] += float(value)
         hops = f"hops_{episode.prompt.hops}"
         counts[f"episodes/{hops}"] = counts.get(f"episodes/{hops}", 0) + 1
         counts[f"right/{hops}"] = counts.get(f"right/{hops}", 0) + float(episode.success)
-    shown = {name.replace("tools/calls", "tool_calls").replace("tools/errors", "errors"): name for name in played if name.startswith("tools/")}
+    shown = {
+        name.replace("tools/calls", "tool_calls").replace("tools/errors", "errors"): name
+        for name in played
+        if name.startswith("tools/")
+    }
     shown |= {name.removeprefix("rollout/"): name for name in ("rollout/turns", "rollout/length", "rollout/written")}
     shown |= {f"finish/{finish}": f"rollout/finish_{finish}" for finish in FINISHES}
     return counts | {f"sum/{name}": played[source] * len(episodes) for name, source in shown.items()}
@@ -62,9 +80,9 @@ def added(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def numbers(counts: Mapping[str, float]) -> dict[str, float]:
-    """accuracy with accuracy_low and accuracy_high (Wilson, 95 %), the same by hop count as …/hops_n, the numbers of episodes; reward;
-    answered (share with an answer); means per episode: turns, length and written (tokens), tool_calls and errors, each also by
-    tool and by kind; finish/… (shares)."""
+    """accuracy with accuracy_low and accuracy_high (Wilson, 95 %), the same by hop count as …/hops_n, the numbers of
+    episodes; reward; answered (share with an answer); means per episode: turns, length and written (tokens),
+    tool_calls and errors, each also by tool and by kind; finish/… (shares)."""
     total = round(counts["episodes"])
     values: dict[str, float] = {}
     for suffix in ("", *sorted(name.removeprefix("episodes") for name in counts if name.startswith("episodes/"))):
@@ -73,11 +91,13 @@ def numbers(counts: Mapping[str, float]) -> dict[str, float]:
         values |= {f"accuracy{suffix}": right / count, f"accuracy_low{suffix}": low, f"accuracy_high{suffix}": high}
         values[f"episodes{suffix}"] = count
     values |= {"reward": counts["reward"] / total, "answered": counts["answered"] / total}
-    return values | {name.removeprefix("sum/"): value / total for name, value in counts.items() if name.startswith("sum/")}
+    return values | {
+        name.removeprefix("sum/"): value / total for name, value in counts.items() if name.startswith("sum/")
+    }
 
 
 def wilson(right: int, count: int, z: float = Z95) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927): where |p̂ − p| ≤ z·sqrt(p(1−p)/n). (0, 1) where nothing was counted."""
+    """The score interval of a share (Wilson 1927): where |p̂ − p| ≤ z·sqrt(p(1−p)/n). (0, 1) where n is 0."""
     if count == 0:
         return 0.0, 1.0
     share, scale = right / count, 1 + z * z / count
@@ -99,10 +119,13 @@ def table(values: Mapping[str, float]) -> str:
     for suffix in ("", *sorted(name.removeprefix("episodes") for name in values if name.startswith("episodes/"))):
         label = suffix.removeprefix("/hops_") + (" hop" if suffix == "/hops_1" else " hops") if suffix else "all"
         low, high = (100 * values[f"accuracy_{end}{suffix}"] for end in ("low", "high"))
-        lines.append(f"| {label} | {values['episodes' + suffix]:.0f} | {100 * values['accuracy' + suffix]:.1f} % | {low:.1f} – {high:.1f} % |")
+        count, share = values["episodes" + suffix], 100 * values["accuracy" + suffix]
+        lines.append(f"| {label} | {count:.0f} | {share:.1f} % | {low:.1f} – {high:.1f} % |")
     lines += ["", "| per episode | |", "|---|---:|"]
     lines += [f"| {name} | {values[name]:.2f} |" for name in ("reward", "turns", "length", "written", "tool_calls")]
-    lines += [f"| {name.replace('/', ': ')} | {values[name]:.2f} |" for name in values if name.startswith("tool_calls/")]
+    lines += [
+        f"| {name.replace('/', ': ')} | {values[name]:.2f} |" for name in values if name.startswith("tool_calls/")
+    ]
     lines += [f"| answered | {100 * values['answered']:.1f} % |", f"| errors | {values['errors']:.3f} |"]
     for name, value in values.items():
         if name.startswith("errors/") and value > 0:

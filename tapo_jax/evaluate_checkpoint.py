@@ -1,4 +1,4 @@
-"""A checkpoint on held-out questions: JSON, a Markdown table and, on demand, a page. The program is `launch/eval.py`."""
+"""A checkpoint on held-out questions: JSON, a Markdown table and, on demand, a page. Run by `launch/eval.py`."""
 
 import json
 import os
@@ -15,19 +15,24 @@ from tapo_jax.checkpoints import fingerprint
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
 
+_GIVE = "give a WORKDIR, a WORKDIR/checkpoints/N or a model directory"
+
 
 def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bool = False) -> dict[str, float]:
     """Evaluates a checkpoint, prints the table and writes NAME.json and NAME.md (page: NAME.html too) into `out`.
 
-    checkpoint: a WORKDIR (its newest checkpoint), a WORKDIR/checkpoints/N, or a model directory in Hugging Face form. out: None is
-    the run's folder `eval`, or ./eval for a model directory that is no run's. Raises UserError.
+    checkpoint: a WORKDIR (its newest checkpoint), a WORKDIR/checkpoints/N, or a model directory in Hugging Face form.
+    out: None is the run's folder `eval`, or ./eval for a model directory that is no run's. Raises UserError.
     """
     check.check(config)
     saved, directory, name, folder = find(Path(checkpoint), config)
     mesh = sharding.make_mesh(**config.mesh)
     prompts = evaluate.split_prompts(config)
     if not prompts:
-        raise UserError(f"There is nothing to evaluate: eval.prompts is {config.eval.prompts} and the split is '{config.eval.split}'.")
+        raise UserError(
+            f"There is nothing to evaluate: eval.prompts is {config.eval.prompts} and eval.split "
+            f"'{config.eval.split}': set eval.prompts to at least 1."
+        )
     model, _ = load_model(directory, config.model, mesh)
     agent = make_agent(config, directory, model, sources.tools(config), mesh)
     params = train_step.split_model(model)[1]
@@ -37,7 +42,12 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
     values = evaluate.numbers(evaluate.added(evaluate.tally(episodes, played)))
     if jax.process_index() == 0:
         folder = Path(out) if out else folder
-        about = {"checkpoint": str(saved or directory), "split": config.eval.split, "temperature": config.eval.temperature, "seed": config.seed}
+        about = {
+            "checkpoint": str(saved or directory),
+            "split": config.eval.split,
+            "temperature": config.eval.temperature,
+            "seed": config.seed,
+        }
         text = f"# {name}: {config.data.name}, {config.eval.split}\n\n{evaluate.table(values)}"
         write(folder / f"{name}.json", json.dumps(about | {"metrics": values}, indent=2) + "\n")
         write(folder / f"{name}.md", text)
@@ -52,17 +62,19 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
 def find(checkpoint: Path, config: ConfigDict) -> tuple[Path | None, Path, str, Path]:
     """-> (the checkpoint's folder, None for a model directory; the model directory; a name; the folder for results)."""
     if not checkpoint.is_dir():
-        raise UserError(f"--checkpoint is '{checkpoint}', which is no directory: give a WORKDIR, WORKDIR/checkpoints/N or a model directory.")
+        raise UserError(f"--checkpoint is '{checkpoint}', which is no directory: {_GIVE}.")
     if (checkpoint / "checkpoints").is_dir():
         steps = [int(path.name) for path in (checkpoint / "checkpoints").iterdir() if path.name.isdigit()]
         if not steps:
-            raise UserError(f"{checkpoint / 'checkpoints'} holds no complete checkpoint: wait until the run has saved one.")
+            raise UserError(
+                f"{checkpoint / 'checkpoints'} holds no complete checkpoint: wait until the run has saved one."
+            )
         checkpoint = checkpoint / "checkpoints" / str(max(steps))
     if checkpoint.name.isdigit() and checkpoint.resolve().parent.name == "checkpoints":
         workdir = checkpoint.resolve().parents[1]
         return checkpoint, model_directory(config.model.path), f"step_{int(checkpoint.name):06d}", workdir / "eval"
     if not (checkpoint / "config.json").is_file():
-        raise UserError(f"{checkpoint} holds neither checkpoints nor a model: give a WORKDIR, WORKDIR/checkpoints/N or a model directory.")
+        raise UserError(f"{checkpoint} holds neither checkpoints nor a model: {_GIVE}.")
     parent = checkpoint.resolve().parent
     in_run = (parent / "checkpoints").is_dir()
     return None, model_directory(str(checkpoint)), checkpoint.resolve().name, (parent if in_run else Path()) / "eval"
@@ -100,6 +112,6 @@ def read_params(checkpoint: Path, like: Any) -> Any:
 
 def _unreadable(checkpoint: Path, reason: str) -> UserError:
     return UserError(
-        f"The checkpoint {checkpoint} cannot be read into the model of this config ({reason}): use the config that wrote it, or "
-        "evaluate another checkpoint."
+        f"The checkpoint {checkpoint} cannot be read into the model of this config ({reason}): use the config that "
+        "wrote it, or evaluate another checkpoint."
     )

@@ -25,8 +25,10 @@ def policy_loss(
     grpo   -min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A); with clip_dual = c > 1 at most -c·A where A < 0
            (Schulman et al. 2017, arXiv 1707.06347, eq. 7; Ye et al. 2020, arXiv 1912.09729)
     gspo   the same with s_t = sg[s]·exp(logp - sg[logp]), s = exp(mean over the row's tokens of log r)
-           (Zheng et al. 2025, arXiv 2507.18071, section 4.3, the token form: the only one that is right for per-token A)
-    sapo   -(4/tau)·sigmoid(tau·(r - 1))·A with tau = tau_pos where A > 0, else tau_neg (Gao et al. 2025, arXiv 2511.20347)
+           (Zheng et al. 2025, arXiv 2507.18071, section 4.3, the token form: the only one that is right for per-token
+           A)
+    sapo   -(4/tau)·sigmoid(tau·(r - 1))·A with tau = tau_pos where A > 0, else tau_neg (Gao et al. 2025, arXiv
+    2511.20347)
     cispo  -sg[clip(r, 1 - clip_low, 1 + clip_high)]·A·logp (MiniMax 2025, arXiv 2506.13585)
 
     log r is clipped to ±20 before the exponential. aggregation None: token_mean for grpo and cispo,
@@ -34,8 +36,8 @@ def policy_loss(
     weight_BxT: importance weights (`importance_weight`), a detached factor of each token's loss.
 
     metrics: means over the mask, combined over micro-batches by weighting with "tokens": ratio_mean, ratio_max,
-    approx_kl (k3 of old against current), clip_fraction_high, clip_fraction_low, clip_fraction_dual, zero_fraction (tokens
-    with A = 0), effective_sample_size ((Σr)² / (n·Σr²)), tokens.
+    approx_kl (k3 of old against current), clip_fraction_high, clip_fraction_low, clip_fraction_dual, zero_fraction
+    (tokens with A = 0), effective_sample_size ((Σr)² / (n·Σr²)), tokens.
 
     Raises ValueError for an unknown algorithm or aggregation and for clip_dual <= 1.
     """
@@ -131,7 +133,8 @@ def count(mask_BxT, aggregation="token_mean"):
 
 
 def kl(logp_BxT, ref_logp_BxT, estimator="k3"):
-    """Per-token estimate of KL(policy ‖ reference) from the policy's own samples (Schulman 2020, "Approximating KL divergence").
+    """Per-token estimate of KL(policy ‖ reference) from the policy's own samples (Schulman 2020, "Approximating KL
+    divergence").
 
     k1 = logp - ref; k2 = (logp - ref)² / 2; k3 = e^d - d - 1 with d = ref - logp, clipped to ±20.
     Unbiased as values: k1, k3. With the gradient of the reverse KL: k2. Differentiable in logp_BxT.
@@ -155,8 +158,8 @@ def importance_weight(old_logp_BxT, sampler_logp_BxT, mask_BxT, *, cap=2.0, low=
     """(weight_BxT, metrics): correction for a sampler whose probabilities differ from the trainer's, detached.
 
     w = exp(old - sampler) of a token, or of the whole row's sum with level="sequence".
-    mode="truncate": min(w, cap) (Yao et al. 2025, truncated importance sampling). mode="mask": 0 outside [low, cap], w inside;
-    low None: 1/cap. The weight of a masked token is 0.
+    mode="truncate": min(w, cap) (Yao et al. 2025, truncated importance sampling). mode="mask": 0 outside [low, cap], w
+    inside; low None: 1/cap. The weight of a masked token is 0.
 
     metrics: weight_mean (before truncation), weight_effective_sample_size (of the weights used), weight_clip_fraction,
     sampler_kl (k3 of sampler against trainer), sampler_logp_difference (mean |old - sampler|).

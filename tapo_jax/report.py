@@ -1,13 +1,14 @@
-"""What a run or a sweep came to, from its files: `python -m tapo_jax.report curve|credit|page RUN`, `… report sweep DIR`.
+"""What a run or a sweep came to, from its files: `python -m tapo_jax.report COMMAND DIRECTORY`.
 
-    curve RUN    RUN/curve.png: reward, accuracy, held-out accuracy, TAPO, entropy, tool calls, seconds
-    credit RUN   how much credit of failing trajectories could be corrected, at each threshold; RUN/credit.png, RUN/credit.json
-    page RUN     RUN/episodes.html
-    sweep DIR    DIR/report.md, DIR/report.json and figures; see `report_sweep.py`
+curve RUN    RUN/curve.png: reward, accuracy, held-out accuracy, TAPO, entropy, tool calls, seconds
+credit RUN   the share of failing tool steps that a success made too, by threshold; RUN/credit.png, RUN/credit.json
+page RUN     RUN/episodes.html: recorded episodes, turn by turn
+sweep DIR    DIR/report.md, DIR/report.json and figures; `report_sweep.py` says what a sweep's directory holds
 """
 
 import argparse
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,20 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tapo_jax import report_credit, report_figures, viewer
+from tapo_jax import report_credit, report_tables, viewer
 from tapo_jax.config import UserError
 from tapo_jax.metrics import read
 from tapo_jax.report_plots import BLUE, GOLD, INK, RED, SOFT, new_figure, series, smooth, title
 
 _TIMES = (
-    ("time/decode", "decode", "#2f6fde"), ("time/prefill", "pre-fill", "#74add1"), ("time/tool_wait", "tool wait", "#d99a00"),
-    ("rest", "rest of the rollout", "#c9dcef"), ("time/logprobs", "log-probs", "#b39ddb"), ("time/update", "update", "#d0453b"),
+    ("time/decode", "decode", "#2f6fde"),
+    ("time/prefill", "pre-fill", "#74add1"),
+    ("time/tool_wait", "tool wait", "#d99a00"),
+    ("rest", "rest of the rollout", "#c9dcef"),
+    ("time/logprobs", "log-probs", "#b39ddb"),
+    ("time/update", "update", "#d0453b"),
     ("time/tapo", "TAPO", "#111111"),
-)  # fmt: skip
+)
 
 
 def write_curve(metrics_jsonl: Path, out: Path) -> None:
@@ -38,14 +43,19 @@ def write_curve(metrics_jsonl: Path, out: Path) -> None:
     draw_evaluations(accuracy, lines)
     draw(reward, "reward", ("mean", lines, "reward/mean", BLUE), ("format", lines, "reward/format", SOFT))
     draw(
-        tapo, "share of failing tool steps", ("match a witness", lines, "tapo/correctable_actions", SOFT),
+        tapo,
+        "share of failing tool steps",
+        ("match a witness", lines, "tapo/correctable_actions", SOFT),
         ("corrected", lines, "tapo/corrected_actions", GOLD),
-    )  # fmt: skip
+    )
     draw(entropy, "entropy, nats per token", ("entropy", lines, "loss/entropy", BLUE), legend=False)
     draw(
-        tools, "per episode", ("turns", lines, "rollout/turns", SOFT), ("tool calls", lines, "tools/calls", BLUE),
+        tools,
+        "per episode",
+        ("turns", lines, "rollout/turns", SOFT),
+        ("tool calls", lines, "tools/calls", BLUE),
         ("errors", lines, "tools/errors", RED),
-    )  # fmt: skip
+    )
     draw_seconds(seconds, lines)
     for axes in figure.axes:
         axes.set_xlim(left=0)
@@ -55,8 +65,10 @@ def write_curve(metrics_jsonl: Path, out: Path) -> None:
     figure.savefig(out, dpi=150)
 
 
-def draw(axes: Axes, text: str, *curves: tuple[str, Sequence[Mapping[str, Any]], str, str], legend: bool = True) -> None:
-    """Curves (label, lines, metric, colour): every step pale, their running mean strong. What was not logged is left out."""
+def draw(
+    axes: Axes, text: str, *curves: tuple[str, Sequence[Mapping[str, Any]], str, str], legend: bool = True
+) -> None:
+    """Curves (label, lines, metric, colour): every step pale, their running mean strong, what was not logged left out."""
     title(axes, text)
     for label, lines, name, colour in curves:
         step_N, value_N = series(lines, name)
@@ -79,12 +91,30 @@ def draw_evaluations(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     _, low_N = series(lines, "eval/accuracy_low")
     _, high_N = series(lines, "eval/accuracy_high")
     error = np.abs(np.stack([value_N - low_N, high_N - value_N])) if len(low_N) == len(high_N) == len(value_N) else None
-    axes.errorbar(step_N, value_N, yerr=error, color=RED, marker="o", markersize=4.5, linewidth=1.6, capsize=3, label="held out, 95 %")
+    axes.errorbar(
+        step_N,
+        value_N,
+        yerr=error,
+        color=RED,
+        marker="o",
+        markersize=4.5,
+        linewidth=1.6,
+        capsize=3,
+        label="held out, 95 %",
+    )
     for at, place, align in ((0, (7, -11), "left"), (-1, (-7, 9), "right")):
         axes.annotate(
-            f"{100 * value_N[at]:.0f} %", (step_N[at], value_N[at]), xytext=place, textcoords="offset points", ha=align, fontsize=9.5,
-            color=RED, fontweight="bold", bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "linewidth": 0}, zorder=9,
-        )  # fmt: skip
+            f"{100 * value_N[at]:.0f} %",
+            (step_N[at], value_N[at]),
+            xytext=place,
+            textcoords="offset points",
+            ha=align,
+            fontsize=9.5,
+            color=RED,
+            fontweight="bold",
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "linewidth": 0},
+            zorder=9,
+        )
     axes.legend(fontsize=8.5, frameon=False, loc="best", labelcolor=INK)
 
 
@@ -101,11 +131,16 @@ def draw_seconds(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     total = np.array([line["time/step"] for line in timed])
     kept = [entry for entry in _TIMES if parts[entry[0]].sum() > 0.005 * total.sum()]
     axes.stackplot(
-        [line["step"] for line in timed], [parts[name] for name, _, _ in kept], labels=[label for _, label, _ in kept],
-        colors=[colour for _, _, colour in kept], linewidth=0,
-    )  # fmt: skip
+        [line["step"] for line in timed],
+        [parts[name] for name, _, _ in kept],
+        labels=[label for _, label, _ in kept],
+        colors=[colour for _, _, colour in kept],
+        linewidth=0,
+    )
     axes.set_ylim(0, 1.35 * float(np.quantile(total, 0.95)))
-    share = float(np.median(parts["time/tapo"] / np.maximum(total, 1e-9)))  # the median: steps that compile are not typical
+    share = float(
+        np.median(parts["time/tapo"] / np.maximum(total, 1e-9))
+    )  # the median: steps that compile are not typical
     title(axes, f"seconds per step, TAPO {100 * share:.2f} %")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=7.5, frameon=False, loc="upper right", ncols=2, labelcolor=INK)
@@ -118,32 +153,47 @@ def recordings(run: Path) -> list[Path]:
     """The recorded steps of a run, in order. Raises UserError where there are none."""
     found = sorted((run / "episodes").glob("step_*.npz"))
     if not found:
-        raise UserError(f"{run} has no recorded episodes (episodes/step_*.npz): give a run's folder; log.episodes_every sets how often.")
+        raise UserError(
+            f"{run} has no recorded episodes (episodes/step_*.npz): give the folder of a run; log.episodes_every says "
+            "how often a step is recorded."
+        )
     return found
 
 
 def main(arguments: Sequence[str]) -> None:
     """Raises UserError."""
-    parser = argparse.ArgumentParser(prog="python -m tapo_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tapo_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("curve", "credit", "page", "sweep"):
         command = commands.add_parser(name)
         command.add_argument("directory", type=Path)
         if name == "page":
-            command.add_argument("--questions", type=int, default=viewer.MAX_GROUPS, help="how many the page shows at most")
+            command.add_argument(
+                "--questions", type=int, default=viewer.MAX_GROUPS, help="how many the page shows at most"
+            )
     given = parser.parse_args(arguments)
     if not given.directory.is_dir():
         raise UserError(f"{given.directory} is no directory: give the folder of a run or of a sweep.")
     if given.command == "curve":
         write_curve(given.directory / "metrics.jsonl", given.directory / "curve.png")
         print(given.directory / "curve.png")
-    elif given.command == "page":
-        viewer.write_page(recordings(given.directory), given.directory / "episodes.html", max_groups=given.questions)
-        print(given.directory / "episodes.html")
     elif given.command == "sweep":
-        print(report_figures.write_sweep(given.directory))
+        print(report_tables.write_sweep(given.directory))
     else:
-        print(report_credit.write_credit(recordings(given.directory), given.directory))
+        paths = recordings(given.directory)
+        try:
+            if given.command == "page":
+                viewer.write_page(paths, given.directory / "episodes.html", max_groups=given.questions)
+                print(given.directory / "episodes.html")
+            else:
+                print(report_credit.write_credit(paths, given.directory))
+        except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"A recording in {given.directory / 'episodes'} cannot be read ({type(error).__name__}: {error}): remove "
+                "the damaged file."
+            ) from error
 
 
 if __name__ == "__main__":

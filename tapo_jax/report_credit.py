@@ -1,5 +1,5 @@
-"""How much credit a run misplaced, from its recorded episodes: the share of failing tool steps, and of failing trajectories, that a
-successful sample of the same question made too, at each threshold of similarity."""
+"""How much credit a run misplaced, from its recorded episodes: the share of failing tool steps, and of failing
+trajectories, that a successful sample of the same question made too, at each threshold of similarity."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ from tapo_jax.report_plots import BLUE, INK, RED, new_figure, title
 
 
 def write_credit(paths: Sequence[Path], out: Path) -> str:
-    """Writes credit.json and credit.png into `out` and returns the table of all recorded steps together. Raises UserError."""
+    """Writes credit.json and credit.png into `out` and returns the table of all recorded steps together. Raises
+    UserError."""
     by_step: dict[int, list[RecordedEpisode]] = {}
     for path in paths:
         for episode in records.load(path):
@@ -37,7 +38,10 @@ def table(episodes: Sequence[RecordedEpisode], thresholds: Sequence[float] = cre
     """
     called = any(turn.result is not None and turn.error is None for episode in episodes for turn in episode.turns)
     if called and not any(turn.slot >= 0 for episode in episodes for turn in episode.turns):
-        raise UserError("These episodes were recorded without TAPO's similarities: record them with tapo.enabled (tapo.beta=0 changes no advantage).")
+        raise UserError(
+            "These episodes were recorded without TAPO's similarities: record them with tapo.enabled (tapo.beta=0 "
+            "changes no advantage)."
+        )
     groups = {key: number for number, key in enumerate(dict.fromkeys((e.step, e.prompt) for e in episodes))}
     steps = [
         (turn.sim if turn.witness is not None else 0.0, groups[episode.step, episode.prompt], episode.sample)
@@ -45,7 +49,9 @@ def table(episodes: Sequence[RecordedEpisode], thresholds: Sequence[float] = cre
         for turn in episode.turns
         if turn.slot >= 0 and not episode.success
     ]
-    sim_N, group_N, sample_N = (np.array([step[i] for step in steps], kind) for i, kind in enumerate((np.float32, int, int)))
+    sim_N, group_N, sample_N = (
+        np.array([step[i] for step in steps], kind) for i, kind in enumerate((np.float32, int, int))
+    )
     return credit.from_similarities(sim_N, group_N, sample_N, sum(not e.success for e in episodes), thresholds)
 
 
@@ -54,7 +60,15 @@ def _plot(rows: Sequence[dict[str, Any]], each: dict[int, list[dict[str, Any]]],
     for axes, unit in zip(figure.axes, ("actions", "trajectories"), strict=True):
         title(axes, f"correctable share of failing {unit}")
         for number, (step, found) in enumerate(each.items()):
-            _line(axes, found, unit, color=BLUE, alpha=0.15 + 0.7 * (number + 1) / len(each), linewidth=1.2, label=f"step {step}")
+            _line(
+                axes,
+                found,
+                unit,
+                color=BLUE,
+                alpha=0.15 + 0.7 * (number + 1) / len(each),
+                linewidth=1.2,
+                label=f"step {step}",
+            )
         _line(axes, rows, unit, color=INK, marker="o", markersize=3.5, linewidth=2.2, label="all")
         axes.axhline(0.5, color=RED, linewidth=0.9, linestyle=":")
         axes.set_ylim(0, 1)

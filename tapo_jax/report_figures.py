@@ -1,4 +1,4 @@
-"""The tables and figures of a sweep, drawn from `report_sweep.summarise`."""
+"""The figures of a sweep, drawn from `report_sweep.summarise`. Each returns whether there was anything to draw."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,91 +9,22 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tapo_jax.report_plots import BLUE, GOLD, GREEN, INK, RED, SOFT, new_figure, title
-from tapo_jax.report_sweep import THRESHOLDS, Result, Sweep, bootstrap, load, summarise
+from tapo_jax.report_statistics import bootstrap
+from tapo_jax.report_sweep import THRESHOLDS, Result, Sweep
 
 COLOURS = (BLUE, GOLD, GREEN, RED, "#7e57c2", "#00897b", "#c2185b", "#5d4037")
 DYNAMICS = (
-    ("loss/entropy", "entropy, nats per token"), ("rollout/length", "tokens per episode"), ("tools/calls", "tool calls per episode"),
-    ("tapo/correctable_actions", "failing steps with a match"), ("time/tapo_share", "TAPO’s share of the time"),
-)  # fmt: skip
-
-
-def write_sweep(directory: Path) -> str:
-    """Writes report.md, report.json and the figures beside the rows; returns the Markdown. Raises UserError."""
-    sweep = load(directory)
-    summary = summarise(sweep)
-    figures = {
-        "held-out accuracy over training": ("report_curves.png", draw_curves),
-        "paired differences to the base and to the reference": ("report_differences.png", draw_differences),
-        "rows that change one number": ("report_fields.png", draw_fields),
-        "what training does to the policy": ("report_dynamics.png", draw_dynamics),
-        "credit that could be corrected, by threshold": ("report_credit.png", draw_credit),
-    }
-    shown = {text: name for text, (name, draw) in figures.items() if draw(sweep, summary, directory / name)}
-    text = markdown(summary, directory.resolve().name) + "".join(f"\n![{text}]({name})\n" for text, name in shown.items())
-    (directory / "report.md").write_text(text, encoding="utf-8")
-    (directory / "report.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return text
-
-
-def markdown(summary: Mapping[str, Any], name: str) -> str:
-    """The tables. Brackets hold 95 % bootstrap intervals over seeds; a difference is paired by seed, in points of accuracy."""
-    lines = [
-        f"# Sweep {name}",
-        "",
-        f"Held-out accuracy in %, at {summary['step']:g} steps and at {summary['seconds']:.0f} s of training (the shortest run's). Brackets: "
-        "95 % bootstrap interval over seeds. Differences are paired by seed, in points; a verdict needs both the bootstrap's and "
-        "Student's interval to leave out 0.",
-        "",
-        "| row | seeds | at equal steps | at equal time | base | Δ at equal steps | seeds improved | Δ at equal time | relative | verdict |",
-        "|---|---:|---|---|---|---|---:|---|---:|---|",
-    ]
-    for row, found in summary["rows"].items():
-        delta, later = found["base_at_step"], found["base_at_time"]
-        cells = [row, str(len(found["seeds"])), _percent(found["at_step"]), _percent(found["at_time"]), found["base"] or "–"]
-        if delta is None:
-            cells += ["–"] * 5
-        else:
-            relative = "–" if delta["relative"] is None else f"{100 * delta['relative']:+.1f} %"
-            cells += [_points(delta), f"{delta['improved']}/{delta['seeds']}", _points(later), relative, delta["verdict"]]
-        lines.append("| " + " | ".join(cells) + " |")
-    against = [(row, found) for row, found in summary["rows"].items() if found["reference_at_step"]]
-    if against:
-        lines += ["", "| row | compared with | Δ at equal steps | seeds improved | verdict |", "|---|---|---|---:|---|"]
-        for row, found in against:
-            delta = found["reference_at_step"]
-            lines.append(f"| {row} | {found['reference']} | {_points(delta)} | {delta['improved']}/{delta['seeds']} | {delta['verdict']} |")
-    shares = {row: found["tapo_share"] for row, found in summary["rows"].items() if found["tapo_share"] is not None}
-    if shares:
-        lines += ["", f"TAPO's share of a step's time: {_range(shares.values())} % over the rows (median over steps)."]
-    for row, seed, sentence in summary["failed"]:
-        lines += ["", f"**Failed:** {row}, seed {seed}: {' '.join(sentence.split())}"]
-    if summary["unfinished"]:
-        lines += ["", "Not finished: " + ", ".join(f"{row} seed {seed}" for row, seed in summary["unfinished"]) + "."]
-    return "\n".join(lines) + "\n"
-
-
-def _percent(found: Mapping[str, Any]) -> str:
-    interval = found["interval"]
-    return f"{100 * found['mean']:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
-
-
-def _points(found: Mapping[str, Any]) -> str:
-    interval = found["interval"]
-    return f"{100 * found['mean']:+.1f}" + (f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]" if interval else "")
-
-
-def _range(values: Any) -> str:
-    low, high = 100 * min(values), 100 * max(values)
-    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-
-
-# Figures. Each returns whether there was anything to draw.
+    ("loss/entropy", "entropy, nats per token"),
+    ("rollout/length", "tokens per episode"),
+    ("tools/calls", "tool calls per episode"),
+    ("tapo/correctable_actions", "failing steps with a match"),
+    ("time/tapo_share", "TAPO’s share of the time"),
+)
 
 
 def draw_curves(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    """One panel for each family (a base and what is compared with it): the mean over seeds of every row, and the interval of the base
-    and the reference."""
+    """One panel for each family (a base and what is compared with it): the mean over seeds of every row, and the
+    interval of the base and the reference."""
     families = _families(sweep)
     figure = new_figure(-(-len(families) // 3), min(3, len(families)), width=_width(len(families)), height=3.2)
     for axes, (name, rows) in zip(figure.axes, families.items(), strict=False):
@@ -113,7 +44,9 @@ def draw_curves(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 
 def draw_differences(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    rows = [(row, found) for row, found in summary["rows"].items() if found["base_at_step"] or found["reference_at_step"]]
+    rows = [
+        (row, found) for row, found in summary["rows"].items() if found["base_at_step"] or found["reference_at_step"]
+    ]
     if not rows:
         return False
     figure = new_figure(1, 2, height=1.1 + 0.32 * len(rows))
@@ -126,8 +59,12 @@ def draw_differences(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> boo
                 continue
             colour = {"better": GREEN, "worse": RED}.get(delta["verdict"], SOFT)
             if delta["interval"]:
-                axes.plot([100 * v for v in delta["interval"]], [y, y], color=colour, linewidth=3, solid_capstyle="round")
-            axes.plot([100 * v for v in delta["values"]], [y] * delta["seeds"], "|", color=colour, markersize=7, alpha=0.7)
+                axes.plot(
+                    [100 * v for v in delta["interval"]], [y, y], color=colour, linewidth=3, solid_capstyle="round"
+                )
+            axes.plot(
+                [100 * v for v in delta["values"]], [y] * delta["seeds"], "|", color=colour, markersize=7, alpha=0.7
+            )
             axes.plot(100 * delta["mean"], y, "o", color=colour, markersize=6)
         axes.set_yticks(range(len(rows)), [row for row, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -153,7 +90,9 @@ def draw_fields(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
                 axes.plot([x, x], f["interval"], color=BLUE, linewidth=1.2)
         base = sweep.base.get(rows[0])
         if base and all(sweep.base.get(row) == base for row in rows):
-            axes.axhline(summary["rows"][base]["at_step"]["mean"], color=SOFT, linestyle="--", linewidth=1.2, label=base)
+            axes.axhline(
+                summary["rows"][base]["at_step"]["mean"], color=SOFT, linestyle="--", linewidth=1.2, label=base
+            )
             axes.legend(fontsize=8, frameon=False, labelcolor=INK)
         axes.set_xticks(at_N)
     _hide(figure, len(lines))
@@ -162,7 +101,8 @@ def draw_fields(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 
 def swept_fields(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(field, its rows by ascending value) for every numeric field in which at least three rows differ, and in nothing else."""
+    """(field, its rows by ascending value) for every numeric field in which at least three rows differ, and in
+    nothing else."""
     names = sorted({name for config in configs.values() for name in config if name != "seed"})
     found = []
     for name in names:
@@ -176,7 +116,8 @@ def swept_fields(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, li
 
 
 def draw_dynamics(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    """A row of panels for each family: what happens to the policy with the base and with the reference (or the first other row)."""
+    """A row of panels for each family: what happens to the policy with the base and with the reference (or the first
+    other row)."""
     families = {name: rows for name, rows in _families(sweep).items() if len(rows) > 1} or _families(sweep)
     figure = new_figure(len(families), len(DYNAMICS), width=14.0, height=2.4)
     for number, (name, rows) in enumerate(families.items()):
@@ -184,7 +125,11 @@ def draw_dynamics(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
         for axes, (metric, text) in zip(figure.axes[number * len(DYNAMICS) :], DYNAMICS, strict=False):
             title(axes, text if number == 0 else "")
             for row, colour in zip(pair, (SOFT, BLUE), strict=False):
-                curves = [np.array(result.curves[metric]) for result in sweep.results[row].values() if len(result.curves.get(metric, ()))]
+                curves = [
+                    np.array(result.curves[metric])
+                    for result in sweep.results[row].values()
+                    if len(result.curves.get(metric, ()))
+                ]
                 if curves:
                     at_N = curves[0][:, 0]
                     band(axes, at_N, [np.interp(at_N, curve[:, 0], curve[:, 1]) for curve in curves], colour, row)
@@ -196,14 +141,19 @@ def draw_dynamics(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 
 def draw_credit(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    """For each family's reference: the correctable share of failing steps and trajectories by threshold, early, midway and late."""
+    """For each family's reference: the correctable share of failing steps and trajectories by threshold, early,
+    midway and late."""
     figure = new_figure(1, 2, height=3.2)
     row = _pair(sweep, next(iter(_families(sweep).values())))[-1]
     results = list(sweep.results[row].values())
     drawn = False
     for axes, unit in zip(figure.axes, ("actions", "trajectories"), strict=True):
         title(axes, f"{row}: correctable share of failing {unit}")
-        for part, label, colour in ((0, "first third", "#c9dcef"), (1, "second third", "#74add1"), (2, "last third", BLUE)):
+        for part, label, colour in (
+            (0, "first third", "#c9dcef"),
+            (1, "second third", "#74add1"),
+            (2, "last third", BLUE),
+        ):
             at_N, mean_N = credit_by_threshold(results, unit, part)
             if len(at_N):
                 axes.plot(at_N, mean_N, color=colour, marker="o", linewidth=1.8, label=label)
@@ -220,16 +170,27 @@ def draw_credit(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 def credit_by_threshold(results: Sequence[Result], unit: str, part: int) -> tuple[list[float], list[float]]:
     """(thresholds, mean share over the seeds) in one third (0, 1, 2) of training."""
     prefix = f"tapo/correctable_{unit}{THRESHOLDS}"
-    names = sorted({name for result in results for name in result.curves if name.startswith(prefix)}, key=lambda n: float(n[len(prefix) :]))
+    names = sorted(
+        {name for result in results for name in result.curves if name.startswith(prefix)},
+        key=lambda n: float(n[len(prefix) :]),
+    )
     shares = []
     for name in names:
         curves = [np.array(result.curves[name])[:, 1] for result in results if len(result.curves.get(name, ()))]
-        shares.append(float(np.mean([np.array_split(curve, 3)[part].mean() for curve in curves if len(curve) >= 3] or [np.nan])))
+        shares.append(
+            float(np.mean([np.array_split(curve, 3)[part].mean() for curve in curves if len(curve) >= 3] or [np.nan]))
+        )
     return [float(name[len(prefix) :]) for name in names], shares
 
 
 def band(
-    axes: Axes, at_N: Sequence[float], value_SxN: Sequence[Sequence[float]], colour: str, label: str, *, shaded: bool = True
+    axes: Axes,
+    at_N: Sequence[float],
+    value_SxN: Sequence[Sequence[float]],
+    colour: str,
+    label: str,
+    *,
+    shaded: bool = True,
 ) -> None:
     """The mean over seeds, and its 95 % bootstrap interval as a band."""
     value_SxN = np.asarray(value_SxN, float)

@@ -1,8 +1,9 @@
 """Many runs of one sweep -> held-out accuracy by row, with intervals over seeds and paired differences.
 
-A sweep is DIR/<row>/seed_<n>/, each with `result.json` (what `condense` gives: small enough to keep in a repository) or a whole run's
-`metrics.jsonl` and `config.json`; a run that failed has `failed.json`, {"error": …}. DIR/sweep.json may name the order of rows, the
-base and the reference of each: {"rows": [row, …], "base": {row: row}, "reference": {row: row}}.
+A sweep is DIR/<row>/seed_<n>/, each with `result.json` (what `condense` gives: small enough to keep in a repository)
+or a whole run's `metrics.jsonl` and `config.json`; a run that failed has `failed.json`, {"error": …}. DIR/sweep.json
+may name the order of rows, the base and the reference of each: {"rows": [row, …], "base": {row: row}, "reference":
+{row: row}}.
 """
 
 import dataclasses
@@ -12,24 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from tapo_jax.config import UserError
 from tapo_jax.metrics import read
+from tapo_jax.report_statistics import mean_of, student
 
 CURVES = (
-    "reward/accuracy", "loss/entropy", "rollout/length", "tools/calls", "tapo/correctable_actions", "tapo/corrected_actions",
-)  # fmt: skip
+    "reward/accuracy",
+    "loss/entropy",
+    "rollout/length",
+    "tools/calls",
+    "tapo/correctable_actions",
+    "tapo/corrected_actions",
+)
 THRESHOLDS = "_at_"
 POINTS = 40  # of a condensed curve
-RESAMPLES = 10_000
 PUBLISHED = {"tapo.beta": 0.8, "tapo.support": True, "tapo.clip": True, "tapo.control": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One finished run. evals: (step, seconds of training until then, held-out accuracy), ascending; curves: name -> [(step, value)];
-    config: flat names; tapo_share: median of TAPO's share of a step's time."""
+    """One finished run. evals: (step, seconds of training until then, held-out accuracy), ascending; curves: name ->
+    [(step, value)]; config: flat names; tapo_share: median of TAPO's share of a step's time."""
 
     row: str
     seed: int
@@ -47,7 +52,8 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Rows in their order -> results by seed; failed: (row, seed, sentence); unfinished: (row, seed). base, reference: row -> row."""
+    """Rows in their order -> results by seed; failed: (row, seed, sentence); unfinished: (row, seed). base,
+    reference: row -> row."""
 
     results: Mapping[str, Mapping[int, Result]]
     failed: Sequence[tuple[str, int, str]]
@@ -57,7 +63,8 @@ class Sweep:
 
 
 def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
-    """The small result of a run, from its metrics.jsonl and config.json. Seconds are those of the steps, without evaluations.
+    """The small result of a run, from its metrics.jsonl and config.json. Seconds are those of the steps, without
+    evaluations.
 
     Raises UserError where the run was never evaluated after its last step.
     """
@@ -69,10 +76,14 @@ def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
             evals.append([line["step"], round(seconds, 3), line["eval/accuracy"]])
     if not evals or evals[-1][0] != lines[-1]["step"]:
         raise UserError(f"{workdir} holds no evaluation of its last step: run it to its end with eval.at_end.")
-    names = {name for line in lines for name in line if name in CURVES or (name.startswith("tapo/") and THRESHOLDS in name)}
+    names = {
+        name for line in lines for name in line if name in CURVES or (name.startswith("tapo/") and THRESHOLDS in name)
+    }
     timed = [line for line in lines if line.get("time/step") and line.get("time/tapo") is not None]
     shares = [(line["step"], line["time/tapo"] / line["time/step"]) for line in timed]
-    curves = {name: [(line["step"], line[name]) for line in lines if line.get(name) is not None] for name in sorted(names)}
+    curves = {
+        name: [(line["step"], line[name]) for line in lines if line.get(name) is not None] for name in sorted(names)
+    }
     curves |= {"time/tapo_share": shares} if shares else {}
     config = workdir / "config.json"
     return {
@@ -110,13 +121,17 @@ def load(directory: Path) -> Sweep:
     for folder in folders:
         row, seed = folder.parent.name, int(folder.name.removeprefix("seed_"))
         if (folder / "failed.json").exists():
-            failed.append((row, seed, str(json.loads((folder / "failed.json").read_text()).get("error", "no reason given"))))
+            failed.append(
+                (row, seed, str(json.loads((folder / "failed.json").read_text()).get("error", "no reason given")))
+            )
         elif (found := _result(folder, row, seed)) is not None:
             results.setdefault(row, {})[seed] = found
         else:
             unfinished.append((row, seed))
     if not results:
-        raise UserError(f"{directory} holds no finished run: a sweep's folder has ROW/seed_N/result.json for every run.")
+        raise UserError(
+            f"{directory} holds no finished run: a sweep's folder has ROW/seed_N/result.json for every run."
+        )
     plan = directory / "sweep.json"
     given = json.loads(plan.read_text()) if plan.exists() else {}
     rows = [row for row in given.get("rows", []) if row in results]
@@ -124,7 +139,9 @@ def load(directory: Path) -> Sweep:
     configs = {row: next(iter(seeds.values())).config for row, seeds in results.items()}
     base, reference = bases(configs)
     known = lambda pairs: {row: other for row, other in pairs.items() if row in results and other in results}  # noqa: E731
-    return Sweep(results, failed, unfinished, base | known(given.get("base", {})), reference | known(given.get("reference", {})))
+    return Sweep(
+        results, failed, unfinished, base | known(given.get("base", {})), reference | known(given.get("reference", {}))
+    )
 
 
 def _result(folder: Path, row: str, seed: int) -> Result | None:
@@ -140,14 +157,18 @@ def _result(folder: Path, row: str, seed: int) -> Result | None:
 
 
 def bases(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
-    """From the rows' flat configs: base[row] is the row with TAPO off that is the same in every field outside of tapo.*;
-    reference[row] the row with TAPO on of that family that differs from the others in the fewest fields: the method as published,
-    around which an ablation changes one field at a time (a tie goes to the one with more of the PUBLISHED values)."""
+    """From the rows' flat configs: base[row] is the row with TAPO off that is the same in every field outside of
+    tapo.*; reference[row] the row with TAPO on of that family that differs from the others in the fewest fields: the
+    method as published, around which an ablation changes one field at a time (a tie goes to the one with more of the
+    PUBLISHED values)."""
     base: dict[str, str] = {}
     reference: dict[str, str] = {}
     families: dict[str, list[str]] = {}
     for row, config in configs.items():
-        families.setdefault(json.dumps({k: v for k, v in config.items() if not k.startswith("tapo.") and k != "seed"}, sort_keys=True), []).append(row)
+        families.setdefault(
+            json.dumps({k: v for k, v in config.items() if not k.startswith("tapo.") and k != "seed"}, sort_keys=True),
+            [],
+        ).append(row)
     for rows in families.values():
         on = [row for row in rows if configs[row].get("tapo.enabled")]
         off = [row for row in rows if row not in on]
@@ -167,40 +188,20 @@ def bases(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dic
     return base, reference
 
 
-# Statistics over seeds.
-
-
-def bootstrap(value_N: Sequence[float], resamples: int = RESAMPLES) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean over seeds; None for fewer than two. The same values give the same interval."""
-    value_N = np.asarray(value_N, float)
-    if len(value_N) < 2:
-        return None
-    index_RxN = np.random.default_rng(0).integers(0, len(value_N), (resamples, len(value_N)))
-    low, high = np.quantile(value_N[index_RxN].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def student(value_N: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean from Student's t: with few seeds wider, and more honest, than the bootstrap. None for fewer than two."""
-    value_N = np.asarray(value_N, float)
-    if len(value_N) < 2:
-        return None
-    half = float(scipy.stats.t.ppf(0.975, len(value_N) - 1) * value_N.std(ddof=1) / np.sqrt(len(value_N)))
-    return float(value_N.mean() - half), float(value_N.mean() + half)
-
-
-def mean_of(value_N: Sequence[float]) -> dict[str, Any]:
-    return {"mean": float(np.mean(value_N)), "interval": bootstrap(value_N), "values": [float(v) for v in value_N]}
-
-
-def difference(ours: Mapping[int, Result], theirs: Mapping[int, Result], value: Callable[[Result], float]) -> dict[str, Any] | None:
-    """Paired by seed: what changes when the row changes and nothing else. verdict: "better" or "worse" where both the bootstrap's
-    and Student's interval leave out 0, else "not decided". None without a common seed."""
+def difference(
+    ours: Mapping[int, Result], theirs: Mapping[int, Result], value: Callable[[Result], float]
+) -> dict[str, Any] | None:
+    """Paired by seed: what changes when the row changes and nothing else. verdict: "better" or "worse" where both the
+    bootstrap's and Student's interval leave out 0, else "not decided". None without a common seed."""
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
     delta_N = [value(ours[seed]) - value(theirs[seed]) for seed in seeds]
-    found = mean_of(delta_N) | {"student": student(delta_N), "seeds": len(seeds), "improved": sum(delta > 0 for delta in delta_N)}
+    found = mean_of(delta_N) | {
+        "student": student(delta_N),
+        "seeds": len(seeds),
+        "improved": sum(delta > 0 for delta in delta_N),
+    }
     intervals = [found["interval"], found["student"]]
     base_mean = float(np.mean([value(theirs[seed]) for seed in seeds]))
     found["relative"] = found["mean"] / base_mean if base_mean > 0 else None
@@ -210,14 +211,21 @@ def difference(ours: Mapping[int, Result], theirs: Mapping[int, Result], value: 
 
 
 def summarise(sweep: Sweep) -> dict[str, Any]:
-    """All numbers of the report. step: the last step that every run was evaluated at or after; seconds: the shortest run's training time."""
+    """All numbers of the report. step: the last step that every run was evaluated at or after; seconds: the shortest
+    run's training time."""
     runs = [result for seeds in sweep.results.values() for result in seeds.values()]
     step = min(result.evals[-1][0] for result in runs)
     seconds = min(result.evals[-1][1] for result in runs)
-    measures: dict[str, Callable[[Result], float]] = {"step": lambda r: r.at_step(step), "time": lambda r: r.at_time(seconds)}
+    measures: dict[str, Callable[[Result], float]] = {
+        "step": lambda r: r.at_step(step),
+        "time": lambda r: r.at_time(seconds),
+    }
     rows = {}
     for row, seeds in sweep.results.items():
-        found: dict[str, Any] = {"seeds": sorted(seeds), "start": float(np.mean([r.evals[0][2] for r in seeds.values()]))}
+        found: dict[str, Any] = {
+            "seeds": sorted(seeds),
+            "start": float(np.mean([r.evals[0][2] for r in seeds.values()])),
+        }
         for name, value in measures.items():
             found[f"at_{name}"] = mean_of([value(seeds[seed]) for seed in sorted(seeds)])
             for kind, partner in (("base", sweep.base), ("reference", sweep.reference)):
@@ -225,6 +233,15 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
                 found[f"{kind}_at_{name}"] = difference(seeds, sweep.results[other], value) if other else None
         shares = [r.tapo_share for r in seeds.values() if r.tapo_share is not None]
         found |= {"base": sweep.base.get(row), "reference": sweep.reference.get(row)}
-        found |= {"tapo_share": float(np.median(shares)) if shares else None, "seconds": float(np.mean([r.evals[-1][1] for r in seeds.values()]))}
+        found |= {
+            "tapo_share": float(np.median(shares)) if shares else None,
+            "seconds": float(np.mean([r.evals[-1][1] for r in seeds.values()])),
+        }
         rows[row] = found
-    return {"step": step, "seconds": seconds, "rows": rows, "failed": list(sweep.failed), "unfinished": list(sweep.unfinished)}
+    return {
+        "step": step,
+        "seconds": seconds,
+        "rows": rows,
+        "failed": list(sweep.failed),
+        "unfinished": list(sweep.unfinished),
+    }

@@ -235,7 +235,7 @@ def generate(
         lengths=(length,),
         patches=(patches,) if patches else (),
         windows=(length + -(-max_new_tokens // 64) * 64,),
-        chunk=min(64, max_new_tokens),
+        chunk=64,
         merge=config.vision.merge,
     )
     forbidden_V = np.zeros(config.vocab, bool)
@@ -300,4 +300,4 @@ def _prompt_row(
             rest = iter([1] * places if places == sum(count) else count)
             expanded = [copy for token in ids for copy in [token] * (next(rest) if token == config.image_token else 1)]
             return make_row(np.array(expanded, np.int32), [root_image(image) for image in images], config, PixelStore(candidate))
-    raise ValueError(f"{places} image placeholders for {len(images)} images of {counts[0]} tokens")
+    raise ValueError(f"{places} image placeholders for images of {counts[0]} tokens")

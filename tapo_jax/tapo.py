@@ -1,15 +1,15 @@
 """TAPO: tool steps of failing trajectories that match what successful ones did get part of their punishment back.
 
-From Dong et al., "TAPO: Tool-Aware Policy Optimization via Credit Transfer for Multimodal Search Agents", arXiv 2606.05784.
-The usual way through this file, host first, then inside one jit:
+From Dong et al., "TAPO: Tool-Aware Policy Optimization via Credit Transfer for Multimodal Search Agents", arXiv
+2606.05784. The usual way through this file, host first, then inside one jit:
 
     steps = encode_steps(groups, steps=K)                                  # calls -> arrays (numpy)
     transfer = transfer_credit(steps, success_PxG, advantage_PxG)          # similarity, clusters, correction
     advantage_BxT = token_advantages(advantage_PxG, transfer.advantage_PxS, step_BxT)
     metrics = diagnostics(transfer, steps.trajectory_PxS, steps.valid_PxS, success_PxG, advantage_PxG)
 
-Axes: P prompts, G rollouts of each, B = P·G rows (row = p·G + g), K tool steps of a rollout at most, S = G·K step slots of a
-group (slot = g·K + k), T tokens.
+Axes: P prompts, G rollouts of each, B = P·G rows (row = p·G + g), K tool steps of a rollout at most, S = G·K step slots
+of a group (slot = g·K + k), T tokens.
 """
 
 import dataclasses
@@ -38,10 +38,11 @@ class CreditTransfer:
     """What TAPO decided about every step slot O, C* being the cluster of witnesses that it is most similar to.
 
     advantage_PxS: corrected; the trajectory's own advantage where not corrected, 0 where the slot has no trajectory.
-    corrected_PxS: bool, both gates passed. correctable_PxS: bool, a valid step of a failing trajectory with sim ≥ theta.
+    corrected_PxS: bool, both gates passed. correctable_PxS: bool, a valid step of a failing trajectory with sim ≥
+    theta.
     sim_PxS, support_PxS: sim(O, C*) and sup(C*), 0 where there is no witness.
-    cluster_PxS: int32, C* named by the lowest slot of its members, -1 where there is no witness. A witness's C* is its own
-        cluster. witness_PxS: int32, the slot of the member of C* that O is most similar to, -1 likewise.
+    cluster_PxS: int32, C* named by the lowest slot of its members, -1 where there is no witness. A witness's C* is its
+        own cluster. witness_PxS: int32, the slot of the member of C* that O is most similar to, -1 likewise.
     clusters_P: int32, the number of clusters of the group.
     """
 
@@ -61,21 +62,23 @@ def credit_transfer(
 ) -> CreditTransfer:
     """Step-level advantages of one batch (arXiv 2606.05784; the definitions that it leaves open are this project's).
 
-    sim_PxSxS: symmetric, 0..1. trajectory_PxS: int, the rollout 0..G-1 of the slot; a slot with another number is invalid.
-    valid_PxS: bool. success_PxG: bool. advantage_PxG: the base algorithm's; the result has its type. Thresholds are compared in
-    sim_PxSxS's type: a float32 similarity of 0.7 passes theta = 0.7.
+    sim_PxSxS: symmetric, 0..1. trajectory_PxS: int, the rollout 0..G-1 of the slot; a slot with another number is
+    invalid.
+    valid_PxS: bool. success_PxG: bool. advantage_PxG: the base algorithm's; the result has its type. Thresholds are
+    compared in sim_PxSxS's type: a float32 similarity of 0.7 passes theta = 0.7.
 
     Witnesses are the valid steps of successful trajectories, clustered where sim ≥ cluster_theta (None: theta) by
     "components" or "leader" (`tapo_clusters`). With n(C) the successful trajectories that have a member in C:
         sup(C) = |n(C)| / (successful trajectories of the group); 1 with support=False
         Adv(C) = mean (or max, min: `aggregate`) of the advantages of n(C)
-        C*     = argmax_C max_{w in C} sim(O, w); a tie goes to the larger sup, then to the cluster with the lower first slot
-        F(O)   = sim(O, C*) · sup(C*) · Adv(C*), 0 where Adv(C*) ≤ 0
+        C*     = argmax_C max_{w in C} sim(O, w); a tie goes to the larger sup, then to the cluster with the lower first
+        slot F(O)   = sim(O, C*) · sup(C*) · Adv(C*), 0 where Adv(C*) ≤ 0
     A valid step O of a failing trajectory with adv < 0, sim(O, C*) ≥ theta and sim(O, C*) · sup(C*) ≥ alpha_min gets
     min(adv + beta · F, 0) (clip=False: without the min). Everything else keeps adv.
 
     theta, cluster_theta: numbers, or arrays [P, S] (a threshold for each step's tool).
-    weight_PxG: a trajectory counts as `weight` of one in sup, and its advantage times `weight` in Adv (remembered witnesses).
+    weight_PxG: a trajectory counts as `weight` of one in sup, and its advantage times `weight` in Adv (remembered
+    witnesses).
     questions: G holds the trajectories of this many questions, one after another (scope "batch"): sup(C) then divides
         by the successful trajectories of the questions represented in C.
 
@@ -168,10 +171,11 @@ def _support_and_advantage(in_cluster_PxSxG, success_PxG, advantage_PxG, weight_
 
 
 def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
-    """(sim, slot) of the best witness of every slot: largest sim, then largest sup, then lowest label, then lowest slot.
+    """(sim, slot) of the best witness of every slot: largest sim, then largest sup, then lowest label, then lowest
+    slot.
 
-    sim is -1 where there is no witness. The barrier makes both reductions read the same array: recomputed inside each of two
-    fused loops, a similarity may round differently, and then no slot equals the maximum.
+    sim is -1 where there is no witness. The barrier makes both reductions read the same array: recomputed inside each
+    of two fused loops, a similarity may round differently, and then no slot equals the maximum.
     """
     S = sim_PxSxS.shape[1]
     slot_1xS = jnp.arange(S, dtype=jnp.int32)[None, :]
@@ -193,10 +197,11 @@ def transfer_credit(
 ) -> CreditTransfer:
     """`pairwise_similarity`, then `credit_transfer`: the whole of TAPO from encoded calls to step advantages.
 
-    scope: "prompt" (witnesses of the same group) or "batch" (of any group; compares all steps of the batch with each other, so
-        memory grows with (P·S)²; C* and its witness are then numbered p·S + slot).
-    control: "none", or an ablation's control (`tapo_controls`): "shuffled" (the same corrections on randomly chosen failing
-        steps of the group; needs `key`), "zero_tools" (every tool step of a failing trajectory gets min(adv, 0) -> 0).
+    scope: "prompt" (witnesses of the same group) or "batch" (of any group; compares all steps of the batch with each
+        other, so memory grows with (P·S)²; C* and its witness are then numbered p·S + slot).
+    control: "none", or an ablation's control (`tapo_controls`): "shuffled" (the same corrections on randomly chosen
+        failing steps of the group; needs `key`), "zero_tools" (every tool step of a failing trajectory gets min(adv, 0)
+        -> 0).
     chunks: prompts are worked on in this many strided parts, one after another (a divisor of P), so that only a part's
         [P / chunks, S, S] arrays exist at a time. On a mesh, P / chunks must be a multiple of the prompts' shards.
     The other arguments: `credit_transfer` and `pairwise_similarity`. Raises ValueError for unknown names.
@@ -266,7 +271,8 @@ def _unpool(result: CreditTransfer, prompts: int) -> CreditTransfer:
 
 
 def token_advantages(advantage_PxG, step_advantage_PxS, step_BxT):
-    """advantage_BxT: the step's advantage where step_BxT ≥ 0 (the slot k of the token's tool step), the trajectory's elsewhere.
+    """advantage_BxT: the step's advantage where step_BxT ≥ 0 (the slot k of the token's tool step), the trajectory's
+    elsewhere.
 
     S = G·K, row b = p·G + g. A chain of K selects, since a gather of B·T elements is slow on every accelerator.
     """

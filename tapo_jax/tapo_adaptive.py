@@ -1,13 +1,14 @@
 """Beyond the paper: a similarity threshold for each tool that follows the data (`config.tapo.adaptive_theta`).
 
-How similar two calls are that both led to success depends on the tool: two good crops overlap by a half, two good queries share
-four words of five. So theta_n of tool n is a running quantile of sim(w, w') over all pairs of witnesses of tool n from different successful
-trajectories of one group, found by stochastic approximation (Robbins and Monro 1951) of the quantile's own equation
-P(sim ≤ theta) = quantile:
+How similar two calls are that both led to success depends on the tool: two good crops overlap by a half, two good
+queries share four words of five. So theta_n of tool n is a running quantile of sim(w, w') over all pairs of witnesses
+of tool n from different successful trajectories of one group, found by stochastic approximation (Robbins and Monro
+1951) of the quantile's own equation P(sim ≤ theta) = quantile:
 
     theta_n ← clip(theta_n + rate · (quantile − share of this batch's pairs with sim ≤ theta_n), low, high)
 
-A tool without a pair in the batch keeps its threshold. The state is a pytree of arrays: it belongs to the train state and its checkpoints.
+A tool without a pair in the batch keeps its threshold. The state is a pytree of arrays: it belongs to the train state
+and its checkpoints.
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ def init(tools, theta: float) -> AdaptiveTheta:
 
 
 def thresholds(state: AdaptiveTheta, steps: Steps, theta: float):
-    """theta_PxS for `credit_transfer`: each step's tool's threshold; `theta` for a tool that the state does not know."""
+    """theta_PxS for `credit_transfer`: each step's tool's threshold; `theta` for a tool that the state does not
+    know."""
     is_tool_PxSxN = steps.tool_PxS[:, :, None] == state.tool_N[None, None, :]
     theta_PxS = jnp.where(is_tool_PxSxN, state.theta_N[None, None, :], 0).sum(axis=2)
     return jnp.where(is_tool_PxSxN.any(axis=2), theta_PxS, theta)
@@ -45,7 +47,8 @@ def thresholds(state: AdaptiveTheta, steps: Steps, theta: float):
 def update(
     state: AdaptiveTheta, steps: Steps, sim_PxSxS, success_PxG, *, quantile=0.8, rate=0.05, low=0.3, high=1.0
 ) -> AdaptiveTheta:
-    """The state after one batch; sim_PxSxS from `pairwise_similarity`. Sums over P only, so it runs sharded over prompts.
+    """The state after one batch; sim_PxSxS from `pairwise_similarity`. Sums over P only, so it runs sharded over
+    prompts.
 
     Raises ValueError unless 0 < quantile < 1.
     """

@@ -15,9 +15,9 @@ def membership(trajectory_PxS, group: int):
 def components(sim_PxSxS, witness_PxS, theta_Px1x1):
     """Connected components of sim ≥ theta among the witnesses: a partition that does not depend on their order.
 
-    Every witness takes the smallest label of its neighbours, then its label's label, until nothing changes: a few rounds
-    for what rollouts give, and always right, since labels only fall and a component's labels end equal. A similarity
-    of 0 never links, so that tools stay apart at theta 0 too.
+    Every witness takes the smallest label of its neighbours, then its label's label, until nothing changes: a few
+    rounds for what rollouts give, and always right, since labels only fall and a component's labels end equal. A
+    similarity of 0 never links, so that tools stay apart at theta 0 too.
     """
     S = sim_PxSxS.shape[1]
     both_PxSxS = witness_PxS[:, :, None] & witness_PxS[:, None, :]
@@ -36,7 +36,8 @@ def components(sim_PxSxS, witness_PxS, theta_Px1x1):
 
 
 def leaders(sim_PxSxS, witness_PxS, theta_Px1x1):
-    """Greedy clusters in slot order: a witness joins the earlier leader that it is most similar to (the earliest of equals)
+    """Greedy clusters in slot order: a witness joins the earlier leader that it is most similar to (the earliest of
+    equals)
     where that similarity is ≥ theta and above 0, else it leads a new cluster."""
     P, S = witness_PxS.shape
     slot_1xS = jnp.arange(S, dtype=jnp.int32)[None, :]

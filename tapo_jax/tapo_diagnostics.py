@@ -1,4 +1,5 @@
-"""What TAPO found and did in a batch, as scalars. Counts first, since counts of parts of a batch add up and fractions do not."""
+"""What TAPO found and did in a batch, as scalars. Counts first, since counts of parts of a batch add up and fractions
+do not."""
 
 import jax.numpy as jnp
 
@@ -9,9 +10,11 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, thresholds=THRESHOLDS):
-    """dict of float32 sums over the batch; sums of several processes or steps may be added before `diagnostics_from_counts`.
+    """dict of float32 sums over the batch; sums of several processes or steps may be added before
+    `diagnostics_from_counts`.
 
-    transfer: CreditTransfer of the same arrays. A failing trajectory is one without success, a failing step a valid step of one.
+    transfer: CreditTransfer of the same arrays. A failing trajectory is one without success, a failing step a valid
+    step of one.
     """
     success_PxG = jnp.asarray(success_PxG).astype(bool)
     own_PxSxG = membership(trajectory_PxS, success_PxG.shape[1])
@@ -48,10 +51,10 @@ def diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantag
 def diagnostics_from_counts(counts):
     """dict of scalars named tapo/…; a fraction of nothing is 0.
 
-    correctable_actions: failing steps with sim ≥ theta / failing steps; correctable_trajectories: failing trajectories with one /
-    failing trajectories; …_at_t: the same at threshold t. corrected_actions: failing steps that passed both gates /
-    failing steps. mean_compensation: mean of A(O) - adv over them. witness_clusters: mean number of clusters of a group that has a
-    witness. groups_without_witness: groups without a valid step of a successful trajectory / groups.
+    correctable_actions: failing steps with sim ≥ theta / failing steps; correctable_trajectories: failing trajectories
+    with one / failing trajectories; …_at_t: the same at threshold t. corrected_actions: failing steps that passed both
+    gates / failing steps. mean_compensation: mean of A(O) - adv over them. witness_clusters: mean number of clusters of
+    a group that has a witness. groups_without_witness: groups without a valid step of a successful trajectory / groups.
     """
 
     def ratio(part, whole):

@@ -1,8 +1,9 @@
-"""Beyond the paper: text compared by embeddings (`config.tapo.text = "embedding"`), so that a paraphrase is a similar query.
+"""Beyond the paper: text compared by embeddings (`config.tapo.text = "embedding"`), so that a paraphrase is a similar
+query.
 
 Any function from token ids to a vector serves; the default is the policy's own embedding table, which costs nothing:
-v(text) = mean over its tokens of (table[id] − mean of the table), and sim = max(0, cosine of two of them). The table's mean is taken off
-because it is common to all tokens and would make every pair of texts similar.
+v(text) = mean over its tokens of (table[id] − mean of the table), and sim = max(0, cosine of two of them). The table's
+mean is taken off because it is common to all tokens and would make every pair of texts similar.
 """
 
 from collections.abc import Callable, Sequence

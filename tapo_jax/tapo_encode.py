@@ -1,7 +1,7 @@
 """Tool calls to fixed-shape arrays, on the host: `encode_steps` fills `Steps`, one row a tool step.
 
-Axes: P prompts, G rollouts, K steps of a rollout at most, S = G·K slots of a group (slot = g·K + k), R regions, X texts and
-N numbers of a call at most, F text features.
+Axes: P prompts, G rollouts, K steps of a rollout at most, S = G·K slots of a group (slot = g·K + k), R regions, X texts
+and N numbers of a call at most, F text features.
 """
 
 import dataclasses
@@ -57,14 +57,14 @@ def encode_steps(
 ) -> Steps:
     """Steps (of numpy arrays) from the calls of every rollout of every prompt.
 
-    groups: a list over P of lists over G of lists over at most `steps` = K of (tool name, parameters), or None for a turn
-        that is no valid step. All groups have the same G. A call without parameters is compared by its tool alone.
+    groups: a list over P of lists over G of lists over at most `steps` = K of (tool name, parameters), or None for a
+        turn that is no valid step. All groups have the same G. A call without parameters is compared by its tool alone.
     features: F. embed: text -> vector of F floats, in place of the hashed counts (compare with text="cosine").
     regions, texts, numbers: slots for parameters of a kind; None takes the most that a call here has. Training passes
         `parameter_slots(schemas)`, so that the shapes, and with them the compiled program, stay the same.
 
-    Raises ValueError where a rollout has more than K steps, a call has more parameters than slots, groups differ in size,
-    or a number's range is empty.
+    Raises ValueError where a rollout has more than K steps, a call has more parameters than slots, groups differ in
+    size, or a number's range is empty.
     """
     sizes = {len(group) for group in groups}
     if len(sizes) != 1:
@@ -128,7 +128,8 @@ def _write(out: Steps, p: int, s: int, call: Call, slots, features: int, embed) 
 
 
 def range_units(number: Number) -> float:
-    """The value as a multiple of its range, in float64: a difference of two is then their distance as a share of the range."""
+    """The value as a multiple of its range, in float64: a difference of two is then their distance as a share of the
+    range."""
     if not number.high > number.low:
         raise ValueError(f"a number parameter has the range {number.low}..{number.high}; the schema needs low < high")
     return float(np.clip((number.value - number.low) / (number.high - number.low), -NUMBER_BOUND, NUMBER_BOUND))
@@ -143,7 +144,8 @@ def most_parameters(groups, kind: type) -> int:
 def parameter_slots(schemas: Sequence[Mapping]) -> dict[str, int]:
     """{"regions", "texts", "numbers"}: slots that the calls of these tools can need, from each property's "x-kind".
 
-    An image parameter is compared by the region of the root image that it shows. Raises KeyError for a property without kind.
+    An image parameter is compared by the region of the root image that it shows. Raises KeyError for a property without
+    kind.
     """
     kinds = [
         [prop["x-kind"] for prop in schema["function"]["parameters"]["properties"].values()] for schema in schemas
@@ -165,7 +167,8 @@ def normalise(text: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 14)  # the rollouts of a group repeat each other's queries; 4 MiB at 256 features
 def text_counts(text: str, features: int) -> np.ndarray:
-    """uint8 [features]: hashed counts of the words of a normalised text and of the character trigrams inside their boundaries
+    """uint8 [features]: hashed counts of the words of a normalised text and of the character trigrams inside their
+    boundaries
     (" eiffel " gives " ei", "eif", …, "el "). A text without a letter or digit is one word."""
     words = re.findall(r"\w+", text) or ([text] if text else [])
     tokens = ["w" + word for word in words]

@@ -1,11 +1,13 @@
 """Beyond the paper: witnesses that outlive their step (`config.tapo.memory_steps`, `memory_discount`).
 
-When a question comes again, the successful trajectories that it had in the last N training steps join its group as extra rollouts,
-whose step slots are witnesses like the others. One that is a steps old counts with weight discount^a: as discount^a of a trajectory in
-sup(C), and with discount^a times the advantage it had in Adv(C) (`credit_transfer`, weight_PxG). They get no gradient:
-their slots are cut off again. A group that now fails throughout can so be corrected by its own past.
+When a question comes again, the successful trajectories that it had in the last N training steps join its group as
+extra rollouts, whose step slots are witnesses like the others. One that is a steps old counts with weight discount^a:
+as discount^a of a trajectory in sup(C), and with discount^a times the advantage it had in Adv(C) (`credit_transfer`,
+weight_PxG). They get no gradient: their slots are cut off again. A group that now fails throughout can so be corrected
+by its own past.
 
-The memory lives on the host and is plain data: a dict that goes into a checkpoint as JSON. Each function returns a new one.
+The memory lives on the host and is plain data: a dict that goes into a checkpoint as JSON. Each function returns a new
+one.
 """
 
 from collections.abc import Sequence
@@ -22,7 +24,8 @@ KINDS = {"region": Region, "text": Text, "identity": Identity, "number": Number}
 
 
 def remember(memory: Memory, step: int, ids: Sequence[str], groups, success_PxG, advantage_PxG, *, steps: int, size: int) -> Memory:
-    """Adds the successful trajectories of this training step that made a call, and forgets what is older than `steps` steps.
+    """Adds the successful trajectories of this training step that made a call, and forgets what is older than `steps`
+    steps.
 
     groups: as for `encode_steps`. size: trajectories kept of one question, the newest ones.
     """
@@ -39,9 +42,11 @@ def remember(memory: Memory, step: int, ids: Sequence[str], groups, success_PxG,
 
 
 def recall(memory: Memory, step: int, ids: Sequence[str], groups, *, steps: int, size: int, discount: float):
-    """(groups with `size` more rollouts each, extra_success_PxM, extra_advantage_PxM, extra_weight_PxM), M = size, numpy.
+    """(groups with `size` more rollouts each, extra_success_PxM, extra_advantage_PxM, extra_weight_PxM), M = size,
+    numpy.
 
-    Always M more rollouts, empty and failing where memory has less, so that shapes stay the same. Only earlier steps count.
+    Always M more rollouts, empty and failing where memory has less, so that shapes stay the same. Only earlier steps
+    count.
     """
     extended = []
     success_PxM = np.zeros((len(ids), size), bool)
@@ -60,7 +65,8 @@ def recall(memory: Memory, step: int, ids: Sequence[str], groups, *, steps: int,
 
 
 def drop_remembered(result, slots: int):
-    """A CreditTransfer of the extended groups, cut back to the first `slots` slots: those of the rollouts that are trained on.
+    """A CreditTransfer of the extended groups, cut back to the first `slots` slots: those of the rollouts that are
+    trained on.
     cluster_PxS and witness_PxS may name a slot beyond them: a remembered witness."""
     return jax.tree.map(lambda x: x[:, :slots] if x.ndim == 2 else x, result)
 

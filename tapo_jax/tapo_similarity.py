@@ -19,8 +19,8 @@ TEXT_MEASURES = ("dice", "jaccard", "cosine", "exact")
 def pairwise_similarity(steps: Steps, text: str = "dice"):
     """sim_PxSxS in 0..1, float32, symmetric; exactly 1 for equal calls, 0 where either slot has no valid step.
 
-    text: "dice", "jaccard" (both need uint8 counts), "cosine" (counts or embeddings), "exact" (equal after normalising).
-    Raises ValueError for another measure and for dice or jaccard of another type.
+    text: "dice", "jaccard" (both need uint8 counts), "cosine" (counts or embeddings), "exact" (equal after
+    normalising). Raises ValueError for another measure and for dice or jaccard of another type.
     """
     if text not in TEXT_MEASURES:
         raise ValueError(f"text similarity is {text!r}; known: {', '.join(TEXT_MEASURES)}")
@@ -112,7 +112,8 @@ def shared_counts(count_PxSxF):
     shift_1x1x8x1 = jnp.arange(8, dtype=jnp.uint32).reshape(1, 1, 8, 1)
 
     def bits(level):
-        """A uint32 [P, S] for each word, apart: as one array XLA would keep the words side by side, and read pairs with a stride."""
+        """A uint32 [P, S] for each word, apart: as one array XLA would keep the words side by side, and read pairs with
+        a stride."""
         reached_PxSx8xW = _bytes_at_least(four_PxSx8xW, level.astype(jnp.uint32)) >> 7
         bits_PxSxW = (reached_PxSx8xW << shift_1x1x8x1).sum(axis=2, dtype=jnp.uint32)
         return tuple(bits_PxSxW[:, :, w] for w in range(words))
@@ -122,7 +123,8 @@ def shared_counts(count_PxSxF):
         for bits_PxS in bits_of_words:
             both_PxSxS = bits_PxS[:, :, None] & bits_PxS[:, None, :]
             shared_PxSxS += jax.lax.population_count(both_PxSxS).astype(jnp.int32)
-        # The next level's bits travel in the carry: computed in place, they would be fused into the pairs and computed S times.
+        # The next level's bits travel in the carry: computed in place, they would be fused into the pairs and computed
+        # S times.
         return level + 1, bits(level + 1), shared_PxSxS
 
     def any_left(carry):
@@ -136,8 +138,8 @@ def shared_counts(count_PxSxF):
 def _bytes_at_least(four, level):
     """The top bit of each byte of four tells whether that byte is ≥ level (1..255).
 
-    With its top bit set, a byte minus the level's low seven bits cannot borrow from its neighbour, and keeps the bit exactly
-    where its own low seven bits are not smaller.
+    With its top bit set, a byte minus the level's low seven bits cannot borrow from its neighbour, and keeps the bit
+    exactly where its own low seven bits are not smaller.
     """
     tops = jnp.uint32(0x80808080)
     low = ((four | tops) - (level & 127) * jnp.uint32(0x01010101)) & tops

@@ -1,15 +1,12 @@
 """Recorded episodes -> one self-contained HTML page: what the policy did turn by turn, and what TAPO made of it.
 
-The page (`viewer.html`) loads nothing: images are data URIs, each kept once, and its Content-Security-Policy allows only its own
-style and script, named by their hashes. What the policy, a tool or a data set wrote reaches the page as escaped text; everything
-else in it is a number or a name from this file. Imports no jax.
+The page (`viewer.html`) loads nothing: images are data URIs, each kept once, and its Content-Security-Policy allows
+only its own style and script, named by their hashes. What the policy, a tool or a data set wrote reaches the page as
+escaped text; everything else in it is a number or a name of our own. Imports no jax.
 """
 
 import base64
-import dataclasses
 import hashlib
-import io
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,18 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image as PillowImage
 
 from tapo_jax import records
-from tapo_jax.chat import parse_turn
-from tapo_jax.records import RecordedEpisode, RecordedTurn
-from tapo_jax.viewer_map import SHADES, credit_map, shade
+from tapo_jax.records import RecordedEpisode
+from tapo_jax.viewer_map import SHADES
+from tapo_jax.viewer_model import Group, Views
 
 MAX_GROUPS = 48  # questions on a page
-MAX_SIDE = 512  # pixels; a larger image is made smaller on the page
-_ICONS = {"image_zoom_in_tool": "Z", "image_search_tool": "I", "text_search_tool": "T"}
-
-Group = Sequence[RecordedEpisode]
 
 
 def write_page(paths: Sequence[Path], out: Path, *, max_groups: int = MAX_GROUPS) -> None:
@@ -51,159 +43,33 @@ def write_page(paths: Sequence[Path], out: Path, *, max_groups: int = MAX_GROUPS
 
 
 def render(groups: Sequence[Group], *, title: str, total: int) -> str:
-    """The page as text. groups: the episodes of one question at one step each; total: the number of groups there were to choose from."""
+    """The page as text. groups: the episodes of one question at one step each; total: the number of groups there were
+    to choose from."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    )
     environment.filters["csp_hash"] = _csp_hash
     environment.filters["signed"] = lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
     episodes = [episode for group in groups for episode in group]
     advantages = [abs(value) for e in episodes for turn in e.turns for value in (turn.adv_before, turn.adv_after)]
-    page = _Page(scale=max(filter(math.isfinite, advantages), default=0.0) or 1.0)
+    page = Views(scale=max(filter(math.isfinite, advantages), default=0.0) or 1.0)
     page.learn(episodes)
     views = [page.group(group) for group in groups]
     _open_one(views)
     return environment.get_template("viewer.html").render(
-        title=title, total=total, groups=views, pictures=page.pictures, shades=SHADES, scale=page.scale, summary=_summary(episodes),
+        title=title,
+        total=total,
+        groups=views,
+        pictures=page.pictures,
+        shades=SHADES,
+        scale=page.scale,
+        summary=_summary(episodes),
         steps=sorted({episode.step for episode in episodes}),
-    )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """An image of the page: the number of its element, its width and height in pixels, its bytes as a data URI."""
-
-    number: int
-    width: int
-    height: int
-    uri: str
-
-
-class _Page:
-    """What all parts of a page share: its images, the scale of its colours, and which steps there are to point to."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-        self.pictures: list[Picture] = []
-        self._picture: dict[bytes, Picture] = {}
-        self._anchors: set[str] = set()
-        self._borrowers: dict[str, list[dict[str, str]]] = {}
-
-    def learn(self, episodes: Sequence[RecordedEpisode]) -> None:
-        """Collects the steps and who borrowed from them, before anything is described."""
-        for episode in episodes:
-            for turn in episode.turns:
-                if turn.slot < 0:
-                    continue
-                anchor = _anchor(episode.step, episode.prompt, episode.sample, turn.slot)
-                self._anchors.add(anchor)
-                if turn.corrected and turn.witness is not None:
-                    place = {"anchor": anchor, "label": _label(episode.prompt, turn.witness[0], episode.sample, turn.slot)}
-                    self._borrowers.setdefault(_anchor(episode.step, *turn.witness), []).append(place)
-
-    def picture(self, data: bytes) -> Picture:
-        if data not in self._picture:
-            shown, kind = data, "png"
-            with PillowImage.open(io.BytesIO(data)) as image:
-                size = image.size
-                if max(size) > MAX_SIDE:
-                    small = image.convert("RGB")
-                    small.thumbnail((MAX_SIDE, MAX_SIDE))
-                    buffer, size = io.BytesIO(), small.size
-                    small.save(buffer, format="JPEG", quality=85)
-                    shown, kind = buffer.getvalue(), "jpeg"
-            uri = f"data:image/{kind};base64,{base64.b64encode(shown).decode()}"
-            self._picture[data] = Picture(len(self.pictures), *size, uri)
-            self.pictures.append(self._picture[data])
-        return self._picture[data]
-
-    def group(self, group: Group) -> dict[str, Any]:
-        """One question at one step: its images with everybody's boxes, the credit map, and the episodes, successful ones first."""
-        first = group[0]
-        episodes = [self._episode(e) for e in sorted(group, key=lambda e: (not e.success, e.sample))]
-        images = [{"picture": self.picture(data), "boxes": []} for data in first.images[: first.prompt_images]]
-        for episode in episodes:
-            for turn in episode["turns"]:
-                if turn["box"] and turn["target"] < first.prompt_images:
-                    kind = "right" if episode["success"] else "fixed" if turn["corrected"] else "wrong"
-                    images[turn["target"]]["boxes"].append({"box": turn["box"], "kind": kind, "turn": turn})
-        return {
-            "step": first.step,
-            "prompt": first.prompt,
-            "question": first.question,
-            "answers": first.answers,
-            "hops": first.hops,
-            "images": images,
-            "episodes": episodes,
-            "map": credit_map(episodes),
-            "right": sum(e.success for e in group),
-            "corrected": sum(turn.corrected for e in group for turn in e.turns),
-        }
-
-    def _episode(self, episode: RecordedEpisode) -> dict[str, Any]:
-        turns, seen = [], episode.prompt_images
-        for number, turn in enumerate(episode.turns):
-            turns.append(self._turn(episode, number, turn, seen))
-            seen += len(turn.result_images)
-        return {
-            "step": episode.step,
-            "sample": episode.sample,
-            "success": episode.success,
-            "answer": episode.answer,
-            "finish": episode.finish,
-            "rewards": [(name, f"{value:g}") for name, value in episode.rewards.items()],
-            "reward": f"{episode.reward:.2f}",
-            "advantage": episode.advantage,
-            "shade": shade(episode.advantage, self.scale),
-            "turns": turns,
-            "corrected": sum(turn.corrected for turn in episode.turns),
-            "open": False,
-        }
-
-    def _turn(self, episode: RecordedEpisode, number: int, turn: RecordedTurn, seen: int) -> dict[str, Any]:
-        """seen: images of the conversation before the turn."""
-        parsed = parse_turn(turn.text)
-        arguments = turn.call_arguments or {}
-        target = _image_number(arguments.get("img_idx"), min(seen, len(episode.images)))
-        box = None if target is None else _box(arguments.get("bbox_2d"))
-        anchor = _anchor(episode.step, episode.prompt, episode.sample, turn.slot) if turn.slot >= 0 else ""
-        target_image = None if target is None else self.picture(episode.images[target])
-        return {
-            "number": number,
-            "slot": turn.slot,
-            "anchor": anchor,
-            "icon": _icon(turn, parsed.answer),
-            "tool": turn.call_name,
-            "think": parsed.think if parsed.format_ok else "",
-            "answer": parsed.answer if parsed.format_ok else None,
-            "arguments": json.dumps(turn.call_arguments, ensure_ascii=False) if parsed.format_ok and turn.call_name else None,
-            "written": None if parsed.format_ok else turn.text,
-            "result": turn.result,
-            "error": turn.error,
-            "target": target,
-            "box": box,
-            "target_image": target_image,
-            "results": [(i, self.picture(episode.images[i])) for i in turn.result_images if i < len(episode.images)],
-            "before": turn.adv_before,
-            "after": turn.adv_after,
-            "before_shade": shade(turn.adv_before, self.scale),
-            "after_shade": shade(turn.adv_after, self.scale),
-            "sim": turn.sim,
-            "support": turn.support,
-            "corrected": turn.corrected,
-            "status": _status(episode, turn),
-            "witness": self._witness(episode, turn),
-            "borrowers": self._borrowers.get(anchor, []),
-        }
-
-    def _witness(self, episode: RecordedEpisode, turn: RecordedTurn) -> dict[str, str] | None:
-        """Where to find the step that this one is most similar to; "" where it is not on the page. None for a witness itself."""
-        if turn.witness is None or episode.success:
-            return None
-        anchor = _anchor(episode.step, *turn.witness)
-        prompt, sample, slot = turn.witness
-        return {"anchor": anchor if anchor in self._anchors else "", "label": _label(prompt, episode.prompt, sample, slot)}
+    )
 
 
 def _grouped(episodes: Sequence[RecordedEpisode]) -> list[Group]:
@@ -211,50 +77,6 @@ def _grouped(episodes: Sequence[RecordedEpisode]) -> list[Group]:
     for episode in episodes:
         groups.setdefault((episode.step, episode.prompt), []).append(episode)
     return list(groups.values())
-
-
-def _anchor(step: int, prompt: int, sample: int, slot: int) -> str:
-    return f"s{int(step)}-q{int(prompt)}-g{int(sample)}-k{int(slot)}"
-
-
-def _label(prompt: int, here: int, sample: int, slot: int) -> str:
-    """A step as it is called in the group of prompt `here`."""
-    return f"g{sample} k{slot}" if prompt == here else f"question {prompt}, g{sample} k{slot}"
-
-
-def _icon(turn: RecordedTurn, answer: str | None) -> str:
-    if turn.error is not None:
-        return "!"
-    if turn.call_name is None:
-        return "A" if answer is not None else "?"
-    return _ICONS.get(turn.call_name, turn.call_name[:1].upper() or "?")
-
-
-def _status(episode: RecordedEpisode, turn: RecordedTurn) -> str:
-    if turn.slot < 0:
-        return f"error: {turn.error}" if turn.error else ""
-    if turn.corrected:
-        return "corrected"
-    if episode.success:
-        return "witness"
-    if turn.correctable:
-        return "matches a witness, not corrected"
-    return "no witness close enough" if turn.witness is not None else "no witness"
-
-
-def _image_number(value: Any, count: int) -> int | None:
-    """The policy's img_idx where it is the number of an image that it had seen."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count else None
-
-
-def _box(value: Any) -> tuple[float, float, float, float] | None:
-    """The policy's [x1, y1, x2, y2] in thousandths where that is a box."""
-    if not isinstance(value, list | tuple) or len(value) != 4:
-        return None
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1000 for v in value):
-        return None
-    x1, y1, x2, y2 = (float(v) for v in value)
-    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
 def _open_one(views: Sequence[dict[str, Any]]) -> None:

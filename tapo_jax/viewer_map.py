@@ -1,12 +1,19 @@
-"""The credit map of one question: a row for every sample, a cell for every turn coloured by its advantage before and after TAPO,
-and an arrow from each witness to the steps that borrowed from it. Geometry only; `viewer.html` draws it as SVG."""
+"""The credit map of one question: a row for every sample, a cell for every turn coloured by its advantage before and
+after TAPO, and an arrow from each witness to the steps that borrowed from it. Geometry only; `viewer.html` draws it
+as SVG."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 LEVELS = 10
-_STOPS = ((-1.0, (165, 0, 38)), (-0.5, (244, 109, 67)), (0.0, (238, 236, 230)), (0.5, (116, 173, 209)), (1.0, (49, 54, 149)))
+_STOPS = (
+    (-1.0, (165, 0, 38)),
+    (-0.5, (244, 109, 67)),
+    (0.0, (238, 236, 230)),
+    (0.5, (116, 173, 209)),
+    (1.0, (49, 54, 149)),
+)
 
 LEFT, TOP, ROW, COLUMN, CELL_WIDTH, CELL_HEIGHT = 62, 26, 31, 82, 58, 20
 
@@ -14,7 +21,8 @@ LEFT, TOP, ROW, COLUMN, CELL_WIDTH, CELL_HEIGHT = 62, 26, 31, 82, 58, 20
 def shade(value: float, scale: float) -> int:
     """The level of `SHADES` for an advantage, -LEVELS..LEVELS: red below 0, blue above, ±scale and beyond the darkest.
 
-    The level grows with the square root, so that small advantages can be told apart; only 0 itself (and what is no number) is grey.
+    The level grows with the square root, so that small advantages can be told apart; only 0 itself (and what is no
+    number) is grey.
     """
     if not abs(value) > 0:
         return 0
@@ -30,7 +38,9 @@ def _colours() -> list[dict[str, Any]]:
         (x0, low), (x1, high) = next(pair for pair in zip(_STOPS, _STOPS[1:], strict=False) if at <= pair[1][0])
         rgb = [round(a + (b - a) * (at - x0) / (x1 - x0)) for a, b in zip(low, high, strict=True)]
         light = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
-        colours.append({"level": level, "fill": "#{:02x}{:02x}{:02x}".format(*rgb), "ink": "#1b1b1f" if light > 150 else "#ffffff"})
+        colours.append(
+            {"level": level, "fill": "#{:02x}{:02x}{:02x}".format(*rgb), "ink": "#1b1b1f" if light > 150 else "#ffffff"}
+        )
     return colours
 
 

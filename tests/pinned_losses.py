@@ -1,4 +1,5 @@
-"""Numbers that verl 0.9.1 and TRL 1.16.0 (torch 2.13.0, float64) give for these inputs, computed with their own functions:
+"""Numbers that verl 0.9.1 and TRL 1.16.0 (torch 2.13.0, float64) give for these inputs, computed with their own
+functions:
 verl.trainer.ppo.core_algos (compute_policy_loss_*, kl_penalty_forward, compute_*_outcome_advantage) and
 trl.GRPOTrainer._compute_loss. Twelve digits. A case is (value, gradient with respect to logp).
 """

@@ -8,7 +8,8 @@ WORDS = "eiffel tower height paris built café 1889 the 北京 x".split()
 
 
 def arrays(seed, P, G, K, quantum=None):
-    """(sim, trajectory, valid, success, advantage) as float64/int/bool arrays; quantum: similarities are its multiples (ties)."""
+    """(sim, trajectory, valid, success, advantage) as float64/int/bool arrays; quantum: similarities are its multiples
+    (ties)."""
     rng = np.random.default_rng(seed)
     S = G * K
     tool = rng.integers(0, 2, (P, S))

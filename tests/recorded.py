@@ -38,7 +38,9 @@ def played(groups: int, group_size: int, *, seed: int = 0, game: Game | None = N
     return found
 
 
-def recorded(groups: int, group_size: int, *, step: int = 20, seed: int = 0, game: Game | None = None) -> list[RecordedEpisode]:
+def recorded(
+    groups: int, group_size: int, *, step: int = 20, seed: int = 0, game: Game | None = None
+) -> list[RecordedEpisode]:
     """The episodes of one step, with TAPO's corrections."""
     episodes = played(groups, group_size, seed=seed, game=game)
     reward_PxG = np.array([[e.reward for e in group] for group in episodes], np.float32)
@@ -51,5 +53,7 @@ def recorded(groups: int, group_size: int, *, step: int = 20, seed: int = 0, gam
     for p, group in enumerate(episodes):
         for g, episode in enumerate(group):
             credit = records.credit_fields(transfer, p, g, STEPS, pooled=False)
-            made.append(records.record(episode, step=step, prompt=p, advantage=float(advantage_PxG[p, g]), credit=credit))
+            made.append(
+                records.record(episode, step=step, prompt=p, advantage=float(advantage_PxG[p, g]), credit=credit)
+            )
     return made

@@ -1,4 +1,5 @@
-"""TAPO with plain Python loops, lists and dicts, written from the definitions, sharing nothing with the package but the call types.
+"""TAPO with plain Python loops, lists and dicts, written from the definitions, sharing nothing with the package but the
+call types.
 
 One group at a time. A step is (trajectory g, tool name, parameters) or None for an empty slot.
 """

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 
-def lines(steps: int, *, seed: int = 0, gain: float = 0.3, evaluate_every: int = 10, tapo: bool = True, start: float = 0.2) -> list[dict]:
-    """Lines of metrics.jsonl: accuracy rises from `start` by `gain`; every step takes 2 s; 100 questions are held out."""
+def lines(
+    steps: int, *, seed: int = 0, gain: float = 0.3, evaluate_every: int = 10, tapo: bool = True, start: float = 0.2
+) -> list[dict]:
+    """Lines of metrics.jsonl: accuracy rises from `start` by `gain`; a step takes 2 s; 100 questions are held out."""
     rng = np.random.default_rng(seed)
     found = []
     for step in range(steps + 1):
@@ -17,15 +19,21 @@ def lines(steps: int, *, seed: int = 0, gain: float = 0.3, evaluate_every: int =
         line: dict = {"step": step}
         if step % evaluate_every == 0 or step == steps:
             half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / 100)
-            line |= {"eval/accuracy": accuracy, "eval/accuracy_low": accuracy - half, "eval/accuracy_high": accuracy + half}
+            line |= {
+                "eval/accuracy": accuracy,
+                "eval/accuracy_low": accuracy - half,
+                "eval/accuracy_high": accuracy + half,
+            }
             line |= {"eval/episodes": 100, "time/eval": 1.0}
         if step:
             noisy = float(np.clip(accuracy + 0.05 * rng.normal(), 0, 1))
             shared = float(0.55 - 0.15 * done + 0.03 * rng.normal())
             line |= {
-                "reward/mean": 0.45 + noisy, "reward/accuracy": noisy, "reward/format": 0.9 + 0.08 * done, "loss/entropy": 0.5 - 0.2 * done,
+                "reward/mean": 0.45 + noisy, "reward/accuracy": noisy, "reward/format": 0.9 + 0.08 * done,
+                "loss/entropy": 0.5 - 0.2 * done,
                 "tapo/correctable_actions": shared, "tapo/corrected_actions": 0.8 * shared if tapo else 0.0,
-                "rollout/turns": 3.5, "rollout/length": 300 - 20 * done, "tools/calls": 2.6, "tools/errors": 0.2 * (1 - done),
+                "rollout/turns": 3.5, "rollout/length": 300 - 20 * done, "tools/calls": 2.6,
+                "tools/errors": 0.2 * (1 - done),
                 "time/step": 2.0, "time/rollout": 1.2, "time/decode": 0.7, "time/prefill": 0.3, "time/tool_wait": 0.05,
                 "time/logprobs": 0.2, "time/update": 0.5, "time/tapo": 0.01,
             }  # fmt: skip

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -25,20 +27,42 @@ def episode(hops: int, right: bool, answer: str | None = "a") -> Episode:
     empty = np.zeros(0, np.int32)
     prompt = Prompt(f"q{hops}", "?", (), ("a",), hops=hops)
     rewards = {"accuracy": float(right), "format": 1.0}
-    return Episode(prompt, 0, empty, empty.astype(bool), empty.astype(np.float32), [], [], [], answer, "answer", rewards, reward=0.5 + right)
+    return Episode(
+        prompt,
+        0,
+        empty,
+        empty.astype(bool),
+        empty.astype(np.float32),
+        [],
+        [],
+        [],
+        answer,
+        "answer",
+        rewards,
+        reward=0.5 + right,
+    )
 
 
 PLAYED = {
-    "tools/calls": 2.0, "tools/calls/zoom": 1.5, "tools/errors": 0.5, "tools/errors/timeout": 0.5, "rollout/turns": 3.0, "rollout/length": 90.0,
-    "rollout/written": 40.0, "rollout/finish_answer": 0.75, "rollout/finish_length": 0.25, "rollout/finish_turns": 0.0,
-    "rollout/finish_malformed": 0.0, "time/decode": 3.0,
-}  # fmt: skip
+    "tools/calls": 2.0,
+    "tools/calls/zoom": 1.5,
+    "tools/errors": 0.5,
+    "tools/errors/timeout": 0.5,
+    "rollout/turns": 3.0,
+    "rollout/length": 90.0,
+    "rollout/written": 40.0,
+    "rollout/finish_answer": 0.75,
+    "rollout/finish_length": 0.25,
+    "rollout/finish_turns": 0.0,
+    "rollout/finish_malformed": 0.0,
+    "time/decode": 3.0,
+}
 EPISODES = [episode(1, True), episode(1, False), episode(2, False), episode(2, False, None)]
 
 
 def test_wilson():
-    """The roots of (p̂ − p)² = z² p(1 − p)/n. For 0 of n the upper end is z²/(n + z²): 3.8415/13.8415 = 0.27754 for n = 10; 5 of 10 gives
-    0.5 ± z·sqrt(0.025 + z²/400)/(1 + z²/10) = 0.5 ± 0.26341 (z² = 3.84146)."""
+    """The roots of (p̂ − p)² = z² p(1 − p)/n. For 0 of n the upper end is z²/(n + z²): 3.8415/13.8415 = 0.27754 for n
+    = 10; 5 of 10 gives 0.5 ± z·sqrt(0.025 + z²/400)/(1 + z²/10) = 0.5 ± 0.26341 (z² = 3.84146)."""
     assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-5)
     assert evaluate.wilson(10, 10) == pytest.approx((1 - 0.277533, 1.0), abs=1e-5)
     assert evaluate.wilson(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-5)
@@ -60,14 +84,17 @@ def test_numbers_by_hop_count():
 
 
 def test_sums_of_two_processes_are_those_of_one():
-    """Three episodes and one: the means of the rollouts must be weighted by 3 and 1, not averaged. Calls: (3·2 + 1·6)/4 = 3."""
+    """Three episodes and one: the means of the rollouts must be weighted by 3 and 1, not averaged. Calls: (3·2 +
+    1·6)/4 = 3."""
     first, second = evaluate.tally(EPISODES[:3], PLAYED), evaluate.tally(EPISODES[3:], PLAYED | {"tools/calls": 6.0})
     both = {name: first.get(name, 0) + second.get(name, 0) for name in first | second}
     values = evaluate.numbers(both)
     assert values["tool_calls"] == 3.0
     assert values["accuracy/hops_2"] == 0.0 and values["episodes/hops_2"] == 2
     alone = evaluate.numbers(evaluate.tally(EPISODES, PLAYED))
-    assert {k: v for k, v in values.items() if k != "tool_calls"} == pytest.approx({k: v for k, v in alone.items() if k != "tool_calls"})
+    assert {k: v for k, v in values.items() if k != "tool_calls"} == pytest.approx(
+        {k: v for k, v in alone.items() if k != "tool_calls"}
+    )
 
 
 class FakeAgent:
@@ -88,9 +115,18 @@ def test_evaluate_plays_each_prompt_once():
     assert dict(evaluate.evaluate(agent, "weights", [], temperature=0.0, seed=7)) == {}
 
 
+def test_processes_share_the_prompts(monkeypatch):
+    """The second of two plays the last two prompts, and numbers them as in one process."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    agent, prompts = FakeAgent(), [e.prompt for e in EPISODES]
+    evaluate.play(agent, None, prompts, temperature=0.0, seed=0)
+    assert agent.asked[1] == prompts[2:] and agent.asked[2]["first_prompt"] == 2
+
+
 def test_table():
     text = evaluate.table(evaluate.numbers(evaluate.tally(EPISODES, PLAYED)))
-    assert "| all | 4 | 25.0 % | 4.6 – 69.9 % |" in text  # 1 of 4: (0.25 + 0.48018 ± 0.63907·…)/1.96036, by the definition above
+    assert "| all | 4 | 25.0 % | 4.6 – 69.9 % |" in text  # z² = 3.84146, n = 4, by hand
     assert "| 1 hop | 2 | 50.0 % |" in text and "| 2 hops | 2 | 0.0 % |" in text
     assert "| tool_calls: zoom | 1.50 |" in text and "| errors: timeout | 0.500 |" in text
 
@@ -120,19 +156,25 @@ def saved(tmp_path_factory):
 def test_weights_of_a_checkpoint(saved):
     folder, params = saved
     like = jax.tree.map(lambda a: a + 1, params)
-    for found, wanted in zip(jax.tree.leaves(evaluate_checkpoint.read_params(folder, like)), jax.tree.leaves(params), strict=True):
+    for found, wanted in zip(
+        jax.tree.leaves(evaluate_checkpoint.read_params(folder, like)), jax.tree.leaves(params), strict=True
+    ):
         np.testing.assert_array_equal(found, wanted)
 
 
 def damage_by_a_bit(folder):
-    largest = max((path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 0x10
     largest.write_bytes(data)
 
 
 def damage_by_cutting(folder):
-    largest = max((path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     largest.write_bytes(largest.read_bytes()[:100])
 
 
@@ -142,8 +184,7 @@ def damage_by_deleting(folder):
 
 @pytest.mark.parametrize("damage", [damage_by_a_bit, damage_by_cutting, damage_by_deleting])
 def test_damaged_checkpoint_is_one_sentence(saved, tmp_path, damage):
-    """Every array counts, so the bit may fall into the weights or not: the file with the most bytes holds both here. Several places
-    are not needed, since the checkpoint's weights are compared by a fingerprint."""
+    """The largest file holds the weights: the optimizer's moments in this checkpoint are zeros, which take no room."""
     folder = tmp_path / "checkpoints" / "12"
     shutil.copytree(saved[0], folder)
     damage(folder)
@@ -191,9 +232,26 @@ def test_wrong_checkpoint_is_one_sentence(tmp_path):
     config = get_config(path=str(model_folder(tmp_path / "model")))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "other").mkdir()
-    for path, sentence in (("nowhere", "is no directory"), ("run", "no complete checkpoint"), ("other", "neither checkpoints nor a model")):
+    for path, sentence in (
+        ("nowhere", "is no directory"),
+        ("run", "no complete checkpoint"),
+        ("other", "neither checkpoints nor a model"),
+    ):
         with pytest.raises(UserError, match=sentence):
             evaluate_checkpoint.find(tmp_path / path, config)
+
+
+def test_missing_checkpoint_ends_the_program_with_one_sentence(tmp_path):
+    command = [
+        sys.executable,
+        "launch/eval.py",
+        "--config=configs/tapo_grpo.py:test",
+        f"--checkpoint={tmp_path / 'nowhere'}",
+    ]
+    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    (sentence,) = [line for line in done.stderr.splitlines() if "nowhere" in line]
+    assert sentence.startswith("error: --checkpoint is") and "Traceback" not in done.stderr
 
 
 def test_run_writes_json_and_markdown(tmp_path, monkeypatch, capsys):

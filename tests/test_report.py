@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import synthetic
 
-from tapo_jax import records, report, report_credit, report_figures, report_sweep
+from tapo_jax import records, report, report_credit, report_figures, report_statistics, report_sweep, report_tables
 from tapo_jax.config import UserError
 from tapo_jax.records import RecordedEpisode, RecordedTurn
 from tapo_jax.report_plots import series, smooth
@@ -32,7 +32,10 @@ def test_curve(tmp_path):
 
 def test_curve_of_a_run_that_logged_little(tmp_path):
     """An evaluation alone, steps without TAPO, and a number that was not finite (null) are no reason to fail."""
-    path = synthetic.write(tmp_path / "metrics.jsonl", [{"step": 0, "eval/accuracy": 0.25}, {"step": 1, "reward/mean": None, "loss/entropy": 0.5}])
+    path = synthetic.write(
+        tmp_path / "metrics.jsonl",
+        [{"step": 0, "eval/accuracy": 0.25}, {"step": 1, "reward/mean": None, "loss/entropy": 0.5}],
+    )
     report.write_curve(path, tmp_path / "curve.png")
     picture(tmp_path / "curve.png")
 
@@ -60,6 +63,11 @@ def test_commands(tmp_path, capsys):
         report.main(["page", str(tmp_path)])
     with pytest.raises(UserError, match="is no directory"):
         report.main(["curve", str(tmp_path / "nowhere")])
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / "episodes" / "step_000001.npz").write_bytes(b"PK broken")
+    for command in ("page", "credit"):
+        with pytest.raises(UserError, match="cannot be read"):
+            report.main([command, str(tmp_path)])
     with pytest.raises(UserError, match="no finished run"):
         report.main(["sweep", str(tmp_path)])
 
@@ -68,18 +76,19 @@ def test_commands(tmp_path, capsys):
 
 
 def test_bootstrap():
-    """Two seeds 0 and 1: a resample's mean is 0, 0.5 or 1 with probabilities ¼, ½, ¼, so both 2.5 % quantiles are the ends."""
-    assert report_sweep.bootstrap([0.0, 1.0]) == (0.0, 1.0)
-    assert report_sweep.bootstrap([0.3]) is None
-    assert report_sweep.bootstrap([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
-    low, high = report_sweep.bootstrap(np.arange(101) / 100)
-    # mean 0.5, standard deviation of the mean sqrt(850/10000/101) = 0.02901; the percentile interval is about ± 1.96 of it
+    """Two seeds 0 and 1: a resample's mean is 0, 0.5 or 1 with probabilities ¼, ½, ¼, so both 2.5 % quantiles are the
+    ends."""
+    assert report_statistics.bootstrap([0.0, 1.0]) == (0.0, 1.0)
+    assert report_statistics.bootstrap([0.3]) is None
+    assert report_statistics.bootstrap([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
+    low, high = report_statistics.bootstrap(np.arange(101) / 100)
+    # mean 0.5, standard deviation of the mean sqrt(850/10000/101) = 0.02901; the interval is about ± 1.96 of it
     assert (low, high) == pytest.approx((0.5 - 0.0569, 0.5 + 0.0569), abs=0.003)
 
 
 def test_student():
     """1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.302653: half = 2.484138."""
-    assert report_sweep.student([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
+    assert report_statistics.student([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
 
 
 def result(row, seed, accuracy, *, seconds=10.0):
@@ -91,7 +100,8 @@ def last(found):
 
 
 def test_difference_is_paired_by_seed():
-    """Seeds 0, 1, 2 in common; deltas 0.1, 0.1, 0.1 although the seeds themselves differ by 0.4. The base's mean is 0.5."""
+    """Seeds 0, 1, 2 in common; deltas 0.1, 0.1, 0.1 although the seeds themselves differ by 0.4. The base's mean is
+    0.5."""
     ours = {s: result("a", s, 0.4 + 0.2 * s) for s in (0, 1, 2, 7)}
     theirs = {s: result("b", s, 0.3 + 0.2 * s) for s in (0, 1, 2, 5)}
     found = report_sweep.difference(ours, theirs, last)
@@ -103,7 +113,8 @@ def test_difference_is_paired_by_seed():
 
 
 def test_verdict_needs_both_intervals():
-    """Deltas 0.01, 0.02, 0.09: no resample has a mean of 0, so the bootstrap leaves it out; Student: 0.04 ± 4.303·0.0252."""
+    """Deltas 0.01, 0.02, 0.09: no resample has a mean of 0, so the bootstrap leaves it out; Student: 0.04 ±
+    4.303·0.0252."""
     ours = {s: result("a", s, 0.3 + delta) for s, delta in enumerate((0.01, 0.02, 0.09))}
     found = report_sweep.difference(ours, {s: result("b", s, 0.3) for s in range(3)}, last)
     assert found["interval"][0] > 0 > found["student"][0]
@@ -122,12 +133,20 @@ def test_interpolation_between_evaluations():
 
 
 def config(enabled, **tapo):
-    return report_sweep.flat({"seed": 3, "algorithm": {"loss": "grpo"}, "tapo": {"enabled": enabled, "beta": 0.8, "theta": 0.7} | tapo})
+    return report_sweep.flat(
+        {"seed": 3, "algorithm": {"loss": "grpo"}, "tapo": {"enabled": enabled, "beta": 0.8, "theta": 0.7} | tapo}
+    )
 
 
 def test_bases_and_reference_are_found_from_the_configs():
-    """The published row is the one that differs least from the others: beta_2 and theta_5 are one field away from it, two apart."""
-    configs = {"off": config(False), "beta_2": config(True, beta=0.2), "on": config(True), "theta_5": config(True, theta=0.5)}
+    """The published row is the one that differs least from the others: beta_2 and theta_5 are one field away from it,
+    two apart."""
+    configs = {
+        "off": config(False),
+        "beta_2": config(True, beta=0.2),
+        "on": config(True),
+        "theta_5": config(True, theta=0.5),
+    }
     configs["other"] = config(True) | {"algorithm.loss": "sapo"}
     base, reference = report_sweep.bases(configs)
     assert base == {"beta_2": "off", "on": "off", "theta_5": "off"}
@@ -135,7 +154,9 @@ def test_bases_and_reference_are_found_from_the_configs():
 
 
 def test_swept_fields():
-    configs = {f"beta_{b}": config(True, beta=b) | {"seed": i} for i, b in enumerate((0.8, 0.2, 0.4))} | {"theta": config(True, theta=0.9)}
+    configs = {f"beta_{b}": config(True, beta=b) | {"seed": i} for i, b in enumerate((0.8, 0.2, 0.4))} | {
+        "theta": config(True, theta=0.9)
+    }
     assert report_figures.swept_fields(configs) == [("tapo.beta", ["beta_0.2", "beta_0.4", "beta_0.8"])]
 
 
@@ -144,14 +165,21 @@ def test_swept_fields():
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Base and TAPO with three seeds (+0.1 in the end), two more betas with two; one failed run, one that has not finished."""
+    """Base and TAPO with three seeds (+0.1 in the end), two more betas with two; one failed run, one that has not
+    finished."""
     directory = tmp_path_factory.mktemp("sweep")
-    rows = {"grpo": (config(False), 0.2, 3), "tapo": (config(True), 0.3, 3), "beta_2": (config(True, beta=0.2), 0.25, 2)}
+    rows = {
+        "grpo": (config(False), 0.2, 3),
+        "tapo": (config(True), 0.3, 3),
+        "beta_2": (config(True, beta=0.2), 0.25, 2),
+    }
     rows["beta_12"] = (config(True, beta=1.2), 0.3, 2)
     for row, (flat, gain, seeds) in rows.items():
         for seed in range(seeds):
             folder = directory / row / f"seed_{seed}"
-            synthetic.write(folder / "metrics.jsonl", synthetic.lines(20, seed=seed, gain=gain, start=0.2 + 0.01 * seed))
+            synthetic.write(
+                folder / "metrics.jsonl", synthetic.lines(20, seed=seed, gain=gain, start=0.2 + 0.01 * seed)
+            )
             (folder / "config.json").write_text(json.dumps(flat | {"seed": seed}))
     (directory / "beta_2" / "seed_1" / "failed.json").write_text('{"error": "The disk\\nis full."}')
     (directory / "grpo" / "seed_3").mkdir()
@@ -185,8 +213,10 @@ def test_summary_of_a_sweep(sweep):
 
 
 def test_report_of_a_sweep(sweep):
-    (sweep / "sweep.json").write_text(json.dumps({"rows": ["tapo", "grpo"], "base": {"beta_12": "beta_2", "grpo": "no such row"}}))
-    text = report_figures.write_sweep(sweep)
+    (sweep / "sweep.json").write_text(
+        json.dumps({"rows": ["tapo", "grpo"], "base": {"beta_12": "beta_2", "grpo": "no such row"}})
+    )
+    text = report_tables.write_sweep(sweep)
     (sweep / "sweep.json").unlink()
     assert text == (sweep / "report.md").read_text()
     table = [line for line in text.splitlines() if line.startswith("| ")]
@@ -212,18 +242,35 @@ def test_run_without_a_last_evaluation_is_not_finished(tmp_path):
 
 
 def step_turn(sim, **fields):
-    return RecordedTurn(text="", call_name="t", call_arguments={}, result="r", slot=0, sim=sim, witness=(0, 0, 0), **fields)
+    return RecordedTurn(
+        text="", call_name="t", call_arguments={}, result="r", slot=0, sim=sim, witness=(0, 0, 0), **fields
+    )
 
 
 def credit_episode(sample, success, turns, *, prompt=0, step=1):
     return RecordedEpisode(
-        step=step, prompt=prompt, sample=sample, prompt_id="", question="", answers=(), hops=1, images=(), prompt_images=0, turns=tuple(turns),
-        answer=None, finish="answer", rewards={}, reward=0.0, success=success, advantage=0.0,
-    )  # fmt: skip
+        step=step,
+        prompt=prompt,
+        sample=sample,
+        prompt_id="",
+        question="",
+        answers=(),
+        hops=1,
+        images=(),
+        prompt_images=0,
+        turns=tuple(turns),
+        answer=None,
+        finish="answer",
+        rewards={},
+        reward=0.0,
+        success=success,
+        advantage=0.0,
+    )
 
 
 def recorded_credit():
-    """Failing: sample 1 with 0.9 and 0.4, sample 2 with 0.6, sample 0 of another question without a witness, and one without a step."""
+    """Failing: sample 1 with 0.9 and 0.4, sample 2 with 0.6, sample 0 of another question without a witness, and one
+    without a step."""
     lost = dataclasses.replace(step_turn(0.0), witness=None)
     return [
         credit_episode(0, True, [step_turn(1.0)]),

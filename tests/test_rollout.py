@@ -1,6 +1,11 @@
 """Rollouts of a random model whose text is read as calls and answers (`rollout_world.read_turn`)."""
 
+import json
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -301,3 +306,28 @@ def test_an_episode_longer_than_a_slot_is_refused(sampler):
 def test_slots_that_the_mesh_does_not_divide_are_refused():
     with pytest.raises(UserError, match="multiple of 8"):
         make_sampler(slots=12, mesh=sharding.make_mesh(data=8), shapes=None)
+
+
+def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tmp_path):
+    """The first process has three prompts and the second one: it goes on making calls after its own episodes have ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script = Path(__file__).with_name("rollout_process.py")
+    parts = [(0, 3), (3, 4)]
+    started = []
+    for rank, (first, stop) in enumerate(parts):
+        log = open(tmp_path / f"{rank}.log", "w")  # noqa: SIM115  (the process writes to it)
+        arguments = [port, str(rank), str(first), str(stop), str(tmp_path / f"{rank}.json")]
+        started.append(subprocess.Popen([sys.executable, str(script), *arguments], stdout=log, stderr=log))
+    try:
+        for rank, process in enumerate(started):
+            assert process.wait(timeout=600) == 0, (tmp_path / f"{rank}.log").read_text()[-2000:]
+    finally:
+        for process in started:
+            process.kill()
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [part["slots"] for part in found] == [4, 4]
+    assert found[0]["tokens"] + found[1]["tokens"] == [episode.token_T.tolist() for episode in sampled[0]]
+    for part in found:
+        assert part["again"] == part["tokens"] and part["compiled"] == 0

@@ -41,8 +41,8 @@ SUCCESS, ADVANTAGE = [True, True, False], [0.5, 0.7, -1.2]
 @pytest.mark.parametrize("jit", [False, True])
 def test_by_hand(jit):
     result = transfer(SIM, SUCCESS, ADVANTAGE, jit=jit)
-    # Clusters {0, 2}, {1}, {3}. Slot 4: sim 0.8 to {0, 2}, sup 2/2, Adv (0.5 + 0.7)/2 = 0.6: F = 0.48, A = -1.2 + 0.8·0.48.
-    # Slot 5: sim 0.72 to {3}, sup 1/2: 0.36 ≥ 0.25; Adv 0.7: F = 0.252, A = -1.2 + 0.2016.
+    # Clusters {0, 2}, {1}, {3}. Slot 4: sim 0.8 to {0, 2}, sup 2/2, Adv (0.5 + 0.7)/2 = 0.6: F = 0.48, A = -1.2 +
+    # 0.8·0.48. Slot 5: sim 0.72 to {3}, sup 1/2: 0.36 ≥ 0.25; Adv 0.7: F = 0.252, A = -1.2 + 0.2016.
     np.testing.assert_allclose(result.advantage_PxS, [[0.5, 0.5, 0.7, 0.7, -0.816, -0.9984]], rtol=1e-6)
     assert result.corrected_PxS.tolist() == result.correctable_PxS.tolist() == [[False] * 4 + [True] * 2]
     np.testing.assert_allclose(result.sim_PxS, [[1, 1, 1, 1, 0.8, 0.72]], rtol=1e-6)

@@ -32,7 +32,8 @@ def batch(rng, P=8, G=4, K=2):
 
 
 def test_adaptive_threshold_becomes_the_quantile():
-    """After many batches P(sim ≤ theta) of the zooms is the quantile asked for; the searches' similarities are 1 half of the
+    """After many batches P(sim ≤ theta) of the zooms is the quantile asked for; the searches' similarities are 1 half
+    of the
     time, so that their 0.8-quantile is 1."""
     rng = np.random.default_rng(0)
     batches = [batch(rng) for _ in range(16)]
@@ -64,8 +65,8 @@ def test_adaptive_update_by_hand():
     success = np.array([[True, True, True, False]])
     state = tapo_adaptive.init(["zoom"], 0.7)
     new = update(state, steps, pairwise(steps), success, quantile=0.8, rate=0.1)
-    # The first rollout's two equal zooms are two witnesses: pairs (0,1)×2, (0,2)×2, (1,2): five, of them three at 1/3; a pair
-    # within one rollout does not count.
+    # The first rollout's two equal zooms are two witnesses: pairs (0,1)×2, (0,2)×2, (1,2): five, of them three at 1/3;
+    # a pair within one rollout does not count.
     assert float(new.pairs_N[0]) == 5
     np.testing.assert_allclose(new.theta_N[0], 0.7 + 0.1 * (0.8 - 3 / 5), rtol=1e-6)
     nobody = update(state, steps, pairwise(steps), np.zeros((1, 4), bool))
@@ -99,8 +100,8 @@ def test_memory_corrects_a_group_that_fails_throughout():
     groups = [[[ZOOM, SEARCH], [None, SEARCH]]]
     memory = tapo_memory.remember({}, 10, ["q"], groups, np.array([[True, False]]), np.float32([[0.9, -0.9]]), steps=5, size=2)
     assert [entry["step"] for entry in memory["q"]] == [10] and json.loads(json.dumps(memory)) == memory
-    # Two steps later nobody answers. The remembered success weighs 0.5² and its advantage counts 0.5²·0.9; it is the only
-    # success, so sup = 1.
+    # Two steps later nobody answers. The remembered success weighs 0.5² and its advantage counts 0.5²·0.9; it is the
+    # only success, so sup = 1.
     now = [[[SEARCH], [ZOOM]]]
     extended, success, advantage, weight = tapo_memory.recall(memory, 12, ["q"], now, steps=5, size=2, discount=0.5)
     assert extended[0][2] == [ZOOM, SEARCH] and extended[0][3] == []

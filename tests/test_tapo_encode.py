@@ -56,7 +56,8 @@ def test_regions_by_hand():
 
 
 def test_equal_calls_are_exactly_one_and_nothing_is_above():
-    """theta = 1 is the exact-match ablation: it must not hang on a rounding of IoU or of a mean over three parameters."""
+    """theta = 1 is the exact-match ablation: it must not hang on a rounding of IoU or of a mean over three
+    parameters."""
     rng = np.random.default_rng(0)
     groups = []
     for _ in range(300):

@@ -1,4 +1,5 @@
-"""Chunks, meshes and controls: the same answer however the batch is cut, and controls that only change what they should."""
+"""Chunks, meshes and controls: the same answer however the batch is cut, and controls that only change what they
+should."""
 
 import re
 

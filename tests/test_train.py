@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_one_sentence(model, run8, tmp_path, monkeypatch
     tiny_run.patch(monkeypatch.setattr)
     shutil.copytree(run8, tmp_path / "run")
     largest = max((tmp_path / "run" / "checkpoints" / "4" / "state").rglob("*"), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-100])
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoints/4 cannot be read .* delete that folder, and the run goes on from step 2"):
         train.train(tiny_run.config(model), tmp_path / "run")
 

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import io
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -51,21 +52,36 @@ def picture(shade: int, side: int = 8) -> bytes:
     return records.png(np.full((side, side, 3), shade, np.uint8))
 
 
+BLACK = picture(0)
+
+
 def turn(**fields) -> RecordedTurn:
     return RecordedTurn(**{"text": "<think>t</think><answer>a</answer>"} | fields)
 
 
-def episode(turns, *, sample=0, prompt=0, step=1, success=False, images=(picture(0),), prompt_images=1, **fields) -> RecordedEpisode:
+def episode(
+    turns, *, sample=0, prompt=0, step=1, success=False, images=(BLACK,), prompt_images=1, **fields
+) -> RecordedEpisode:
     given = dict(prompt_id="id", question="Where?", answers=("here",), hops=1, answer="a", finish="answer")
     return RecordedEpisode(
-        step=step, prompt=prompt, sample=sample, images=tuple(images), prompt_images=prompt_images, turns=tuple(turns), success=success,
-        rewards={"accuracy": float(success)}, reward=float(success), advantage=1.0 if success else -1.0, **given | fields,
-    )  # fmt: skip
+        step=step,
+        prompt=prompt,
+        sample=sample,
+        images=tuple(images),
+        prompt_images=prompt_images,
+        turns=tuple(turns),
+        success=success,
+        rewards={"accuracy": float(success)},
+        reward=float(success),
+        advantage=1.0 if success else -1.0,
+        **given | fields,
+    )
 
 
 def zoom(box, **fields) -> RecordedTurn:
-    call = f'<think>look</think><tool_call>{{"name": "image_zoom_in_tool", "arguments": {{"bbox_2d": {box}, "img_idx": 0}}}}</tool_call>'
     arguments = {"bbox_2d": box, "img_idx": 0}
+    call = f"<tool_call>{json.dumps({'name': 'image_zoom_in_tool', 'arguments': arguments})}</tool_call>"
+    call = f"<think>look</think>{call}"
     return turn(text=call, call_name="image_zoom_in_tool", call_arguments=arguments, result="Image 1.", **fields)
 
 
@@ -74,11 +90,28 @@ def page_of(*groups, **options) -> Page:
 
 
 def borrowed_pair() -> list[RecordedEpisode]:
-    witness = zoom([100, 200, 300, 400], slot=0, adv_before=1.0, adv_after=1.0, sim=1.0, support=1.0, witness=(0, 0, 0), result_images=(1,))
+    witness = zoom(
+        [100, 200, 300, 400],
+        slot=0,
+        adv_before=1.0,
+        adv_after=1.0,
+        sim=1.0,
+        support=1.0,
+        witness=(0, 0, 0),
+        result_images=(1,),
+    )
     borrower = zoom(
-        [100, 200, 300, 420], slot=0, adv_before=-1.0, adv_after=-0.25, sim=0.91, support=0.5, witness=(0, 0, 0), correctable=True,
-        corrected=True, result_images=(1,),
-    )  # fmt: skip
+        [100, 200, 300, 420],
+        slot=0,
+        adv_before=-1.0,
+        adv_after=-0.25,
+        sim=0.91,
+        support=0.5,
+        witness=(0, 0, 0),
+        correctable=True,
+        corrected=True,
+        result_images=(1,),
+    )
     images = (picture(0), picture(99))
     return [episode([witness], success=True, images=images), episode([borrower], sample=1, images=images)]
 
@@ -97,7 +130,9 @@ def test_a_run_of_scripted_players(tmp_path):
     assert corrected > 0, "the scripted players share no call: give another seed"
     assert sum("fixed" in names for names in classes) == corrected
     assert all(e.question in page.text for e in episodes)
-    assert sum(1 for name, attributes in page.tags if name == "path" and attributes.get("class") == "arrow") == corrected
+    assert (
+        sum(1 for name, attributes in page.tags if name == "path" and attributes.get("class") == "arrow") == corrected
+    )
     assert len(page.of("image")) == len({image for e in episodes for image in e.images})
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -125,7 +160,17 @@ def test_zoom_box_is_drawn_where_the_call_put_it():
 
 
 @pytest.mark.parametrize(
-    "box", ["all", [1, 2, 3], [500, 0, 100, 100], [0, 0, 10, 2000], [0, 0, float("nan"), 10], [True, 0, 10, 10], [[1], 2, 3, 4], {"x": 1}]
+    "box",
+    [
+        "all",
+        [1, 2, 3],
+        [500, 0, 100, 100],
+        [0, 0, 10, 2000],
+        [0, 0, float("nan"), 10],
+        [True, 0, 10, 10],
+        [[1], 2, 3, 4],
+        {"x": 1},
+    ],
 )
 def test_box_that_is_none_is_not_drawn(box):
     page = page_of([episode([zoom(box, error="bad_box")])])
@@ -138,7 +183,10 @@ def test_image_that_does_not_exist_is_not_shown(number):
     assert "on image" not in page_of([episode([bad])]).text
 
 
-HOSTILE = "</script></style><script>alert(1)</script>\"'><img src=https://evil.example/x onerror=alert(1)><svg onload=alert(2)>{{ 7*7 }}\x00\ud800"
+HOSTILE = (
+    "</script></style><script>alert(1)</script>\"'><img src=https://evil.example/x onerror=alert(1)>"
+    "<svg onload=alert(2)>{{ 7*7 }}\x00\ud800"
+)
 
 
 def hostile() -> RecordedEpisode:
@@ -153,7 +201,9 @@ def hostile() -> RecordedEpisode:
 def test_nothing_that_the_policy_wrote_is_markup(tmp_path):
     records.save(tmp_path / HOSTILE[:8].replace("/", "_") / "step_1.npz", [hostile()])
     viewer.write_page(list(tmp_path.rglob("*.npz")), tmp_path / "page.html")
-    raw = (tmp_path / "page.html").read_bytes().decode("utf-8")  # the lone surrogate became something that can be written
+    raw = (
+        (tmp_path / "page.html").read_bytes().decode("utf-8")
+    )  # the lone surrogate became something that can be written
     page, harmless = Page(raw), page_of([episode([turn(), turn()])])
     assert len(page.of("script")) == 1 and len(page.of("style")) == 1 and not page.of("img")
     assert page.raw["script"] == harmless.raw["script"]
@@ -164,7 +214,9 @@ def test_nothing_that_the_policy_wrote_is_markup(tmp_path):
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
         assert not {"src", "style", "action", "formaction", "srcdoc"} & set(attributes), (tag, attributes)
         for name in ("href", "xlink:href"):
-            assert (attributes.get(name) or "#")[:1] == "#" or attributes[name].startswith("data:image/png;base64,"), attributes
+            assert (attributes.get(name) or "#")[:1] == "#" or attributes[name].startswith("data:image/png;base64,"), (
+                attributes
+            )
 
 
 def test_policy_of_the_page_allows_only_its_own_style_and_script():
@@ -188,7 +240,9 @@ def test_witness_that_is_not_on_the_page_has_no_link():
 def test_large_images_are_made_smaller_and_equal_ones_kept_once():
     noise = np.random.default_rng(0).integers(0, 256, (600, 1200, 3), np.uint8)
     large = records.png(noise)
-    page = page_of([episode([turn()], images=(large, large), prompt_images=2)], [episode([turn()], images=(large,), prompt=1)])
+    page = page_of(
+        [episode([turn()], images=(large, large), prompt_images=2)], [episode([turn()], images=(large,), prompt=1)]
+    )
     (kept,) = page.of("image")
     kind, data = kept["href"].split(";base64,")
     assert kind == "data:image/jpeg"
@@ -199,7 +253,11 @@ def test_most_corrected_questions_are_kept_where_there_are_too_many(tmp_path):
     """Two steps of three questions each, two places: from each step the one question with a corrected step."""
     for step in (1, 2):
         plain = [episode([turn()], prompt=p, step=step, question=f"plain {p}") for p in (0, 2)]
-        found = [episode([turn(slot=0, corrected=True, witness=(1, 0, 0))], prompt=1, step=step, question=f"corrected in {step}")]
+        found = [
+            episode(
+                [turn(slot=0, corrected=True, witness=(1, 0, 0))], prompt=1, step=step, question=f"corrected in {step}"
+            )
+        ]
         records.save(tmp_path / f"step_{step}.npz", plain + found)
     viewer.write_page(sorted(tmp_path.glob("*.npz")), tmp_path / "page.html", max_groups=2)
     text = " ".join(Page((tmp_path / "page.html").read_text()).text.split())
@@ -214,6 +272,16 @@ def test_page_without_episodes(tmp_path):
 
 def test_shades_are_ordered_and_symmetric():
     """sqrt(0.25) = 0.5, so a quarter of the scale has half of the levels."""
-    assert [viewer_map.shade(v, 2.0) for v in (-9.0, -2.0, -0.5, -1e-9, 0.0, 1e-9, 0.5, 2.0, 9.0)] == [-10, -10, -5, -1, 0, 1, 5, 10, 10]
+    assert [viewer_map.shade(v, 2.0) for v in (-9.0, -2.0, -0.5, -1e-9, 0.0, 1e-9, 0.5, 2.0, 9.0)] == [
+        -10,
+        -10,
+        -5,
+        -1,
+        0,
+        1,
+        5,
+        10,
+        10,
+    ]
     assert viewer_map.shade(math.nan, 2.0) == 0
     assert len({shade["fill"] for shade in viewer_map.SHADES}) == 21

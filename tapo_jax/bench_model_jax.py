@@ -1,0 +1,131 @@
+"""The side of `bench_model` that runs here: the programs of training and sampling on one device."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from tapo_jax import flops, sharding, slots, train_step
+from tapo_jax.batch import ModelInputs, TrainBatch
+from tapo_jax.bench_model import Measured, Size, added_mib, conversations, written_mask
+from tapo_jax.models import positions
+from tapo_jax.models.parameters import logical_axes
+from tapo_jax.models.qwen3_vl import Qwen3VL
+from tapo_jax.optimizer import make_optimizer
+
+OPTIMIZER = ConfigDict(dict(
+    lr=1e-4, schedule="constant", warmup_steps=0, b1=0.9, b2=0.95, weight_decay=0.0, grad_clip=1.0, vision_lr_multiplier=1.0
+))  # fmt: skip
+
+
+class Here:
+    """Random weights and the four programs."""
+
+    def __init__(self, size: Size):
+        self.size, self.config = size, size.config
+        dtype = jnp.dtype(size.dtype)
+        make = jax.jit(lambda: nnx.state(Qwen3VL(self.config, rngs=nnx.Rngs(0), param_dtype=dtype, dtype=dtype)))
+        self.model = nnx.eval_shape(lambda: Qwen3VL(self.config, rngs=nnx.Rngs(0), param_dtype=dtype, dtype=dtype))
+        nnx.update(self.model, make())
+        self.graphdef, self.params = train_step.split_model(self.model)
+        self.forbidden_V = np.zeros(self.config.vocab, bool)
+        self.slots: slots.SlotState | None = None
+
+    def forward(self, calls: int) -> Measured:
+        size = self.size
+        inputs, lengths, images = self._inputs(size.rows, size.tokens)
+        logp = functools.partial(train_step.row_logp, self.graphdef, temperature=1.0, forbidden_V=jnp.asarray(self.forbidden_V))
+        program = jax.jit(lambda params, inputs: logp(params, inputs)[0])
+        found = timed(lambda: program(self.params, inputs), calls=calls)
+        return dataclasses.replace(found, tokens=sum(lengths), flops=flops.forward(self.config, lengths, images))
+
+    def prefill(self, calls: int) -> Measured:
+        size, capacity = self.size, self._capacity
+        inputs, lengths, images = self._inputs(size.slots, size.prompt)
+        self.slots = slots.init_slots(self.config, 1, size.slots, capacity, jnp.dtype(size.dtype))
+        request = np.stack([np.arange(size.slots), np.zeros(size.slots), np.ones(size.slots)], -1)[None].astype(np.int32)
+
+        def call() -> None:
+            self.slots = slots.extend_slots(self.graphdef, self.params, self.slots, inputs, request, window=capacity)
+            jax.block_until_ready(self.slots)
+
+        found = timed(call, calls=calls)
+        text = flops.decoder(self.config, tokens=sum(lengths), pairs=flops.causal_pairs(lengths), logits=len(lengths))
+        tower = flops.vision_tower(self.config.vision, patches=sum(images), pairs=flops.full_pairs(images))
+        return dataclasses.replace(found, tokens=sum(lengths), flops=text + tower)
+
+    def decode(self, calls: int) -> Measured:
+        """After `prefill`. Every call writes the same places again."""
+        size = self.size
+        tokens, _, grids = conversations(self.config, 1, size.prompt, size.patches)
+        _, position = positions.rope_positions(tokens[0], grids, self.config)
+        slot_C = np.arange(size.slots)
+        fields = [slot_C, *(np.full(size.slots, n) for n in (size.prompt, position, size.chunk + 1, 0)), slot_C, 0 * slot_C, 0 * slot_C]
+        request = np.stack(fields, -1)[None].astype(np.int32)
+        greedy, never = np.array([0.0, 1.0], np.float32), np.array([-1], np.int32)
+
+        def call() -> np.ndarray:
+            self.slots, drawn = slots.decode_slots(
+                self.graphdef, self.params, self.slots, request, np.zeros(2, np.int32), greedy, self.forbidden_V, never,
+                window=self._capacity, chunk=size.chunk,
+            )  # fmt: skip
+            return jax.device_get(drawn[0])[0]
+
+        found = timed(call, calls=calls, steps=size.chunk)
+        self.slots = None
+        lengths = [size.prompt + size.chunk // 2] * size.slots
+        return dataclasses.replace(found, tokens=size.slots, flops=flops.decode(self.config, lengths))
+
+    def train_step(self, calls: int) -> Measured:
+        """Uses the weights up."""
+        size = self.size
+        inputs, lengths, images = self._inputs(size.rows, size.tokens)
+        tokens, _, _ = conversations(self.config, size.rows, size.tokens, size.patches)
+        advantage_BxT = np.broadcast_to(np.random.default_rng(1).standard_normal((size.rows, 1), np.float32), tokens.shape)
+        batch = jax.device_put(TrainBatch(
+            inputs=inputs, mask_BxT=written_mask(tokens, size.patches, self.config), step_BxT=np.full(tokens.shape, -1, np.int32),
+            sampler_logp_BxT=np.zeros(tokens.shape, np.float32), advantage_BxT=advantage_BxT,
+        ))  # fmt: skip
+        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        optimizer, schedule = make_optimizer(OPTIMIZER, total_steps=100)
+        state = train_step.init_state(self.params, logical_axes(self.config), optimizer, mesh)
+        objective = train_step.Objective(importance_cap=None, remat=size.remat)
+        update = train_step.make_update(self.graphdef, optimizer, schedule, objective, self.forbidden_V, state, mesh)
+        self.params = None
+
+        def call() -> float:
+            nonlocal state
+            state, metrics = update(state, batch, None, jnp.int32(0))
+            return float(metrics["optimizer/grad_norm"])
+
+        found = timed(call, calls=calls)
+        return dataclasses.replace(found, tokens=sum(lengths), flops=flops.update(self.config, lengths, images))
+
+    @property
+    def _capacity(self) -> int:
+        return self.size.prompt + self.size.chunk
+
+    def _inputs(self, rows: int, tokens: int) -> tuple[ModelInputs, list[int], list[int]]:
+        """(inputs on the device, tokens of each row, patches of each image)."""
+        conversation = conversations(self.config, rows, tokens, self.size.patches)
+        fields = positions.row_inputs(*conversation, None, self.config)
+        return jax.device_put(ModelInputs(**fields)), [tokens] * rows, [self.size.patches] * rows
+
+
+def timed(call: Callable, *, calls: int, steps: int = 1) -> Measured:
+    """Medians over calls of the seconds of one step. The first call, which compiles, gives the value and is not timed."""
+    value = jax.block_until_ready(call())
+    mib = added_mib(lambda: jax.block_until_ready(call()))[0] if jax.default_backend() == "cpu" else None
+    seconds, cpu = [], []
+    for _ in range(calls):
+        start, start_cpu = time.perf_counter(), time.process_time()
+        jax.block_until_ready(call())
+        seconds.append((time.perf_counter() - start) / steps)
+        cpu.append((time.process_time() - start_cpu) / steps)
+    return Measured(float(np.median(seconds)), float(np.median(cpu)), mib, None if value is None else np.asarray(value))

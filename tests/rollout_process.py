@@ -1,0 +1,40 @@
+"""One of two processes of a rollout test: python rollout_process.py PORT RANK FIRST STOP OUT plays prompts FIRST … STOP - 1."""
+
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import rollout_world as world  # noqa: E402
+import test_rollout  # noqa: E402
+
+from tapo_jax import episode, metrics, sharding  # noqa: E402
+from tapo_jax.schedule import Shapes  # noqa: E402
+
+
+def main(port: str, rank: int, first: int, stop: int, out: str) -> None:
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+    episode.parse_turn = world.read_turn
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    shapes = Shapes(extend_rows=(1,), decode_rows=(1,), lengths=(192,), patches=(128,), windows=(192,), chunk=5, merge=2)
+    sampler = test_rollout.make_sampler(slots=8, shapes=shapes, mesh=mesh)
+    params = sharding.put_replicated(jax.device_get(world.params()), mesh)
+    questions = world.prompts(4)[first:stop]
+    episodes, _ = test_rollout.play(sampler, params, prompts=questions, first_prompt=first)
+    compiled = metrics.compile_count()
+    again, _ = test_rollout.play(sampler, params, prompts=questions, first_prompt=first)
+    result = {
+        "slots": sampler.slots,
+        "tokens": [e.token_T.tolist() for e in episodes],
+        "again": [e.token_T.tolist() for e in again],
+        "compiled": metrics.compile_count() - compiled,
+    }
+    with open(out, "w") as file:
+        json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
