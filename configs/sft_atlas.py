@@ -11,7 +11,7 @@ from tapo_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    a = parse_arg(arg, steps=6000, seed=0)
+    a = parse_arg(arg, steps=5500, seed=0)
     c = ConfigDict()
     c.seed = a.seed
     c.total_steps = a.steps
@@ -22,15 +22,15 @@ def get_config(arg: str = "") -> ConfigDict:
     # rows × tokens (× patches) of each kind of batch
     c.shapes = dict(
         copy=dict(rows=32, length=64),
-        text_part=dict(rows=16, length=176),
+        text_part=dict(rows=20, length=136),
         find=dict(rows=16, patches=256),
         where=dict(rows=12, patches=256),
-        full=dict(rows=8, length=480, patches=320),
+        full=dict(rows=10, length=400, patches=320),
     )
     c.phases = (  # until: the step at which the next one begins
         ConfigDict(dict(until=1500, mixture=dict(copy=0.02, text_part=0.05, find=0.7, where=0.2, full=0.03))),
         ConfigDict(dict(until=2500, mixture=dict(copy=0.02, text_part=0.06, find=0.2, where=0.6, full=0.12))),
-        ConfigDict(dict(until=a.steps, mixture=dict(copy=0.02, text_part=0.1, where=0.23, full=0.65))),
+        ConfigDict(dict(until=a.steps, mixture=dict(copy=0.02, text_part=0.15, where=0.28, full=0.55))),
     )
     c.lr, c.warmup_steps, c.vision_rate = 3e-3, 50, 0.4
     return c

@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tools = ConfigDict(dict(
         source="atlas",  # or your own "package.module:function"
         names=("image_zoom_in_tool", "image_search_tool", "text_search_tool"), timeout_s=10.0, retries=1, workers=4,
-        zoom_size=64, image_top_k=3, thumbnails=0, text_top_k=2, text_budget=400,
+        zoom_size=64, image_top_k=1, thumbnails=0, text_top_k=1, text_budget=400,
         endpoint="",  # "http://host:port" of launch/retrieval_server.py; "": the text search of this process
     ))  # fmt: skip
     c.reward = ConfigDict(dict(accuracy=1.0, format=0.5))  # weight of each; success for TAPO is accuracy alone
@@ -68,10 +68,15 @@ def get_config(arg: str = "") -> ConfigDict:
     ))  # fmt: skip
     c.tapo = ConfigDict(dict(
         enabled=True, theta=0.7, alpha_min=0.25, beta=0.8, cluster="components", cluster_theta=placeholder(float),
-        aggregate="mean", support=True, clip=True, scope="prompt", text="dice",
+        aggregate="mean", support=True, clip=True, scope="prompt",
+        text="dice",  # cosine, jaccard, exact, or "embedding": by the policy's own embedding table
         features=256,  # hashed text features
         steps=6,  # tool steps of a rollout, at least rollout.max_turns
         control="none",  # "shuffled", "zero_tools": what TAPO must beat
+        # Beyond the paper, off: a theta for each tool that follows the quantile of similarities between its witnesses …
+        adaptive_theta=False, adaptive_quantile=0.8, adaptive_rate=0.05,
+        # … and witnesses of the same question in the last memory_steps steps, each step of age discounting their weight.
+        memory_steps=0, memory_size=4, memory_discount=0.9,
     ))  # fmt: skip
     c.optimizer = ConfigDict(dict(
         lr=3e-4, schedule="constant", warmup_steps=5, b1=0.9, b2=0.95, weight_decay=0.0, grad_clip=1.0,

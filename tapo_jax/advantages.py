@@ -15,13 +15,11 @@ def group_advantages(reward_PxG, estimator: str = "grpo", epsilon: float = 1e-6)
 
     reward_PxG: finite rewards. Returns advantage_PxG in the rewards' float type (float32 for integers).
 
-    grpo                   (r - mean) / (std + epsilon), std with ddof 1 (Shao et al. 2024, arXiv 2402.03300, section
-    4.1.2)
+    grpo                   (r - mean) / (std + epsilon), std with ddof 1 (Shao et al. 2024, arXiv 2402.03300)
     dr_grpo                r - mean (Liu et al. 2025, arXiv 2503.20783)
     rloo                   (r - mean) * G / (G - 1), the leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740)
-    reinforce_pp_baseline  (r - mean) / (std over the whole batch of r - mean, ddof 1, + epsilon) (Hu 2025, arXiv
-                           2501.03262); in a jitted function over a sharded batch the standard deviation is the global
-                           one
+    reinforce_pp_baseline  (r - mean) / (std of r - mean over the batch, ddof 1, + epsilon) (Hu 2025, arXiv 2501.03262);
+                           over a sharded batch, inside jit, it is the global standard deviation
 
     A group whose rewards are all equal, and a group of one, gives exactly 0: the rounding noise of a float32 mean is
     not a signal.
@@ -65,7 +63,8 @@ def check_rewards(reward_PxG) -> None:
     bad_P = ~np.isfinite(np.asarray(reward_PxG, dtype=np.float64)).all(axis=1)
     if bad_P.any():
         group = int(bad_P.argmax())
-        raise ValueError(f"group {group} has rewards {np.asarray(reward_PxG)[group].tolist()}; every reward must be finite")
+        rewards = np.asarray(reward_PxG)[group].tolist()
+        raise ValueError(f"group {group} has rewards {rewards}; every reward must be finite")
 
 
 def has_signal(reward_PxG):

@@ -16,7 +16,8 @@ import jax
 
 def names() -> list[str]:
     """What can be run: the benchmark modules beside this file."""
-    modules = (importlib.import_module(f"tapo_jax.{path.stem}") for path in sorted(Path(__file__).parent.glob("bench_*.py")))
+    files = sorted(Path(__file__).parent.glob("bench_*.py"))
+    modules = [importlib.import_module(f"tapo_jax.{file.stem}") for file in files]
     return [module.__name__.removeprefix("tapo_jax.bench_") for module in modules if hasattr(module, "run")]
 
 
@@ -24,8 +25,9 @@ def table(rows: list[dict]) -> str:
     """Rows as aligned text."""
     head = list(rows[0])
     body = [[f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in head] for row in rows]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body])
+    lines = [head, *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:

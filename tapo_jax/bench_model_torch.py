@@ -57,7 +57,8 @@ class There:
         cache, first = self.prefilled.past_key_values, self.prefilled.logits[:, -1:].argmax(-1)
 
         def call() -> np.ndarray:
-            cache.crop(self.size.prompt)
+            if beyond := cache.get_seq_length() - self.size.prompt:
+                cache.crop(-beyond)
             token, written = first, []
             with torch.no_grad():
                 for _ in range(self.size.chunk):

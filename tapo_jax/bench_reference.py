@@ -11,7 +11,8 @@ def as_lists(steps: Steps) -> list[list[dict]]:
     """One dict for each slot of each prompt."""
     P, S = steps.valid_PxS.shape
     fields = {
-        "valid": steps.valid_PxS, "tool": steps.tool_PxS, "identity": steps.identity_PxS, "trajectory": steps.trajectory_PxS,
+        "valid": steps.valid_PxS, "trajectory": steps.trajectory_PxS,
+        "tool": steps.tool_PxS, "identity": steps.identity_PxS,
         "root": steps.root_PxSxR, "box": steps.box_PxSxRx4, "has_region": steps.has_region_PxSxR,
         "text": steps.text_PxSxXxF, "text_hash": steps.text_hash_PxSxX, "has_text": steps.has_text_PxSxX,
         "number": steps.number_PxSxN, "has_number": steps.has_number_PxSxN,
@@ -43,7 +44,8 @@ def _iou(root_a, box_a, root_b, box_b):
         return 1.0
     width = max(min(box_a[2], box_b[2]) - max(box_a[0], box_b[0]), 0.0)
     height = max(min(box_a[3], box_b[3]) - max(box_a[1], box_b[1]), 0.0)
-    union = (box_a[2] - box_a[0]) * (box_a[3] - box_a[1]) + (box_b[2] - box_b[0]) * (box_b[3] - box_b[1]) - width * height
+    areas = (box_a[2] - box_a[0]) * (box_a[3] - box_a[1]) + (box_b[2] - box_b[0]) * (box_b[3] - box_b[1])
+    union = areas - width * height
     return width * height / union if union > 0 else 0.0
 
 
@@ -55,7 +57,9 @@ def _dice(count_a, count_b):
     return 2 * shared / total if total else 1.0
 
 
-def transfer(slots: list[dict], success: list[bool], advantage: list[float], theta: float, alpha_min: float, beta: float):
+def transfer(
+    slots: list[dict], success: list[bool], advantage: list[float], theta: float, alpha_min: float, beta: float
+) -> list[float]:
     """Corrected advantages of one group's slots."""
     S = range(len(slots))
     sim = [[similarity(slots[i], slots[j]) for j in S] for i in S]

@@ -24,7 +24,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--mixes", nargs="+", default=list(MIXES), choices=MIXES)
     parser.add_argument("--tokens", type=int, default=2048, help="length T of a row")
-    parser.add_argument("--loop-prompts", type=int, default=128, help="prompts the Python loop runs at most; its time is scaled up")
+    parser.add_argument("--loop-prompts", type=int, default=128, help="prompts that the loop runs at most")
 
 
 def run(args) -> list[dict]:
@@ -58,7 +58,7 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
     # The loop on the large batch would take a quarter of an hour: it runs some of the prompts, and its time is scaled.
     looped = min(args.loop_prompts, P, 8 if size == "large" else P)
     slots = bench_reference.as_lists(jax.tree.map(lambda x: x[:looped], steps))
-    lists = success[:looped].tolist(), advantage[:looped].astype(float).tolist(), step.reshape(P, G, -1)[:looped].tolist()
+    lists = [x[:looped].tolist() for x in (success, advantage.astype(float), step.reshape(P, G, -1))]
     start, loop_cpu = time.perf_counter(), time.process_time()
     different = 0
     for p, group in enumerate(slots):
@@ -67,7 +67,8 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
         different += int((np.abs(np.array(corrected) - step_advantage[p]) > 1e-5).sum())
         if not different and not np.allclose(tokens, token_advantage.reshape(P, G, -1)[p], atol=1e-5):
             raise AssertionError(f"kernel and loop disagree on the tokens of prompt {p}")
-    loop, loop_cpu = ((now - then) * P / looped for now, then in [(time.perf_counter(), start), (time.process_time(), loop_cpu)])
+    loop = (time.perf_counter() - start) * P / looped
+    loop_cpu = (time.process_time() - loop_cpu) * P / looped
     S, words, levels = G * K, steps.text_PxSxXxF.shape[-1] // 32, int(steps.text_PxSxXxF.max())
     return {
         "batch": f"{P}x{G}x{K}",
@@ -88,10 +89,8 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
 
 
 def operations(P: int, S: int, G: int, words: int, levels: int) -> float:
-    """Arithmetic of the kernel: for each pair an AND, a population count and an addition a word and level, about 30 for
-    the
-    region, about 10 for masks and gates, 15 for three rounds of clustering and 10 for the choice; 2·G for the members
-    of clusters."""
+    """Arithmetic of the kernel for each pair of slots: an AND, a population count and an addition a word and level, 30
+    for the region, 10 for masks and gates, 15 for three rounds of clustering, 10 for the choice, 2·G for the members."""
     return P * S * S * (3 * words * levels + 65 + 2 * G)
 
 

@@ -7,8 +7,7 @@ import numpy as np
 
 
 def timed(function, *args, repeats: int) -> tuple[float, float]:
-    """(median, minimum) seconds of function(*args) until its arrays are ready; the first call, which compiles, is not
-    counted."""
+    """(median, minimum) seconds of function(*args) until its arrays are ready; one call to warm up is not counted."""
     jax.block_until_ready(function(*args))
     seconds = []
     for _ in range(repeats):
@@ -31,8 +30,7 @@ def nbytes(tree) -> int:
 
 
 def matmul_flops(repeats: int) -> float:
-    """Floating-point operations a second of a float32 matrix product on this device: the yardstick for "share of a
-    train step"."""
+    """Floating-point operations a second of a float32 matrix product here: the yardstick for shares of a train step."""
     n = 1024
     x = jax.numpy.ones((n, n))
     return 2 * n**3 / timed(jax.jit(jax.numpy.matmul), x, x, repeats=repeats)[0]

@@ -2,8 +2,9 @@
 
 from ml_collections import ConfigDict
 
-from tapo_jax import advantages, losses, optimizer
+from tapo_jax import advantages, losses, optimizer, tapo, tapo_controls, tapo_similarity
 from tapo_jax.config import UserError, check_choice, check_positive
+from tapo_jax.models.stack import REMAT
 
 
 def check(config: ConfigDict) -> None:
@@ -15,10 +16,12 @@ def check(config: ConfigDict) -> None:
         check_choice("algorithm.aggregation", algorithm.aggregation, losses.AGGREGATIONS)
     check_choice("algorithm.kl_estimator", algorithm.kl_estimator, losses.KL_ESTIMATORS)
     check_choice("optimizer.schedule", config.optimizer.schedule, optimizer.SCHEDULES)
-    check_choice("tapo.cluster", config.tapo.cluster, ("components", "leader"))
-    check_choice("tapo.aggregate", config.tapo.aggregate, ("mean", "max", "min"))
-    check_choice("tapo.scope", config.tapo.scope, ("prompt", "batch"))
-    check_choice("tapo.text", config.tapo.text, ("dice", "cosine", "jaccard", "exact"))
+    check_choice("tapo.cluster", config.tapo.cluster, tuple(tapo.CLUSTERINGS))
+    check_choice("tapo.aggregate", config.tapo.aggregate, tapo.AGGREGATES)
+    check_choice("tapo.scope", config.tapo.scope, tapo.SCOPES)
+    check_choice("tapo.control", config.tapo.control, tapo_controls.CONTROLS)
+    check_choice("tapo.text", config.tapo.text, (*tapo_similarity.TEXT_MEASURES, "embedding"))
+    check_choice("model.remat", config.model.remat, tuple(REMAT))
     for field, value in (
         ("data.prompts_per_step", config.data.prompts_per_step),
         ("rollout.group_size", rollout.group_size),

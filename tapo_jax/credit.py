@@ -1,5 +1,4 @@
-"""How much credit a run misplaced: which steps of its failing episodes a successful episode of the same question made
-too.
+"""How much credit a run misplaced: steps of failing episodes that a successful episode of the same question made too.
 
 The paper's first figure (arXiv 2606.05784) for anyone's recorded episodes: `python -m tapo_jax.report credit RUN`.
 """
@@ -26,8 +25,7 @@ def calls(episode: Episode) -> list[Call]:
 def table(
     groups: Sequence[Sequence[Episode]], thresholds: Sequence[float] = GRID, text: str = "dice", features: int = 256
 ) -> list[dict]:
-    """One dict a threshold: correctable_actions and correctable_trajectories (fractions), and the four counts behind
-    them.
+    """One dict a threshold: correctable_actions and correctable_trajectories (fractions), and the counts behind them.
 
     groups: the episodes of each question; groups of different sizes and questions asked in several steps are fine.
     """
@@ -44,8 +42,7 @@ def table(
 
 
 def _nearest_witnesses(groups: Sequence[Sequence[Episode]], text: str, features: int):
-    """(number of the group, its episodes, the similarity of each step to the nearest step of a success; 0: there is
-    none).
+    """(number of the group, its episodes, nearest_GxK: the similarity of each step to the nearest of a success, or 0).
 
     Blocks of groups filled up to one shape, so that one compiled program serves the whole run.
     """
@@ -54,7 +51,8 @@ def _nearest_witnesses(groups: Sequence[Sequence[Episode]], text: str, features:
     K = max((len(rollout) for members in rollouts for rollout in members), default=0)
     if K == 0:
         return
-    slots = {name: most_parameters(rollouts, kind) for name, kind in (("regions", Region), ("texts", Text), ("numbers", Number))}
+    kinds = {"regions": Region, "texts": Text, "numbers": Number}
+    slots = {name: most_parameters(rollouts, kind) for name, kind in kinds.items()}
     similarity = jax.jit(tapo.pairwise_similarity, static_argnames="text")
     for start in range(0, len(groups), BLOCK):
         part = [[*members, *[[]] * (G - len(members))] for members in rollouts[start : start + BLOCK]]
@@ -67,9 +65,10 @@ def _nearest_witnesses(groups: Sequence[Sequence[Episode]], text: str, features:
             yield start + p, members, np.where(witness_S[None, :], sim_PxSxS[p], 0).max(axis=1).reshape(G, K)
 
 
-def from_similarities(sim_N, group_N, episode_N, failing_trajectories: int, thresholds: Sequence[float] = GRID) -> list[dict]:
-    """The table from the failing steps themselves: sim_N of each to its nearest witness, and which group and episode it
-    is of.
+def from_similarities(
+    sim_N, group_N, episode_N, failing_trajectories: int, thresholds: Sequence[float] = GRID
+) -> list[dict]:
+    """The table from the failing steps themselves: sim_N of each to its nearest witness, and its group and episode.
 
     failing_trajectories: all of them, those without a step included.
     """
@@ -106,7 +105,8 @@ def plot(rows: list[dict], path: str | Path, title: str = "Credit misassignment"
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     threshold = [row["threshold"] for row in rows]
-    for name, label in [("correctable_trajectories", "failing trajectories with such a step"), ("correctable_actions", "failing steps")]:
+    labels = {"correctable_trajectories": "failing trajectories with one", "correctable_actions": "failing steps"}
+    for name, label in labels.items():
         axes.plot(threshold, [100 * row[name] for row in rows], marker="o", markersize=3, label=label)
     axes.set(xlabel="similarity to a step of a successful rollout ≥", ylabel="%", ylim=(0, 100), title=title)
     axes.grid(alpha=0.3)

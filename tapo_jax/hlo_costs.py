@@ -50,7 +50,7 @@ class Costs:
 def costs(text: str, *, flops_per_s: float, bytes_per_s: float, loops: int = 1, kernel_flops: Callable | None = None) -> Costs:
     """Of the module in `text` (`compiled.as_text()`). loops: turns of loops whose number of turns only the data decide.
 
-    kernel_flops(op_name, operand shapes) -> flops of a Pallas kernel; None counts kernels as 0.
+    kernel_flops(op_name, dims of its operands) -> flops of a Pallas kernel; None counts kernels as 0.
     """
     reader = _Reader(read(text), flops_per_s, bytes_per_s, loops, kernel_flops)
     return reader.computation(reader.module.entry)
@@ -66,7 +66,23 @@ class _Reader:
     def _computation(self, name: str) -> Costs:
         """Of a computation whose instructions run one by one."""
         computation = self.module.computations[name]
-        return sum((self._instruction(computation, i) for i in computation.instructions), Costs())
+        seen: set[str] = set()
+        total = Costs()
+        for i in computation.instructions:
+            costs = self._instruction(computation, i)
+            channels = self._channels(i) if costs.collectives else set()
+            # A collective that the compiler spreads over several fusions, to hide it, has the same channel in all of them.
+            total += dataclasses.replace(costs, collectives=()) if channels and channels <= seen else costs
+            seen |= channels
+        return total
+
+    def _channels(self, i: Instruction) -> set[str]:
+        """The channels of the collectives of an instruction and of its fusion."""
+        inner = i.called("calls") if i.opcode in ("fusion", "async-start") else None
+        if inner:
+            return set().union(*(self._channels(j) for j in self.module.computations[inner].instructions))
+        found = re.search(r"channel_id=(\d+)", i.rest)
+        return {found.group(1)} if found else set()
 
     def _inside(self, name: str) -> Costs:
         """Arithmetic and collectives of a fusion's computation, which touches no memory on its own."""
@@ -84,9 +100,8 @@ class _Reader:
             turns = self._turns(i)
             return (self.computation(i.called("body")) + self.computation(i.called("condition"))).times(turns)
         if i.opcode == "conditional":
-            branches = re.findall(r"%([\w.\-]+)", re.search(r"branch_computations=\{([^}]*)\}", i.rest).group(1)) if (
-                "branch_computations" in i.rest
-            ) else [i.called("true_computation"), i.called("false_computation")]
+            listed = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+            branches = re.findall(r"[\w.\-]+", listed.group(1)) if listed else [i.called("true_computation"), i.called("false_computation")]
             return max((self.computation(branch) for branch in branches), key=lambda c: (c.seconds, c.flops))
         if i.opcode in ("call", "async-start"):
             return self.computation(i.called("calls") or i.called("to_apply"))
@@ -101,9 +116,17 @@ class _Reader:
         return dataclasses.replace(work, traffic=traffic, seconds=seconds)
 
     def _turns(self, i: Instruction) -> int:
-        """The loop's number of turns as the compiler worked it out, or `loops`."""
+        """As the compiler wrote it down; or from a condition "counter < constant" (counters begin at 0 and go up by 1); or `loops`."""
         found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.rest)
-        return int(found.group(1)) if found else self.loops
+        if found:
+            return int(found.group(1))
+        condition = self.module.computations[i.called("condition")]
+        test = condition.root
+        if test.opcode == "compare" and "direction=LT" in test.rest:
+            bound = condition.by_name[test.operands[1]]
+            if bound.opcode == "constant":
+                return int(bound.literal)
+        return self.loops
 
     # Arithmetic.
 
@@ -115,7 +138,9 @@ class _Reader:
         if i.opcode == "convolution":
             return _convolution(i, computation.operand_shapes(i, 0)[0], computation.operand_shapes(i, 1)[0])
         if i.opcode == "custom-call" and self.kernel_flops is not None and 'custom_call_target="tpu_custom_call"' in i.rest:
-            return self.kernel_flops(i.op_name, [s for k in range(len(i.operands)) for s in computation.operand_shapes(i, k)])
+            return self.kernel_flops(
+                i.op_name, [s.dims for k in range(len(i.operands)) for s in computation.operand_shapes(i, k)]
+            )
         return 0.0
 
     # Memory.
@@ -205,6 +230,10 @@ def _group_size(rest: str) -> int:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
     if iota:
         return int(iota.group(2))
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    if mesh:  # mesh['x'=2,'y'=4] {'y'}: over the axes in braces
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh.group(2)))
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     return len(listed.group(1).split(",")) if listed else 2
 

@@ -92,18 +92,20 @@ class Module:
 
 def read(text: str) -> Module:
     """Raises ValueError for a text without an entry computation."""
-    computations, entry, name, instructions = {}, None, None, []
+    computations, entry, name, lines = {}, None, None, []
     for line in text.splitlines():
         if name is None:
             found = re.match(r"(ENTRY )?%?([\w.\-]+) .*->.*\{$", line)
             if found:
-                name, instructions = found.group(2), []
+                name, lines = found.group(2), []
                 entry = name if found.group(1) else entry
-        elif line.startswith("}"):
-            computations[name] = Computation(name, tuple(instructions))
+        elif line == "}":
+            computations[name] = Computation(name, tuple(_instruction(line) for line in lines))
             name = None
-        elif " = " in line:
-            instructions.append(_instruction(line.strip()))
+        elif line.startswith("  "):
+            lines.append(line.strip())
+        else:  # an attribute that goes on in the next line
+            lines[-1] += line
     if entry is None:
         raise ValueError("the text has no entry computation")
     return Module(computations, entry)

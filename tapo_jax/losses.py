@@ -25,10 +25,8 @@ def policy_loss(
     grpo   -min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A); with clip_dual = c > 1 at most -c·A where A < 0
            (Schulman et al. 2017, arXiv 1707.06347, eq. 7; Ye et al. 2020, arXiv 1912.09729)
     gspo   the same with s_t = sg[s]·exp(logp - sg[logp]), s = exp(mean over the row's tokens of log r)
-           (Zheng et al. 2025, arXiv 2507.18071, section 4.3, the token form: the only one that is right for per-token
-           A)
-    sapo   -(4/tau)·sigmoid(tau·(r - 1))·A with tau = tau_pos where A > 0, else tau_neg (Gao et al. 2025, arXiv
-    2511.20347)
+           (Zheng et al. 2025, arXiv 2507.18071, section 4.3: the form that is right for per-token A)
+    sapo   -(4/tau)·sigmoid(tau·(r - 1))·A with tau = tau_pos where A > 0, else tau_neg (Gao et al., arXiv 2511.20347)
     cispo  -sg[clip(r, 1 - clip_low, 1 + clip_high)]·A·logp (MiniMax 2025, arXiv 2506.13585)
 
     log r is clipped to ±20 before the exponential. aggregation None: token_mean for grpo and cispo,
@@ -133,8 +131,7 @@ def count(mask_BxT, aggregation="token_mean"):
 
 
 def kl(logp_BxT, ref_logp_BxT, estimator="k3"):
-    """Per-token estimate of KL(policy ‖ reference) from the policy's own samples (Schulman 2020, "Approximating KL
-    divergence").
+    """Per-token estimate of KL(policy ‖ reference) from the policy's own samples (Schulman, joschu.net/blog/kl-approx).
 
     k1 = logp - ref; k2 = (logp - ref)² / 2; k3 = e^d - d - 1 with d = ref - logp, clipped to ±20.
     Unbiased as values: k1, k3. With the gradient of the reverse KL: k2. Differentiable in logp_BxT.

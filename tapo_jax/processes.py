@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,15 +59,20 @@ def largest(*numbers: int) -> tuple[int, ...]:
     return tuple(int(n) for n in multihost_utils.process_allgather(np.array(numbers, np.int32)).max(axis=0))
 
 
-def mean_over(values: Mapping[str, float]) -> dict[str, float]:
-    """The mean of each number over the processes; a name that a process lacks counts as 0. Every process must call this."""
+def gather(value: Any) -> list[Any]:
+    """Each process's value, which must be JSON-able, in the order of the processes. Every process must call this."""
     if jax.process_count() == 1:
-        return dict(values)
-    text = json.dumps(dict(values)).encode()
+        return [value]
+    text = json.dumps(value).encode()
     (size,) = largest(len(text))
     padded = np.full(size, ord(" "), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
-    each = [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
+    return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
+
+
+def mean_over(values: Mapping[str, float]) -> dict[str, float]:
+    """The mean of each number over the processes; a name that a process lacks counts as 0. Every process must call this."""
+    each = gather(dict(values))
     names = dict.fromkeys(name for one in each for name in one)
     return {name: sum(one.get(name, 0.0) for one in each) / len(each) for name in names}
 

@@ -72,16 +72,19 @@ def png(pixels_HxWx3: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def credit_fields(transfer: Any, prompt: int, sample: int, steps: int, *, pooled: bool) -> list[dict[str, Any]]:
+def credit_fields(transfer: Any, prompt: int, sample: int, *, steps: int, rollouts: int, pooled: bool) -> list[dict[str, Any]]:
     """What `record` needs of each tool step of one episode, from a `tapo.CreditTransfer` of numpy arrays.
 
-    steps: K, slots of a rollout. pooled: witnesses are numbered over the whole batch (TAPO's scope "batch").
+    steps: K, slots of a rollout. rollouts: of a group, remembered ones of earlier steps included: such a witness, whose sample number
+    would be beyond the group, is left out. pooled: witnesses are numbered over the whole batch (TAPO's scope "batch").
     """
     fields = []
+    samples = transfer.witness_PxS.shape[1] // steps
     for k in range(steps):
         at = (prompt, sample * steps + k)
-        witness, slots = int(transfer.witness_PxS[at]), transfer.witness_PxS.shape[1]
-        group, slot = divmod(witness, slots) if pooled else (prompt, witness)
+        number = int(transfer.witness_PxS[at])
+        group, slot = divmod(number, rollouts * steps) if pooled else (prompt, number)
+        known = number >= 0 and slot < samples * steps
         fields.append(
             {
                 "adv_after": float(transfer.advantage_PxS[at]),
@@ -89,7 +92,7 @@ def credit_fields(transfer: Any, prompt: int, sample: int, steps: int, *, pooled
                 "corrected": bool(transfer.corrected_PxS[at]),
                 "sim": float(transfer.sim_PxS[at]),
                 "support": float(transfer.support_PxS[at]),
-                "witness": None if witness < 0 else (group, *divmod(slot, steps)),
+                "witness": (group, *divmod(slot, steps)) if known else None,
             }
         )
     return fields

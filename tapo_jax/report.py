@@ -59,7 +59,7 @@ def write_curve(metrics_jsonl: Path, out: Path) -> None:
     draw_seconds(seconds, lines)
     for axes in figure.axes:
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] * (1.0 if axes is seconds else 1.06))
     for axes in (entropy, tools, seconds):
         axes.set_xlabel("step")
     figure.savefig(out, dpi=150)
@@ -68,7 +68,7 @@ def write_curve(metrics_jsonl: Path, out: Path) -> None:
 def draw(
     axes: Axes, text: str, *curves: tuple[str, Sequence[Mapping[str, Any]], str, str], legend: bool = True
 ) -> None:
-    """Curves (label, lines, metric, colour): every step pale, their running mean strong, what was not logged left out."""
+    """Curves (label, lines, metric, colour): steps pale, their running mean strong, what was not logged left out."""
     title(axes, text)
     for label, lines, name, colour in curves:
         step_N, value_N = series(lines, name)
@@ -119,7 +119,7 @@ def draw_evaluations(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_seconds(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Where the time of a step goes, stacked. The first step compiles, and is left out of the scale."""
+    """Where the time of a step goes, stacked. Steps that compile are much longer, and leave the scale at the top."""
     timed = [line for line in lines if line.get("time/step") is not None]
     if not timed:
         title(axes, "seconds per step")
@@ -137,7 +137,7 @@ def draw_seconds(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
         colors=[colour for _, _, colour in kept],
         linewidth=0,
     )
-    axes.set_ylim(0, 1.35 * float(np.quantile(total, 0.95)))
+    axes.set_ylim(0, 1.4 * min(float(total.max()), 1.6 * float(np.median(total))))
     share = float(
         np.median(parts["time/tapo"] / np.maximum(total, 1e-9))
     )  # the median: steps that compile are not typical
@@ -191,8 +191,8 @@ def main(arguments: Sequence[str]) -> None:
                 print(report_credit.write_credit(paths, given.directory))
         except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(
-                f"A recording in {given.directory / 'episodes'} cannot be read ({type(error).__name__}: {error}): remove "
-                "the damaged file."
+                f"A recording in {given.directory / 'episodes'} cannot be read ({type(error).__name__}: {error}): "
+                "remove the damaged file."
             ) from error
 
 

@@ -20,7 +20,7 @@ class Shapes:
     slots: C, slots of a shard. extend_rows, decode_rows: R of the two kinds of calls; the last of decode_rows is C.
     lengths: T of an extension. patches: N of an extension with images (never more than T tokens can stand for).
     windows: cache places that a call works on; the last one is the capacity of a slot.
-    chunk: tokens of a decoding call at most. tokens_per_call: bound on R·T of one shard (the fewest rows always run).
+    chunk: tokens of a decoding call at most. tokens_per_call: bound on R·T of one shard (one row always runs).
     merge: patches along the side of one image token.
     """
 
@@ -62,7 +62,8 @@ class Shapes:
 
     def rows_of(self, length: int, patches: int) -> tuple[int, ...]:
         tokens = max(length, patches // self.merge**2)
-        return tuple(r for r in self.extend_rows if r * tokens <= self.tokens_per_call) or self.extend_rows[:1]
+        fitting = tuple(r for r in self.extend_rows if r * tokens <= self.tokens_per_call)
+        return fitting or (max(1, min(self.extend_rows[0], self.tokens_per_call // tokens)),)
 
     def windows_of(self, length: int) -> tuple[int, ...]:
         """Places that an extension may work on. Its padding is written too, past the capacity if need be."""

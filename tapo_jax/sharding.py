@@ -191,3 +191,10 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(value.shape, replicated(mesh), lambda index: value[index])
 
     return jax.tree.map(leaf, tree)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array in every process, wherever its parts lie. Every process must call this."""
+    if array.is_fully_addressable:
+        return jax.device_get(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,7 +1,9 @@
 """TAPO: tool steps of failing trajectories that match what successful ones did get part of their punishment back.
 
 From Dong et al., "TAPO: Tool-Aware Policy Optimization via Credit Transfer for Multimodal Search Agents", arXiv
-2606.05784. The usual way through this file, host first, then inside one jit:
+2606.05784.
+
+The usual way through this file, host first, then inside one jit:
 
     steps = encode_steps(groups, steps=K)                                  # calls -> arrays (numpy)
     transfer = transfer_credit(steps, success_PxG, advantage_PxG)          # similarity, clusters, correction
@@ -24,8 +26,8 @@ from tapo_jax.tapo_similarity import pairwise_similarity
 
 __all__ = [
     "THRESHOLDS", "CreditTransfer", "Steps", "credit_transfer", "diagnostic_counts", "diagnostics",
-    "diagnostics_from_counts", "encode_steps", "name_hash", "pairwise_similarity", "parameter_slots", "token_advantages",
-    "transfer_credit",
+    "diagnostics_from_counts", "encode_steps", "name_hash", "pairwise_similarity", "parameter_slots",
+    "token_advantages", "transfer_credit",
 ]
 AGGREGATES = ("mean", "max", "min")
 CLUSTERINGS = {"components": tapo_clusters.components, "leader": tapo_clusters.leaders}
@@ -38,8 +40,7 @@ class CreditTransfer:
     """What TAPO decided about every step slot O, C* being the cluster of witnesses that it is most similar to.
 
     advantage_PxS: corrected; the trajectory's own advantage where not corrected, 0 where the slot has no trajectory.
-    corrected_PxS: bool, both gates passed. correctable_PxS: bool, a valid step of a failing trajectory with sim ≥
-    theta.
+    corrected_PxS: bool, both gates passed. correctable_PxS: bool, valid step of a failing trajectory with sim ≥ theta.
     sim_PxS, support_PxS: sim(O, C*) and sup(C*), 0 where there is no witness.
     cluster_PxS: int32, C* named by the lowest slot of its members, -1 where there is no witness. A witness's C* is its
         own cluster. witness_PxS: int32, the slot of the member of C* that O is most similar to, -1 likewise.
@@ -62,8 +63,7 @@ def credit_transfer(
 ) -> CreditTransfer:
     """Step-level advantages of one batch (arXiv 2606.05784; the definitions that it leaves open are this project's).
 
-    sim_PxSxS: symmetric, 0..1. trajectory_PxS: int, the rollout 0..G-1 of the slot; a slot with another number is
-    invalid.
+    sim_PxSxS: symmetric, 0..1. trajectory_PxS: int, the slot's rollout 0..G-1; a slot with another number is invalid.
     valid_PxS: bool. success_PxG: bool. advantage_PxG: the base algorithm's; the result has its type. Thresholds are
     compared in sim_PxSxS's type: a float32 similarity of 0.7 passes theta = 0.7.
 
@@ -71,21 +71,21 @@ def credit_transfer(
     "components" or "leader" (`tapo_clusters`). With n(C) the successful trajectories that have a member in C:
         sup(C) = |n(C)| / (successful trajectories of the group); 1 with support=False
         Adv(C) = mean (or max, min: `aggregate`) of the advantages of n(C)
-        C*     = argmax_C max_{w in C} sim(O, w); a tie goes to the larger sup, then to the cluster with the lower first
-        slot F(O)   = sim(O, C*) · sup(C*) · Adv(C*), 0 where Adv(C*) ≤ 0
+        C*     = argmax_C max_{w in C} sim(O, w); ties go to the larger sup, then to the lower first slot
+        F(O)   = sim(O, C*) · sup(C*) · Adv(C*), 0 where Adv(C*) ≤ 0
     A valid step O of a failing trajectory with adv < 0, sim(O, C*) ≥ theta and sim(O, C*) · sup(C*) ≥ alpha_min gets
     min(adv + beta · F, 0) (clip=False: without the min). Everything else keeps adv.
 
     theta, cluster_theta: numbers, or arrays [P, S] (a threshold for each step's tool).
-    weight_PxG: a trajectory counts as `weight` of one in sup, and its advantage times `weight` in Adv (remembered
-    witnesses).
+    weight_PxG: a trajectory counts as `weight` of one in sup, its advantage times `weight` in Adv (`tapo_memory`).
     questions: G holds the trajectories of this many questions, one after another (scope "batch"): sup(C) then divides
         by the successful trajectories of the questions represented in C.
 
     Raises ValueError for an unknown cluster or aggregate.
     """
     if cluster not in CLUSTERINGS or aggregate not in AGGREGATES:
-        raise ValueError(f"cluster {cluster!r}, aggregate {aggregate!r}; known: {', '.join([*CLUSTERINGS, *AGGREGATES])}")
+        known = ", ".join([*CLUSTERINGS, *AGGREGATES])
+        raise ValueError(f"cluster {cluster!r}, aggregate {aggregate!r}; known: {known}")
     advantage_PxG = jnp.asarray(advantage_PxG)
     sim_PxSxS = jnp.asarray(sim_PxSxS)
     if not jnp.issubdtype(sim_PxSxS.dtype, jnp.floating):
@@ -171,8 +171,7 @@ def _support_and_advantage(in_cluster_PxSxG, success_PxG, advantage_PxG, weight_
 
 
 def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
-    """(sim, slot) of the best witness of every slot: largest sim, then largest sup, then lowest label, then lowest
-    slot.
+    """(sim, slot) of the best witness of every slot: largest sim, largest sup, lowest label, lowest slot.
 
     sim is -1 where there is no witness. The barrier makes both reductions read the same array: recomputed inside each
     of two fused loops, a similarity may round differently, and then no slot equals the maximum.
@@ -192,22 +191,24 @@ def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
 
 
 def transfer_credit(
-    steps: Steps, success_PxG, advantage_PxG, *, theta=0.7, alpha_min=0.25, beta=0.8, cluster="components", cluster_theta=None,
-    aggregate="mean", support=True, clip=True, text="dice", scope="prompt", control="none", key=None, weight_PxG=None, chunks=1,
+    steps: Steps, success_PxG, advantage_PxG, *, theta=0.7, alpha_min=0.25, beta=0.8, cluster="components",
+    cluster_theta=None, aggregate="mean", support=True, clip=True, text="dice", scope="prompt", control="none",
+    key=None, weight_PxG=None, chunks=1,
 ) -> CreditTransfer:
     """`pairwise_similarity`, then `credit_transfer`: the whole of TAPO from encoded calls to step advantages.
 
     scope: "prompt" (witnesses of the same group) or "batch" (of any group; compares all steps of the batch with each
         other, so memory grows with (P·S)²; C* and its witness are then numbered p·S + slot).
     control: "none", or an ablation's control (`tapo_controls`): "shuffled" (the same corrections on randomly chosen
-        failing steps of the group; needs `key`), "zero_tools" (every tool step of a failing trajectory gets min(adv, 0)
-        -> 0).
+        failing steps of the group; needs `key`), "zero_tools" (no tool step of a failing trajectory keeps a negative
+        advantage).
     chunks: prompts are worked on in this many strided parts, one after another (a divisor of P), so that only a part's
         [P / chunks, S, S] arrays exist at a time. On a mesh, P / chunks must be a multiple of the prompts' shards.
     The other arguments: `credit_transfer` and `pairwise_similarity`. Raises ValueError for unknown names.
     """
     if scope not in SCOPES or control not in tapo_controls.CONTROLS:
-        raise ValueError(f"scope {scope!r}, control {control!r}; known: {', '.join([*SCOPES, *tapo_controls.CONTROLS])}")
+        known = ", ".join([*SCOPES, *tapo_controls.CONTROLS])
+        raise ValueError(f"scope {scope!r}, control {control!r}; known: {known}")
     if control == "shuffled" and key is None:
         raise ValueError("control='shuffled' draws random steps: pass key=jax.random.key(...)")
     theta_PxS = _per_step(theta, steps.valid_PxS.shape, jnp.float32)
@@ -254,14 +255,14 @@ def _pool(part):
     P, G = success_PxG.shape
     trajectory_PxS = steps.trajectory_PxS + G * jnp.arange(P, dtype=jnp.int32)[:, None]
     steps = dataclasses.replace(steps, trajectory_PxS=trajectory_PxS)
-    pooled = jax.tree.map(
-        lambda x: x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]), (steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS)
-    )
+    arrays = (steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS)
+    pooled = jax.tree.map(lambda x: x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]), arrays)
     return *pooled, key_P[:1]
 
 
 def _unpool(result: CreditTransfer, prompts: int) -> CreditTransfer:
-    clusters_P = jnp.zeros(prompts, jnp.int32).at[0].set(result.clusters_P[0])  # the batch's, so that the sum over P is right
+    # The clusters are the batch's: all of them are counted at prompt 0, so that the sum over P is right.
+    clusters_P = jnp.zeros(prompts, jnp.int32).at[0].set(result.clusters_P[0])
     split = {
         field.name: getattr(result, field.name).reshape(prompts, -1)
         for field in dataclasses.fields(result)
@@ -271,8 +272,7 @@ def _unpool(result: CreditTransfer, prompts: int) -> CreditTransfer:
 
 
 def token_advantages(advantage_PxG, step_advantage_PxS, step_BxT):
-    """advantage_BxT: the step's advantage where step_BxT ≥ 0 (the slot k of the token's tool step), the trajectory's
-    elsewhere.
+    """advantage_BxT: the step's where step_BxT ≥ 0 (the slot k of the token's tool step), the trajectory's elsewhere.
 
     S = G·K, row b = p·G + g. A chain of K selects, since a gather of B·T elements is slow on every accelerator.
     """

@@ -37,8 +37,7 @@ def init(tools, theta: float) -> AdaptiveTheta:
 
 
 def thresholds(state: AdaptiveTheta, steps: Steps, theta: float):
-    """theta_PxS for `credit_transfer`: each step's tool's threshold; `theta` for a tool that the state does not
-    know."""
+    """theta_PxS for `credit_transfer`: the threshold of each step's tool; `theta` for tools not in the state."""
     is_tool_PxSxN = steps.tool_PxS[:, :, None] == state.tool_N[None, None, :]
     theta_PxS = jnp.where(is_tool_PxSxN, state.theta_N[None, None, :], 0).sum(axis=2)
     return jnp.where(is_tool_PxSxN.any(axis=2), theta_PxS, theta)
@@ -47,8 +46,7 @@ def thresholds(state: AdaptiveTheta, steps: Steps, theta: float):
 def update(
     state: AdaptiveTheta, steps: Steps, sim_PxSxS, success_PxG, *, quantile=0.8, rate=0.05, low=0.3, high=1.0
 ) -> AdaptiveTheta:
-    """The state after one batch; sim_PxSxS from `pairwise_similarity`. Sums over P only, so it runs sharded over
-    prompts.
+    """The state after one batch; sim_PxSxS from `pairwise_similarity`. It sums over P, so it runs sharded over prompts.
 
     Raises ValueError unless 0 < quantile < 1.
     """

@@ -36,8 +36,7 @@ def components(sim_PxSxS, witness_PxS, theta_Px1x1):
 
 
 def leaders(sim_PxSxS, witness_PxS, theta_Px1x1):
-    """Greedy clusters in slot order: a witness joins the earlier leader that it is most similar to (the earliest of
-    equals)
+    """Greedy clusters in slot order: a witness joins the earlier leader most similar to it (the first of equals)
     where that similarity is ≥ theta and above 0, else it leads a new cluster."""
     P, S = witness_PxS.shape
     slot_1xS = jnp.arange(S, dtype=jnp.int32)[None, :]

@@ -1,5 +1,4 @@
-"""What TAPO found and did in a batch, as scalars. Counts first, since counts of parts of a batch add up and fractions
-do not."""
+"""What TAPO found and did in a batch, as scalars. Counts first: those of parts of a batch add up, fractions do not."""
 
 import jax.numpy as jnp
 
@@ -10,11 +9,9 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, thresholds=THRESHOLDS):
-    """dict of float32 sums over the batch; sums of several processes or steps may be added before
-    `diagnostics_from_counts`.
+    """dict of float32 sums over the batch; those of several batches may be added before `diagnostics_from_counts`.
 
-    transfer: CreditTransfer of the same arrays. A failing trajectory is one without success, a failing step a valid
-    step of one.
+    transfer: CreditTransfer of the same arrays. A failing step is a valid step of a trajectory without success.
     """
     success_PxG = jnp.asarray(success_PxG).astype(bool)
     own_PxSxG = membership(trajectory_PxS, success_PxG.shape[1])

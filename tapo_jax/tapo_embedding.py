@@ -1,5 +1,4 @@
-"""Beyond the paper: text compared by embeddings (`config.tapo.text = "embedding"`), so that a paraphrase is a similar
-query.
+"""Beyond the paper: text compared by embeddings (`config.tapo.text = "embedding"`): a paraphrase is a similar query.
 
 Any function from token ids to a vector serves; the default is the policy's own embedding table, which costs nothing:
 v(text) = mean over its tokens of (table[id] − mean of the table), and sim = max(0, cosine of two of them). The table's

@@ -109,7 +109,8 @@ def _write(out: Steps, p: int, s: int, call: Call, slots, features: int, embed) 
             continue
         i, used[kind] = used[kind], used[kind] + 1
         if i >= slots[kind]:
-            raise ValueError(f"a call of {name} has more than {slots[kind]} {kind.__name__} parameters; pass more slots")
+            limit = f"{slots[kind]} {kind.__name__} parameters"
+            raise ValueError(f"a call of {name} has more than {limit}; pass more slots")
         if kind is Region:
             out.root_PxSxR[p, s, i] = np.int32(parameter.root)
             out.box_PxSxRx4[p, s, i] = parameter.box
@@ -128,8 +129,7 @@ def _write(out: Steps, p: int, s: int, call: Call, slots, features: int, embed) 
 
 
 def range_units(number: Number) -> float:
-    """The value as a multiple of its range, in float64: a difference of two is then their distance as a share of the
-    range."""
+    """The value as a multiple of its range, in float64: two differ by their distance as a share of the range."""
     if not number.high > number.low:
         raise ValueError(f"a number parameter has the range {number.low}..{number.high}; the schema needs low < high")
     return float(np.clip((number.value - number.low) / (number.high - number.low), -NUMBER_BOUND, NUMBER_BOUND))
@@ -144,8 +144,7 @@ def most_parameters(groups, kind: type) -> int:
 def parameter_slots(schemas: Sequence[Mapping]) -> dict[str, int]:
     """{"regions", "texts", "numbers"}: slots that the calls of these tools can need, from each property's "x-kind".
 
-    An image parameter is compared by the region of the root image that it shows. Raises KeyError for a property without
-    kind.
+    An image parameter is compared by the region of its root that it shows. Raises KeyError for a property without kind.
     """
     kinds = [
         [prop["x-kind"] for prop in schema["function"]["parameters"]["properties"].values()] for schema in schemas
@@ -167,8 +166,7 @@ def normalise(text: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 14)  # the rollouts of a group repeat each other's queries; 4 MiB at 256 features
 def text_counts(text: str, features: int) -> np.ndarray:
-    """uint8 [features]: hashed counts of the words of a normalised text and of the character trigrams inside their
-    boundaries
+    """uint8 [features]: hashed counts of a normalised text's words and of the character trigrams inside their bounds
     (" eiffel " gives " ei", "eif", …, "el "). A text without a letter or digit is one word."""
     words = re.findall(r"\w+", text) or ([text] if text else [])
     tokens = ["w" + word for word in words]

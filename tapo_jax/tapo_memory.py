@@ -6,8 +6,7 @@ as discount^a of a trajectory in sup(C), and with discount^a times the advantage
 weight_PxG). They get no gradient: their slots are cut off again. A group that now fails throughout can so be corrected
 by its own past.
 
-The memory lives on the host and is plain data: a dict that goes into a checkpoint as JSON. Each function returns a new
-one.
+The memory lives on the host and is plain data, a dict that goes into a checkpoint as JSON. `remember` makes a new one.
 """
 
 from collections.abc import Sequence
@@ -23,9 +22,10 @@ Memory = dict[str, list[dict]]
 KINDS = {"region": Region, "text": Text, "identity": Identity, "number": Number}
 
 
-def remember(memory: Memory, step: int, ids: Sequence[str], groups, success_PxG, advantage_PxG, *, steps: int, size: int) -> Memory:
-    """Adds the successful trajectories of this training step that made a call, and forgets what is older than `steps`
-    steps.
+def remember(
+    memory: Memory, step: int, ids: Sequence[str], groups, success_PxG, advantage_PxG, *, steps: int, size: int
+) -> Memory:
+    """Adds the successful trajectories of this training step that made a call; forgets what is `steps` steps old.
 
     groups: as for `encode_steps`. size: trajectories kept of one question, the newest ones.
     """
@@ -42,11 +42,9 @@ def remember(memory: Memory, step: int, ids: Sequence[str], groups, success_PxG,
 
 
 def recall(memory: Memory, step: int, ids: Sequence[str], groups, *, steps: int, size: int, discount: float):
-    """(groups with `size` more rollouts each, extra_success_PxM, extra_advantage_PxM, extra_weight_PxM), M = size,
-    numpy.
+    """(groups with M = `size` more rollouts each, extra_success_PxM, extra_advantage_PxM, extra_weight_PxM), numpy.
 
-    Always M more rollouts, empty and failing where memory has less, so that shapes stay the same. Only earlier steps
-    count.
+    Always M more, empty and failing where memory has less, so that shapes stay the same. Only earlier steps count.
     """
     extended = []
     success_PxM = np.zeros((len(ids), size), bool)
@@ -65,8 +63,7 @@ def recall(memory: Memory, step: int, ids: Sequence[str], groups, *, steps: int,
 
 
 def drop_remembered(result, slots: int):
-    """A CreditTransfer of the extended groups, cut back to the first `slots` slots: those of the rollouts that are
-    trained on.
+    """A CreditTransfer of the extended groups, cut back to the first `slots` slots: the rollouts that are trained on.
     cluster_PxS and witness_PxS may name a slot beyond them: a remembered witness."""
     return jax.tree.map(lambda x: x[:, :slots] if x.ndim == 2 else x, result)
 

@@ -19,8 +19,8 @@ TEXT_MEASURES = ("dice", "jaccard", "cosine", "exact")
 def pairwise_similarity(steps: Steps, text: str = "dice"):
     """sim_PxSxS in 0..1, float32, symmetric; exactly 1 for equal calls, 0 where either slot has no valid step.
 
-    text: "dice", "jaccard" (both need uint8 counts), "cosine" (counts or embeddings), "exact" (equal after
-    normalising). Raises ValueError for another measure and for dice or jaccard of another type.
+    text: "dice", "jaccard" (of uint8 counts), "cosine" (of counts or embeddings), "exact" (equal after normalising).
+    Raises ValueError for another measure and for dice or jaccard of another type.
     """
     if text not in TEXT_MEASURES:
         raise ValueError(f"text similarity is {text!r}; known: {', '.join(TEXT_MEASURES)}")
@@ -77,7 +77,7 @@ def _text(steps: Steps, i: int, measure: str):
         sim_PxSxS = _cosine(text_PxSxF)
     else:
         if text_PxSxF.dtype != jnp.uint8:
-            raise ValueError(f"{measure} compares uint8 counts; the text features are {text_PxSxF.dtype}: use text='cosine'")
+            raise ValueError(f"{measure} compares uint8 counts, the features are {text_PxSxF.dtype}: use text='cosine'")
         shared_PxSxS = shared_counts(text_PxSxF).astype(jnp.float32)
         size_PxS = text_PxSxF.sum(axis=-1, dtype=jnp.int32).astype(jnp.float32)
         total_PxSxS = size_PxS[:, :, None] + size_PxS[:, None, :]
@@ -112,8 +112,7 @@ def shared_counts(count_PxSxF):
     shift_1x1x8x1 = jnp.arange(8, dtype=jnp.uint32).reshape(1, 1, 8, 1)
 
     def bits(level):
-        """A uint32 [P, S] for each word, apart: as one array XLA would keep the words side by side, and read pairs with
-        a stride."""
+        """A uint32 [P, S] for each word: in one array XLA keeps the words side by side and reads pairs in strides."""
         reached_PxSx8xW = _bytes_at_least(four_PxSx8xW, level.astype(jnp.uint32)) >> 7
         bits_PxSxW = (reached_PxSx8xW << shift_1x1x8x1).sum(axis=2, dtype=jnp.uint32)
         return tuple(bits_PxSxW[:, :, w] for w in range(words))
@@ -123,8 +122,7 @@ def shared_counts(count_PxSxF):
         for bits_PxS in bits_of_words:
             both_PxSxS = bits_PxS[:, :, None] & bits_PxS[:, None, :]
             shared_PxSxS += jax.lax.population_count(both_PxSxS).astype(jnp.int32)
-        # The next level's bits travel in the carry: computed in place, they would be fused into the pairs and computed
-        # S times.
+        # The next level's bits travel in the carry: computed where they are used, they are computed for every pair.
         return level + 1, bits(level + 1), shared_PxSxS
 
     def any_left(carry):

@@ -18,19 +18,20 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import check, evaluate, prepare, processes, records, report, sharding, tapo, train_step, viewer
+from tapo_jax import check, evaluate, prepare, processes, records, report, sharding, tapo, tapo_adaptive, tapo_embedding, train_step, viewer
 from tapo_jax.agent import Agent, load_model, make_agent, model_directory
 from tapo_jax.batch import TrainBatch
 from tapo_jax.checkpoints import Checkpoints
 from tapo_jax.config import UserError, total_steps
 from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
-from tapo_jax.inputs import bucket, ladder, pack, sizes, tool_steps
+from tapo_jax.inputs import bucket, pack, sizes
 from tapo_jax.metrics import Clock, MetricWriter, compile_count, throughput
 from tapo_jax.models import hf
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.optimizer import make_optimizer
-from tapo_jax.train_step import Objective, TrainState
+from tapo_jax.outcome import Outcome, Outcomes
+from tapo_jax.train_step import TrainState
 from tapo_jax.types import Episode, Prompt
 
 
@@ -60,12 +61,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     optimizer, schedule = make_optimizer(
         config.optimizer, total_steps=total, updates_per_step=config.train.updates_per_batch, train_vision=config.model.train_vision
     )
-    state = train_step.init_state(params, logical_axes(model_config), optimizer, mesh)
+    tools = list(agent.runner.tools)
+    thresholds = tapo_adaptive.init(tools, config.tapo.theta) if config.tapo.adaptive_theta else None
+    state = train_step.init_state(params, logical_axes(model_config), optimizer, mesh, thresholds)
+    outcomes = make_outcomes(config, agent, params)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    state, resumed = restore(checkpoints, state, prompts, config)
+    state, resumed = restore(checkpoints, state, {"prompts": prompts, "witnesses": outcomes}, config)
     programs = make_programs(config, graphdef, optimizer, schedule, state, agent, mesh)
     reference = load_reference(config, directory, mesh)
-    run = Run(config, workdir, mesh, agent, programs, reference, local, Clock())
+    run = Run(config, workdir, mesh, agent, programs, outcomes, reference, local, Clock())
     writer = MetricWriter(workdir, total_steps=total, resumed_step=resumed, tensorboard=config.log.tensorboard)
     write_config(config, workdir, resumed, writer)
     if config.train.warm_up:
@@ -85,7 +89,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         raise_if_broken(metrics, step, config, workdir)
         stopped = processes.any_of(stop.requested)
         if finished or stopped or step % config.checkpoint.every == 0:
-            checkpoints.save(step, state, data=prompts.get_state(), seed=config.seed)
+            data = {"prompts": prompts.get_state(), "witnesses": outcomes.get_state()}
+            checkpoints.save(step, state, data=data, seed=config.seed)
         if stopped and not finished:
             writer.say(f"stopped after step {step}; the same command goes on from there")
             break
@@ -121,6 +126,7 @@ class Run:
     mesh: Mesh
     agent: Agent
     programs: Programs
+    outcomes: Outcomes
     reference: Any
     local: list[int]
     clock: Clock
@@ -139,16 +145,32 @@ def local_prompts(mesh: Mesh, config: ConfigDict) -> list[int]:
     return prompts
 
 
-def restore(checkpoints: Checkpoints, state: TrainState, prompts: Prompts, config: ConfigDict) -> tuple[TrainState, int | None]:
-    """The newest checkpoint's state and step, with `prompts` at its position; (state, None) in a fresh folder."""
+def restore(
+    checkpoints: Checkpoints, state: TrainState, positions: dict[str, Any], config: ConfigDict
+) -> tuple[TrainState, int | None]:
+    """The newest checkpoint's state and step, and `positions` (what has a `set_state`) put there; (state, None) in a fresh folder."""
     latest = checkpoints.latest()
     if latest is None:
         return state, None
     state, data, saved = checkpoints.restore(latest, state)
     if saved["seed"] != config.seed:
         raise UserError(f"seed is {config.seed} but the run in this --workdir began with {saved['seed']}: give another --workdir.")
-    prompts.set_state(data)
+    for name, part in positions.items():
+        part.set_state(data[name])
     return state, latest
+
+
+def make_outcomes(config: ConfigDict, agent: Agent, params: Any) -> Outcomes:
+    """What encodes the calls. Embedded texts are compared by the embedding table that the run begins with."""
+    t, embed, features = config.tapo, None, config.tapo.features
+    if t.text == "embedding":
+        table_VxD = sharding.to_host(params["embedding"])
+        encode = lambda text: agent.chat.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+        embed, features = tapo_embedding.text_embedding(encode, tapo_embedding.mean_of_table(table_VxD)), table_VxD.shape[1]
+    return Outcomes(
+        steps=t.steps, features=features, slots=tapo.parameter_slots(agent.runner.schemas), embed=embed, memory_steps=t.memory_steps,
+        memory_size=t.memory_size, discount=t.memory_discount,
+    )  # fmt: skip
 
 
 def load_reference(config: ConfigDict, directory: Path, mesh: Mesh) -> Any:
@@ -164,7 +186,7 @@ def make_programs(
     a, t, objective = config.algorithm, config.tapo, train_step.make_objective(config)
     transfer = dict(
         theta=t.theta, alpha_min=t.alpha_min, beta=t.beta, cluster=t.cluster, cluster_theta=t.cluster_theta, aggregate=t.aggregate,
-        support=t.support, clip=t.clip, text=t.text, scope=t.scope, control=t.control,
+        support=t.support, clip=t.clip, text="cosine" if t.text == "embedding" else t.text, scope=t.scope, control=t.control,
     )  # fmt: skip
     model_config = agent.sampler.config
     forbidden_V = agent.chat.forbidden_V(model_config.vocab)
@@ -174,7 +196,7 @@ def make_programs(
         log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh),
         prepare=prepare.make_prepare(
             mesh, estimator=a.estimator, dynamic_sampling=a.dynamic_sampling, overlong_buffer=a.overlong_buffer, max_length=longest,
-            transfer=transfer if t.enabled else None,
+            transfer=transfer if t.enabled else None, tools=list(agent.runner.tools), quantile=t.adaptive_quantile, rate=t.adaptive_rate,
         ),
         update=train_step.make_update(graphdef, optimizer, schedule, objective, forbidden_V, state, mesh),
         index_U=[sharding.put_replicated(np.int32(u), mesh) for u in range(objective.updates_per_batch)],
@@ -209,8 +231,8 @@ def warm_up(run: Run, state: TrainState) -> TrainState:
     for length, patches in itertools.product(programs.length_buckets, programs.patch_buckets):
         prompt = Prompt("", "", (), ())
         empty = Episode(prompt, 0, nothing, nothing.astype(bool), nothing.astype(np.float32), [], [], [], None, "length", {"accuracy": 0.0})
-        batch, outcome = to_device(run, [empty] * (len(run.local) * config.rollout.group_size), length, patches)
-        batch, _, _ = with_advantages(run, batch, outcome, step=0)
+        batch, outcome = to_device(run, [empty] * (len(run.local) * config.rollout.group_size), length, patches, step=0)
+        batch, _, _, _ = with_advantages(run, state, batch, outcome, step=0)
         batch, reference_BxT = with_log_probs(run, state, batch)
         bad = np.full((len(run.local) * config.rollout.group_size, length), np.nan, np.float32)
         bad_BxT, mask_BxT = sharding.put_rows((bad, np.isnan(bad)), run.mesh, batch.mask_BxT.shape[0])
@@ -235,9 +257,9 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
         with clock("pack"):
             tokens, patches = processes.largest(*sizes(episodes, run.agent.pixels))
             shape = bucket(tokens, run.programs.length_buckets), bucket(patches, run.programs.patch_buckets)
-            batch, outcome = to_device(run, episodes, *shape)
+            batch, outcome = to_device(run, episodes, *shape, step)
         with clock("tapo"):
-            batch, credit, found = jax.block_until_ready(with_advantages(run, batch, outcome, step))
+            batch, state, credit, found = jax.block_until_ready(with_advantages(run, state, batch, outcome, step))
         with clock("logprobs"):
             batch, reference_BxT = jax.block_until_ready(with_log_probs(run, state, batch))
         with clock("update"):
@@ -248,6 +270,7 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
                     each.append(metrics)
             each = jax.device_get(each)
         with clock("record"):
+            remember(run, episodes, credit, step)
             if step == 1 or step % config.log.episodes_every == 0 or not np.isfinite([m["loss/total"] for m in each]).all():
                 record_episodes(run, episodes, credit, step)
     values = reward_means(episodes) | played | clock.take() | {"perf/compiles": compile_count() - compiled}
@@ -255,25 +278,27 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
     return state, processes.mean_over(values) | jax.device_get(found) | train_step.over_updates(each)
 
 
-def to_device(run: Run, episodes: Sequence[Episode], length: int, patches: int) -> tuple[TrainBatch, prepare.Outcome]:
+def grouped(run: Run, episodes: Sequence[Episode]) -> list[Sequence[Episode]]:
+    G = run.config.rollout.group_size
+    return [episodes[start : start + G] for start in range(0, len(episodes), G)]
+
+
+def to_device(run: Run, episodes: Sequence[Episode], length: int, patches: int, step: int) -> tuple[TrainBatch, Outcome]:
     """This process's episodes -> the batch of all processes, [B, length] tokens and [B, patches] patches."""
-    config, agent = run.config, run.agent
-    K, P, G = config.tapo.steps, config.data.prompts_per_step, config.rollout.group_size
-    batch = pack(episodes, agent.sampler.config, agent.pixels, length_buckets=(length,), patch_buckets=(patches,), steps=K)
-    groups = [episodes[start : start + G] for start in range(0, len(episodes), G)]
-    calls = [[[(t.call.name, t.call.parameters) for t in tool_steps(e, K)] for e in group] for group in groups]
-    outcome = prepare.Outcome(
-        reward_PxG=np.array([[e.reward for e in group] for group in groups], np.float32),
-        success_PxG=np.array([[e.success for e in group] for group in groups]),
-        steps=tapo.encode_steps(calls, steps=K, features=config.tapo.features, **tapo.parameter_slots(agent.runner.schemas)),
-    )
+    agent, P, G = run.agent, run.config.data.prompts_per_step, run.config.rollout.group_size
+    buckets = {"length_buckets": (length,), "patch_buckets": (patches,)}
+    batch = pack(episodes, agent.sampler.config, agent.pixels, steps=run.config.tapo.steps, **buckets)
+    outcome = run.outcomes.encode(grouped(run, episodes), step)
     return sharding.put_rows(batch, run.mesh, P * G), sharding.put_rows(outcome, run.mesh, P)
 
 
-def with_advantages(run: Run, batch: TrainBatch, outcome: prepare.Outcome, step: int) -> tuple[TrainBatch, prepare.Credit, dict]:
+def with_advantages(
+    run: Run, state: TrainState, batch: TrainBatch, outcome: Outcome, step: int
+) -> tuple[TrainBatch, TrainState, prepare.Credit, dict[str, jax.Array]]:
     seed_step_2 = sharding.put_replicated(np.array([run.config.seed, step], np.int32), run.mesh)
-    advantage_BxT, mask_BxT, credit, metrics = run.programs.prepare(batch, outcome, seed_step_2)
-    return dataclasses.replace(batch, advantage_BxT=advantage_BxT, mask_BxT=mask_BxT), credit, metrics
+    advantage_BxT, mask_BxT, credit, thresholds, metrics = run.programs.prepare(batch, outcome, state.thresholds, seed_step_2)
+    batch = dataclasses.replace(batch, advantage_BxT=advantage_BxT, mask_BxT=mask_BxT)
+    return batch, dataclasses.replace(state, thresholds=thresholds), credit, metrics
 
 
 def with_log_probs(run: Run, state: TrainState, batch: TrainBatch) -> tuple[TrainBatch, jax.Array | None]:
@@ -288,16 +313,23 @@ def reward_means(episodes: Sequence[Episode]) -> dict[str, float]:
     return {f"reward/{name}": float(np.mean([e.rewards[name] for e in episodes])) for name in episodes[0].rewards}
 
 
+def remember(run: Run, episodes: Sequence[Episode], credit: prepare.Credit, step: int) -> None:
+    """Successful rollouts become witnesses for later steps, where the config has such a memory."""
+    if run.outcomes.remembered:
+        run.outcomes.remember(grouped(run, episodes), step, jax.device_get(credit.advantage_PxG)[run.local])
+
+
 def record_episodes(run: Run, episodes: Sequence[Episode], credit: prepare.Credit, step: int) -> None:
     """Process 0 keeps its episodes with the credit of their steps, for the page and the credit report."""
     credit = jax.device_get(credit)
     if jax.process_index() > 0:
         return
-    K, G, pooled = run.config.tapo.steps, run.config.rollout.group_size, run.config.tapo.scope == "batch"
+    K, G = run.config.tapo.steps, run.config.rollout.group_size
+    layout = {"steps": K, "rollouts": G + run.outcomes.remembered, "pooled": run.config.tapo.scope == "batch"}
     recorded = []
     for row, episode in enumerate(episodes):
         p, g = run.local[row // G], row % G
-        fields = [] if credit.transfer is None else records.credit_fields(credit.transfer, p, g, K, pooled=pooled)
+        fields = [] if credit.transfer is None else records.credit_fields(credit.transfer, p, g, **layout)
         recorded.append(records.record(episode, step=step, prompt=p, advantage=float(credit.advantage_PxG[p, g]), credit=fields))
     records.save(run.workdir / "episodes" / f"step_{step:06d}.npz", recorded)
 

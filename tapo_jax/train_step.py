@@ -21,6 +21,7 @@ from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.logprobs import token_logp
 from tapo_jax.models import qwen3_vl
 from tapo_jax.optimizer import is_vision
+from tapo_jax.tapo_adaptive import AdaptiveTheta
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +31,7 @@ class TrainState:
 
     update: int32, updates tried. params, opt_state: pytrees (nested dicts of arrays).
     skipped, skipped_in_a_row: int32, updates left out because loss or gradient was not finite.
+    thresholds: TAPO's similarity thresholds of each tool where they adapt, else None.
     """
 
     update: jax.Array
@@ -37,6 +39,7 @@ class TrainState:
     opt_state: Any
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    thresholds: AdaptiveTheta | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +83,19 @@ def split_model(model: nnx.Module) -> tuple[Any, Any]:
     return graphdef, nnx.to_pure_dict(params)
 
 
-def init_state(params: Any, axes: Mapping, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(
+    params: Any, axes: Mapping, optimizer: optax.GradientTransformation, mesh: Mesh, thresholds: AdaptiveTheta | None = None
+) -> TrainState:
     """A fresh state laid out over the mesh; axes: the parameters' logical axes by path. The parameters are not copied where they
     already lie as they should."""
     params = jax.device_put(params, sharding.parameters(params, axes, mesh))
     layout = sharding.parameters(jax.eval_shape(optimizer.init, params), axes, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
-    zero = lambda: sharding.put_replicated(jnp.int32(0), mesh)  # noqa: E731  (three buffers: the state is donated)
-    return TrainState(update=zero(), params=params, opt_state=opt_state, skipped=zero(), skipped_in_a_row=zero())
+    zero = lambda: sharding.put_replicated(np.int32(0), mesh)  # noqa: E731  (three buffers: the state is donated)
+    return TrainState(
+        update=zero(), params=params, opt_state=opt_state, skipped=zero(), skipped_in_a_row=zero(),
+        thresholds=sharding.put_replicated(thresholds, mesh),
+    )  # fmt: skip
 
 
 def apply_gradients(
@@ -100,7 +108,8 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     skipped = (~finite).astype(jnp.int32)
-    state = TrainState(
+    state = dataclasses.replace(
+        state,
         update=state.update + 1,
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),

@@ -86,7 +86,7 @@ def test_every_answer_stands_in_the_corpus(worlds):
         _, question, _ = make_prompt(worlds["held_out"], Settings(hops=(1, 2, 3)), rng)
         for here, relation, there in zip(question.chain, question.relations, question.chain[1:], strict=False):
             line = next(line for line in text if line.startswith(f"Neighbours of {here}. "))
-            assert f"{relation.split()[0]} neighbour: {there}." in line
+            assert f"The {relation} of {here}: {there}." in line
         assert f"The {question.attribute} of {question.chain[-1]}: {question.answers[0]}." in text
 
 

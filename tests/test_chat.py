@@ -8,7 +8,7 @@ from tapo_jax.chat import Chat, parse_turn
 from tapo_jax.config import UserError
 from tapo_jax.data import tiny_model
 
-CALL = '<think>t</think><tool_call>{"name": "text_search_tool", "arguments": {"query": "Peru: capital"}}</tool_call>'
+CALL = '<think>t</think><tool_call>{"name": "text_search_tool", "arguments": {"query": "Peru, capital"}}</tool_call>'
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def chat(tmp_path_factory) -> Chat:
 
 def test_a_call_is_read():
     parsed = parse_turn(CALL)
-    assert (parsed.call.name, parsed.call.arguments) == ("text_search_tool", {"query": "Peru: capital"})
+    assert (parsed.call.name, parsed.call.arguments) == ("text_search_tool", {"query": "Peru, capital"})
     assert parsed.format_ok and parsed.think == "t" and parsed.answer is None and parsed.error is None
 
 
@@ -113,6 +113,6 @@ def test_a_directory_without_tokenizer_or_template_is_one_sentence(chat, tmp_pat
 def test_names_are_the_same_tokens_wherever_they_stand(chat):
     """What makes a name easy to copy: after a list number, after a quote and at the start of an answer it is split alike."""
     name = [token for token in chat.tokenizer.encode("Saudi Arabia").ids]
-    for text in ("1. Saudi Arabia\n", '{"query": "Saudi Arabia: capital"}', "<answer>Saudi Arabia</answer>", "neighbour: Saudi Arabia."):
+    for text in ("1. Saudi Arabia\n", '{"query": "Saudi Arabia, capital"}', "<answer>Saudi Arabia</answer>", "neighbour: Saudi Arabia."):
         ids = chat.tokenizer.encode(text).ids
         assert any(ids[i : i + len(name)] == name for i in range(len(ids))), text

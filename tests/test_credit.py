@@ -1,7 +1,7 @@
 import numpy as np
 
 from tapo_jax import credit
-from tapo_jax.types import Episode, Identity, Image, Prompt, Region, Text, ToolCall, ToolResult, Turn
+from tapo_jax.types import Episode, Identity, Prompt, Region, Text, ToolCall, ToolResult, Turn
 
 PROMPT = Prompt("q", "?", (), ("a",))
 
@@ -12,7 +12,8 @@ def episode(correct, *calls, error=None):
     ]
     turns.append(Turn(0, 1, "answer"))
     empty = np.zeros(0)
-    return Episode(PROMPT, 0, empty, empty, empty, list[Image](), [], turns, "a", "answer", {"accuracy": float(correct)})
+    rewards = {"accuracy": float(correct)}
+    return Episode(PROMPT, 0, empty, empty, empty, [], [], turns, "a", "answer", rewards)
 
 
 def zoom(*box):

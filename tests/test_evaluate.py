@@ -182,6 +182,7 @@ def damage_by_deleting(folder):
     shutil.rmtree(folder / "state")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that orbax had begun
 @pytest.mark.parametrize("damage", [damage_by_a_bit, damage_by_cutting, damage_by_deleting])
 def test_damaged_checkpoint_is_one_sentence(saved, tmp_path, damage):
     """The largest file holds the weights: the optimizer's moments in this checkpoint are zeros, which take no room."""

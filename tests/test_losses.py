@@ -107,7 +107,11 @@ def test_k3_keeps_its_digits_near_zero():
 def test_values_on_policy(algorithm):
     # r = 1 at every token, A = (1, -2), both tokens in one row, logp = -1.
     logp, advantage, mask = jnp.full((1, 2), -1.0), jnp.array([[1.0, -2.0]]), jnp.ones((1, 2), bool)
-    loss, grad = jax.value_and_grad(lambda x: losses.policy_loss(x, logp, advantage, mask, algorithm=algorithm)[0])(logp)
+
+    def objective(x):
+        return losses.policy_loss(x, logp, advantage, mask, algorithm=algorithm)[0]
+
+    loss, grad = jax.value_and_grad(objective)(logp)
     expected = {
         "grpo": 0.5,  # -(1 - 2) / 2
         "gspo": 0.5,
@@ -189,7 +193,12 @@ def test_masked_token_with_any_log_probability_changes_nothing(algorithm, bad):
 def test_huge_ratio_of_a_real_token_stays_finite(algorithm):
     old, mask = jnp.zeros((1, 4)), jnp.ones((1, 4), bool)
     advantage, logp = jnp.array([[1.0, -1.0, 1.0, -1.0]]), jnp.array([[200.0, 200.0, -200.0, -200.0]])
-    value, grad = jax.value_and_grad(lambda x: losses.policy_loss(x, old, advantage, mask, algorithm=algorithm)[0])(logp)
+
+
+    def objective(x):
+        return losses.policy_loss(x, old, advantage, mask, algorithm=algorithm)[0]
+
+    value, grad = jax.value_and_grad(objective)(logp)
     assert np.isfinite(value) and np.isfinite(grad).all()
 
 
@@ -198,7 +207,8 @@ def test_huge_ratio_of_a_real_token_stays_finite(algorithm):
 def test_micro_batches_with_the_global_denominator_add_up(algorithm, aggregation):
     key = jax.random.split(jax.random.key(0), 4)
     logp, old, advantage = (jax.random.normal(k, (6, 9)) * 0.3 for k in key[:3])
-    mask = jax.random.uniform(key[3], (6, 9)) < jnp.linspace(0, 1, 6)[:, None]  # rows of very different lengths, one empty
+    # Rows of very different lengths, one of them empty.
+    mask = jax.random.uniform(key[3], (6, 9)) < jnp.linspace(0, 1, 6)[:, None]
 
     def loss(x, rows, denominator):
         options = dict(algorithm=algorithm, aggregation=aggregation, denominator=denominator)
@@ -257,7 +267,8 @@ def test_importance_weight_by_hand():
     # k3 of the sampler against the trainer: w - 1 - log w
     np.testing.assert_allclose(metrics["sampler_kl"], (3 - np.log(4) - 0.75 + np.log(4)) / 3, rtol=1e-5)
     np.testing.assert_allclose(losses.importance_weight(old, sampler, mask, mode="mask")[0], [[0, 0, 1, 0]])
-    np.testing.assert_allclose(losses.importance_weight(old, sampler, mask, mode="mask", cap=5.0)[0], [[4, 0.25, 1, 0]], rtol=1e-6)
+    wide = losses.importance_weight(old, sampler, mask, mode="mask", cap=5.0)[0]
+    np.testing.assert_allclose(wide, [[4, 0.25, 1, 0]], rtol=1e-6)
     sequence = losses.importance_weight(old, sampler, mask, level="sequence", cap=5.0)[0]
     np.testing.assert_allclose(sequence, [[1, 1, 1, 0]], rtol=1e-6)  # 4 · 1/4 · 1
     grad = jax.grad(lambda x: losses.importance_weight(x, sampler, mask)[0].sum())(old)

@@ -1,6 +1,7 @@
 """Rollouts of a random model whose text is read as calls and answers (`rollout_world.read_turn`)."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def test_slots_are_reused_and_their_number_changes_nothing(sampled):
 def test_slots_over_eight_devices_play_the_same_episodes(sampled):
     episodes, _ = sampled
     mesh = sharding.make_mesh(data=4, fsdp=2)
-    shapes = Shapes(extend_rows=(1, 2), decode_rows=(1, 2), lengths=(64, CAPACITY), patches=(128,), windows=(96, CAPACITY), chunk=CHUNK, merge=2)
+    shapes = Shapes(extend_rows=(1,), decode_rows=(1, 2), lengths=(CAPACITY,), patches=(128,), windows=(CAPACITY,), chunk=CHUNK, merge=2)
     params = jax.device_put(world.params(), sharding.replicated(mesh))
     spread = make_sampler(slots=16, shapes=shapes, mesh=mesh)
     found, _ = play(spread, params)
@@ -319,7 +320,8 @@ def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tmp_path):
     for rank, (first, stop) in enumerate(parts):
         log = open(tmp_path / f"{rank}.log", "w")  # noqa: SIM115  (the process writes to it)
         arguments = [port, str(rank), str(first), str(stop), str(tmp_path / f"{rank}.json")]
-        started.append(subprocess.Popen([sys.executable, str(script), *arguments], stdout=log, stderr=log))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        started.append(subprocess.Popen([sys.executable, str(script), *arguments], stdout=log, stderr=log, env=environment))
     try:
         for rank, process in enumerate(started):
             assert process.wait(timeout=600) == 0, (tmp_path / f"{rank}.log").read_text()[-2000:]

@@ -1,5 +1,7 @@
 """Which calls a round makes: enough rows for every need, only shapes that warm-up compiles, the same in every process."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -46,6 +48,8 @@ def test_an_idle_process_makes_the_calls_of_the_busy_one():
 
 def test_rows_of_a_call_are_bounded_by_its_tokens():
     assert SHAPES.rows_of(16, 0) == (2, 8) and SHAPES.rows_of(64, 0) == (2,)  # 8 · 64 > 256
+    assert dataclasses.replace(SHAPES, tokens_per_call=100).rows_of(64, 0) == (1,)  # 2 · 64 > 100
+    assert dataclasses.replace(SHAPES, tokens_per_call=100).rows_of(16, 256) == (1,)  # 256 patches count as 64 tokens
     assert SHAPES.patches_of(16) == (0, 32, 64) and SHAPES.patches_of(4) == (0, 16)  # four tokens stand for 16 patches
 
 

@@ -29,7 +29,8 @@ def transfer(sim, success, advantage, valid=None, jit=True, **options):
     weight = options.pop("weight_PxG", np.ones((1, G), np.float32))
     options = {**OPTIONS, **options}
     function = compiled(**options) if jit else functools.partial(tapo.credit_transfer, **options)
-    return function(full[None], trajectory, valid, np.array([success], bool), np.array([advantage], np.float32), weight_PxG=weight)
+    success, advantage = np.array([success], bool), np.array([advantage], np.float32)
+    return function(full[None], trajectory, valid, success, advantage, weight_PxG=weight)
 
 
 # Three rollouts, slots (0 1) (2 3) (4 5). The first two succeed with advantages 0.5 and 0.7, the third fails with -1.2.
@@ -195,14 +196,16 @@ def test_diagnostics_by_hand():
 def test_nothing_failing_gives_zero_fractions():
     result = transfer(SIM, [True] * 3, ADVANTAGE)
     trajectory = np.arange(6, dtype=np.int32)[None] // 2
-    metrics = jax.jit(tapo.diagnostics)(result, trajectory, np.ones((1, 6), bool), np.ones((1, 3), bool), np.float32([ADVANTAGE]))
+    valid, success = np.ones((1, 6), bool), np.ones((1, 3), bool)
+    metrics = jax.jit(tapo.diagnostics)(result, trajectory, valid, success, np.float32([ADVANTAGE]))
     assert float(metrics["tapo/correctable_actions"]) == 0 and all(np.isfinite(float(v)) for v in metrics.values())
 
 
 @pytest.mark.parametrize("algorithm", losses.ALGORITHMS)
 def test_gradient_reaches_each_token_by_its_own_step(algorithm):
     """From calls to the gradient: on policy every algorithm's gradient is -A / tokens of the token's own step."""
-    groups = [[[("search", (Text("eiffel tower"),))], [("search", (Text("eiffel tower"),)), ("search", (Text("rome"),))]]]
+    right, other = (("search", (Text(query),)) for query in ("eiffel tower", "rome"))
+    groups = [[[right], [right, other]]]
     steps = tapo.encode_steps(groups, steps=2)
     success, advantage = np.array([[True, False]]), np.float32([[1.0, -0.7]])
 

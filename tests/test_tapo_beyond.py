@@ -98,7 +98,8 @@ SEARCH = ("search", (Text("height"),))
 
 def test_memory_corrects_a_group_that_fails_throughout():
     groups = [[[ZOOM, SEARCH], [None, SEARCH]]]
-    memory = tapo_memory.remember({}, 10, ["q"], groups, np.array([[True, False]]), np.float32([[0.9, -0.9]]), steps=5, size=2)
+    won, advantage = np.array([[True, False]]), np.float32([[0.9, -0.9]])
+    memory = tapo_memory.remember({}, 10, ["q"], groups, won, advantage, steps=5, size=2)
     assert [entry["step"] for entry in memory["q"]] == [10] and json.loads(json.dumps(memory)) == memory
     # Two steps later nobody answers. The remembered success weighs 0.5² and its advantage counts 0.5²·0.9; it is the
     # only success, so sup = 1.
@@ -127,7 +128,8 @@ def test_memory_forgets_and_never_looks_ahead():
         _, success, advantage, _ = tapo_memory.recall(memory, step, ["q"], groups, steps=3, size=2, discount=0.9)
         assert advantage[0, success[0]].tolist() == expected, step
     # another question's step ages this one's; a failure or a success without a call leaves nothing
-    memory = tapo_memory.remember(memory, 7, ["r", "s"], [[[SEARCH]], [[None]]], np.array([[False], [True]]), np.ones((2, 1)), steps=3, size=2)
+    groups, won = [[[SEARCH]], [[None]]], np.array([[False], [True]])
+    memory = tapo_memory.remember(memory, 7, ["r", "s"], groups, won, np.ones((2, 1)), steps=3, size=2)
     assert list(memory) == ["q"] and [entry["step"] for entry in memory["q"]] == [5]
 
 
@@ -147,6 +149,7 @@ def test_embedding_similarity_by_hand():
     groups = [[[("search", (Text(query),)) for query in queries]]]
     steps = tapo.encode_steps(groups, steps=6, features=2, embed=embed)
     sim = np.asarray(pairwise(steps, text="cosine"))[0]
-    np.testing.assert_allclose(sim[0], [1, 1 / np.sqrt(5), 0, 0, 0, 0], atol=1e-6)  # (1,0)·(.5,1) / |(.5,1)|; opposite: 0
+    # (1, 0)·(.5, 1) / |(.5, 1)|; at right angles, opposite or empty: 0
+    np.testing.assert_allclose(sim[0], [1, 1 / np.sqrt(5), 0, 0, 0, 0], atol=1e-6)
     np.testing.assert_allclose(sim[1, 4], 2 / np.sqrt(5), atol=1e-6)
     assert (np.diag(sim) == 1).all()

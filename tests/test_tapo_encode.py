@@ -91,7 +91,8 @@ def test_text_by_hand():
 
 
 def test_long_texts_saturate_but_still_compare():
-    steps = tapo.encode_steps([[[("code", (Text("x = 1\n" * 5000),)), ("code", (Text("y = 2\n" * 5000),))]]], steps=2, features=32)
+    groups = [[[("code", (Text(line * 5000),)) for line in ("x = 1\n", "y = 2\n")]]]
+    steps = tapo.encode_steps(groups, steps=2, features=32)
     assert steps.text_PxSxXxF.max() == tapo_encode.MAX_COUNT
     sim = np.asarray(tapo.pairwise_similarity(steps))[0]
     expected = np.minimum(*steps.text_PxSxXxF[0, :, 0].astype(int)).sum() * 2 / steps.text_PxSxXxF.astype(int).sum()
@@ -142,16 +143,9 @@ def test_a_parameter_that_only_one_call_has_counts_as_different():
 
 
 def test_shapes_do_not_depend_on_the_batch_when_slots_are_given():
-    schema = {
-        "type": "function",
-        "function": {
-            "name": "visit",
-            "parameters": {
-                "type": "object",
-                "properties": {"url": {"type": "string", "x-kind": "identity"}, "goal": {"type": "string", "x-kind": "text"}},
-            },
-        },
-    }
+    properties = {"url": {"type": "string", "x-kind": "identity"}, "goal": {"type": "string", "x-kind": "text"}}
+    parameters = {"type": "object", "properties": properties}
+    schema = {"type": "function", "function": {"name": "visit", "parameters": parameters}}
     image = {"function": {"parameters": {"properties": {"img_idx": {"x-kind": "image"}, "n": {"x-kind": "number"}}}}}
     slots = tapo.parameter_slots([schema, image])
     assert slots == {"regions": 1, "texts": 1, "numbers": 1}

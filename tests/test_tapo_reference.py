@@ -65,10 +65,12 @@ def test_batch_scope_equals_one_large_group_of_the_loops(options):
     success = np.random.default_rng(0).random((P, G)) < 0.4
     advantage = np.where(success, 0.9, -0.6).astype(np.float32)
     pooled = jax.tree.map(lambda x: x.reshape(1, P * G * K, *x.shape[2:]), steps)
-    sim = np.asarray(jax.jit(tapo.pairwise_similarity)(pooled))[0].astype(float).round(6)  # the float64 0.7 that theta is
+    # Rounded: the float32 0.7 becomes the float64 0.7 that theta is.
+    sim = np.asarray(jax.jit(tapo.pairwise_similarity)(pooled))[0].astype(float).round(6)
+    valid, won, own = (x.reshape(-1).tolist() for x in (steps.valid_PxS, success, advantage.astype(float)))
     expected = reference_tapo.group_transfer(
-        sim.tolist(), [i // K for i in range(P * G * K)], steps.valid_PxS.reshape(-1).tolist(), success.reshape(-1).tolist(),
-        advantage.astype(float).reshape(-1).tolist(), question=[i // G for i in range(P * G)], **BASE, **options,
+        sim.tolist(), [i // K for i in range(P * G * K)], valid, won, own, question=[i // G for i in range(P * G)],
+        **BASE, **options,
     )
     result = jax.jit(lambda s: tapo.transfer_credit(s, success, advantage, scope="batch", **options))(steps)
     for name in ("corrected", "correctable", "cluster", "witness"):

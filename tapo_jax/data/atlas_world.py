@@ -27,9 +27,9 @@ class Settings:
     size: int = 256
     outline: tuple[float, float] = (0.18, 0.30)
     zoom_size: int = 64
-    image_top_k: int = 3
+    image_top_k: int = 1
     thumbnails: int = 0
-    text_top_k: int = 2
+    text_top_k: int = 1
     text_budget: int = 400
 
 

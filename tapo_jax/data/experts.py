@@ -26,16 +26,16 @@ Script = Generator[str, str, None]  # yields a turn's text, is sent the tool's r
 class Flaws:
     """Probabilities of the deliberate mistakes, each where the occasion arises."""
 
-    skip_zoom: float = 0.16  # searches with the whole scene
+    skip_zoom: float = 0.20  # searches with the whole scene
     wrong_outline: float = 0.10  # looks at another country of the scene
-    sloppy_box: float = 0.35  # a box far from the outline
+    sloppy_box: float = 0.40  # a box far from the outline
     bad_call: float = 0.03  # a call that is an error; it is then made right
     wrong_image: float = 0.05  # searches with the scene after zooming
     wrong_title: float = 0.14  # takes the second title
-    wrong_attribute: float = 0.18  # looks up something else
-    skip_hop: float = 0.25  # asks about a country one hop too early
-    wrong_relation: float = 0.15  # largest for smallest
-    early_answer: float = 0.05  # answers with a title
+    wrong_attribute: float = 0.25  # looks up something else
+    skip_hop: float = 0.35  # asks about a country one hop too early
+    wrong_relation: float = 0.20  # largest for smallest
+    early_answer: float = 0.08  # answers with a title
     wrong_line: float = 0.10  # answers with the value of another line
 
 
@@ -122,7 +122,7 @@ def _box(box: Sequence[float], rng: np.random.Generator, *, sloppy: bool) -> lis
 def _read(result: str, name: str, key: str) -> str | None:
     """The value of "the {key} …: value." in the passage about `name`, or else in the first passage that has one."""
     passages = re.split(r"^\d+\. ", result, flags=re.MULTILINE)
-    for passage in sorted(passages, key=lambda passage: not passage.startswith(f"{name}: ")):
+    for passage in sorted(passages, key=lambda passage: not passage.startswith(f"{name}, ")):
         found = re.search(rf"[Tt]he {re.escape(key)}(?: of [^:\n]+)?: ([^:\n]+?)\.(?: |$)", passage, re.MULTILINE)
         if found:
             return found.group(1)
@@ -134,7 +134,7 @@ def _zoom(box: list[int], colour: str) -> str:
 
 
 def _search_text(name: str, what: str) -> str:
-    return _call(f"find the {what}", "text_search_tool", {"query": f"{name}: {what}"})
+    return _call(f"find the {what}", "text_search_tool", {"query": f"{name}, {what}"})
 
 
 def _call(think: str, name: str, arguments: dict) -> str:

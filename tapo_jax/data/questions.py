@@ -57,16 +57,18 @@ def ask(world: World, name: str, colour: str, hops: int, rng: np.random.Generato
 
 
 def passages(country: Country) -> list[str]:
-    """Several short passages, "Title\\ntext" each; the last ones answer no question and are there to be found by mistake."""
+    """Several short passages, "Title\ntext" each; the last ones answer no question and are there to be found by mistake. A
+    colon stands only before a value."""
     name, found = country.name, []
     for attribute in ATTRIBUTES:
         if attribute in country.facts:
-            found.append(f"{name}: {attribute}\nThe {attribute} of {name}: {country.facts[attribute][0]}.")
+            found.append(f"{name}, {attribute}\nThe {attribute} of {name}: {country.facts[attribute][0]}.")
     if country.neighbours:
-        near = f"Neighbours of {name}. The largest neighbour: {country.neighbours[0]}. The smallest neighbour: {country.neighbours[-1]}."
-        found.append(f"{name}: neighbours\n{near}")
-    found.append(f"{name}: land\nThe area of {name}: {country.area:.0f} km2. Region: {country.region}.")
-    found.append(f"{name}: people\nThe population of {name}: {country.population}.")
+        largest, smallest = country.neighbours[0], country.neighbours[-1]
+        near = f"The largest neighbour of {name}: {largest}. The smallest neighbour of {name}: {smallest}."
+        found.append(f"{name}, neighbours\nNeighbours of {name}. {near}")
+    found.append(f"{name}, land\nThe area of {name}: {country.area:.0f} km2. Region: {country.region}.")
+    found.append(f"{name}, people\nThe population of {name}: {country.population}.")
     return found
 
 

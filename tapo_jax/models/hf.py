@@ -139,11 +139,18 @@ def fill(model: Qwen3VL, values: dict[parameters.Path, jax.Array]) -> Qwen3VL:
 
 
 def save(
-    model: Qwen3VL, config: Qwen3VLConfig, path: str | Path, *, dtype: str | None = None, assets: str | Path | None = None
+    model: Qwen3VL,
+    config: Qwen3VLConfig,
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    assets: str | Path | None = None,
+    shard_bytes: int = safetensors_files.SHARD_BYTES,
 ) -> None:
     """Writes config.json and model.safetensors (in `dtype`; None: the parameters' own) for transformers and vLLM.
 
     A model with low-rank parameters has to be merged first (`lora.merged`): ValueError.
+    shard_bytes: a larger model is written in several files with an index.
     assets: a model directory whose tokenizer, chat template and preprocessor files are copied along.
     Every process of a run must call it; the first one writes.
     """
@@ -167,7 +174,7 @@ def save(
             read(name)
         return
     path.mkdir(parents=True, exist_ok=True)
-    safetensors_files.write_all(path, shapes, out, read)
+    safetensors_files.write_all(path, shapes, out, read, shard_bytes=shard_bytes)
     raw = config.to_hf() | {"dtype": str(out)}
     (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     for name in ASSETS if assets is not None and Path(assets) != path else ():

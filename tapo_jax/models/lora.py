@@ -35,9 +35,10 @@ def add(model: Qwen3VL, rank: int, *, modules: Sequence[str] = DECODER, alpha: f
     """
     if model.lora_rank is not None:
         raise ValueError("the model has low-rank parameters already")
-    for i, module in enumerate(modules):
+    for module in modules:
         if module not in (*DECODER, *VISION):
             raise ValueError(f'"{module}" is no module for low-rank updates; there are {", ".join((*DECODER, *VISION))}')
+    for i, module in enumerate(modules):
         stack, name = (model.vision.blocks, module[7:]) if module in VISION else (model.decoder, module)
         kernel = stack.arrays()[name]
         axes = inputs(name)

@@ -3,7 +3,7 @@
 Block sizes are those that other TPU trainers use; scores never leave the chip's fast memory. Axes as in `attention.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from tapo_jax import sharding
 BLOCKS = (512, 256, 128)
 LANES = 128
 PADDING = -1
+CAUSAL, FULL = "splash_causal", "splash_full"  # scopes, by which `kernel_flops` knows a compiled kernel
 
 
 def splash_attention(
@@ -38,7 +39,8 @@ def splash_attention(
 
     def own_part(q_bxhxTxA: jax.Array, k: jax.Array, v: jax.Array, q_segment: jax.Array, kv_segment: jax.Array) -> jax.Array:
         kernel = _kernel(q_bxhxTxA.shape[1], q_bxhxTxA.shape[2], k.shape[2], causal, interpret)
-        return jax.vmap(kernel)(q_bxhxTxA, k, v, splash.SegmentIds(q_segment, kv_segment))
+        with jax.named_scope(CAUSAL if causal else FULL):
+            return jax.vmap(kernel)(q_bxhxTxA, k, v, splash.SegmentIds(q_segment, kv_segment))
 
     heads, keys, segments = ("batch", "heads", None, None), ("batch", "kv_heads", None, None), ("batch", None)
     axes = (heads, keys, keys, segments, segments)
@@ -53,9 +55,13 @@ def _padded(x: jax.Array, *, axis: int, value: int) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
+def _block(size: int) -> int:
+    return next(block for block in BLOCKS if size % block == 0)
+
+
 def _kernel(heads: int, T: int, S: int, causal: bool, interpret: bool) -> Callable:
     mask = splash.CausalMask((T, S)) if causal else splash.FullMask((T, S))
-    q, kv = (next(block for block in BLOCKS if size % block == 0) for size in (T, S))
+    q, kv = _block(T), _block(S)
     blocks = splash.BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, block_q_dq=q,
         block_kv_dq=kv,
@@ -63,3 +69,18 @@ def _kernel(heads: int, T: int, S: int, causal: bool, interpret: bool) -> Callab
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
     )
+
+
+def kernel_flops(op_name: str, dims: Sequence[tuple[int, ...]]) -> float:
+    """Flops of one of the compiled kernels, for those who read a compiled program; 0 for a kernel of another kind.
+
+    op_name: its path in the traced program; dims: the sizes of its operands, of which the first two with four axes are q and k.
+    Counted are the products of the blocks that the kernel visits: all, or those on and below the diagonal.
+    """
+    products = next((n for name, n in {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}.items() if name in op_name), 0)
+    if not products:
+        return 0.0
+    (B, H, T, A), (_, _, S, _) = [d for d in dims if len(d) == 4][:2]
+    blocks = T // _block(T)
+    visited = (blocks + 1) / (2 * blocks) if CAUSAL in op_name else 1.0
+    return 2.0 * products * B * H * T * S * A * visited

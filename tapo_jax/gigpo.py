@@ -1,0 +1,37 @@
+"""GiGPO, the step-level comparator (Feng et al. 2025, arXiv 2505.10978): equal states, where TAPO has similar actions.
+
+Steps of a group that start from the same state form a step-level group: each is compared with what else was tried there.
+Axes: P prompts, G rollouts, K steps of a rollout, S = G·K slots (slot = g·K + k), as in `tapo`.
+"""
+
+import jax.numpy as jnp
+
+
+def step_returns(reward_PxG, valid_PxS, discount=0.95):
+    """return_PxS: discount^(steps of the rollout that follow) · the rollout's reward (rewarded at the end only)."""
+    P, G = reward_PxG.shape
+    valid_PxGxK = valid_PxS.reshape(P, G, -1)
+    following_PxGxK = jnp.flip(jnp.cumsum(jnp.flip(valid_PxGxK, axis=2), axis=2), axis=2) - valid_PxGxK
+    return_PxGxK = reward_PxG[:, :, None] * jnp.asarray(discount, reward_PxG.dtype) ** following_PxGxK
+    return jnp.where(valid_PxGxK, return_PxGxK, 0).reshape(P, -1)
+
+
+def step_advantages(return_PxS, anchor_PxS, valid_PxS, advantage_PxG, *, omega=1.0, normalise=True, epsilon=1e-6):
+    """advantage_PxS = trajectory's advantage + omega · (return - mean) / std over the steps with the same anchor state.
+
+    anchor_PxS: int32 hash of the state that the step was taken in (for a tool agent: the conversation's last
+    observation).
+    normalise: divide by the standard deviation (ddof 1); False leaves it out (the paper's F_norm = 1).
+    A state that only one step saw, and one whose returns are all equal, adds exactly 0. A slot without a step gets 0.
+    """
+    P, G = advantage_PxG.shape
+    same_PxSxS = (anchor_PxS[:, :, None] == anchor_PxS[:, None, :]) & valid_PxS[:, :, None] & valid_PxS[:, None, :]
+    count_PxS = jnp.maximum(same_PxSxS.sum(axis=2), 1)
+    # Differences instead of returns: equal returns give exactly 0, whatever their mean rounds to.
+    difference_PxSxS = jnp.where(same_PxSxS, return_PxS[:, :, None] - return_PxS[:, None, :], 0)
+    centred_PxS = difference_PxSxS.sum(axis=2) / count_PxS
+    if normalise:
+        square_PxS = jnp.where(same_PxSxS, (centred_PxS**2)[:, None, :], 0).sum(axis=2)
+        centred_PxS = centred_PxS / (jnp.sqrt(square_PxS / jnp.maximum(count_PxS - 1, 1)) + epsilon)
+    own_PxS = jnp.repeat(advantage_PxG, return_PxS.shape[1] // G, axis=1)
+    return jnp.where(valid_PxS, own_PxS + omega * centred_PxS, 0)

@@ -1,0 +1,33 @@
+import jax
+import numpy as np
+
+from tapo_jax import gigpo, tapo
+
+
+def test_returns_by_hand():
+    # Rollout 0 makes two steps and is rewarded 1: the first is one step away. Rollout 1 makes one, of reward 0.5.
+    result = gigpo.step_returns(np.float32([[1.0, 0.5]]), np.array([[True, True, True, False]]), discount=0.9)
+    np.testing.assert_allclose(result, [[0.9, 1.0, 0.5, 0.0]], rtol=1e-6)
+
+
+def test_steps_by_hand():
+    # Slots 0, 2 and 4 start from state 7 with returns 1, 0, 0: mean 1/3, std (ddof 1) sqrt(1/3). Slots 1 and 3 share
+    # state 8 and their return; slot 5 is alone in its state.
+    anchor, valid = np.array([[7, 8, 7, 8, 7, 9]], np.int32), np.ones((1, 6), bool)
+    returns, advantage = np.float32([[1, 0.3, 0, 0.3, 0, 5]]), np.float32([[1, -1, 2]])
+    plain = jax.jit(gigpo.step_advantages, static_argnames="normalise")
+    np.testing.assert_allclose(
+        plain(returns, anchor, valid, advantage, omega=0.5, normalise=False),
+        [[1 + 1 / 3, 1, -1 - 1 / 6, -1, 2 - 1 / 6, 2]], rtol=1e-6,
+    )
+    scaled = plain(returns, anchor, valid, advantage, omega=1.0, normalise=True)
+    np.testing.assert_allclose(scaled[0, 0], 1 + 2 / 3 / np.sqrt(1 / 3), rtol=1e-5)
+    assert scaled[0, [1, 3, 5]].tolist() == [1, -1, 2]
+
+
+def test_padding_and_tokens():
+    anchor, valid = np.array([[7, 7, 7, 7]], np.int32), np.array([[True, False, True, False]])
+    result = gigpo.step_advantages(np.float32([[1, 99, 0, -99]]), anchor, valid, np.float32([[0, 0]]), normalise=False)
+    assert result.tolist() == [[0.5, 0, -0.5, 0]]
+    token = tapo.token_advantages(np.float32([[3, 4]]), result, np.array([[0, -1], [-1, 0]], np.int32))
+    assert token.tolist() == [[0.5, 3], [4, -0.5]]
