@@ -1,8 +1,8 @@
 """TAPO on GRPO. The complete config: every field that the program reads is here.
 
-    python launch/train.py --config=configs/tapo_grpo.py --workdir=/tmp/tapo
-    python launch/train.py --config=configs/tapo_grpo.py:steps=20,seed=1 --workdir=/tmp/tapo_1
-    python launch/train.py --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=DIR --workdir=…      # on every host of a pod
+    python launch/train.py --config=configs/tapo_grpo.py --workdir=/tmp/tapo python launch/train.py
+    --config=configs/tapo_grpo.py:steps=20,seed=1 --workdir=/tmp/tapo_1 python launch/train.py
+    --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=DIR --workdir=…      # on every host of a pod
 
 Without an argument: Atlas (the embedded world) and the tiny model that ships with the package; runs on any machine.
 Arguments: `steps=…`, `seed=…`, `test` (a setting of seconds, for tests), `qwen3_vl_4b` (the paper's recipe, for pods).
@@ -26,8 +26,9 @@ def get_config(arg: str = "") -> ConfigDict:
         name="atlas",  # "atlas", "jsonl" (your own folder data.dir) or "package.module:function"
         split="train", prompts_per_step=8,
         dir="",  # "" is a folder of the user's cache
-        # Atlas: numbers of look-ups a question takes, countries of a scene, its side in pixels, smallest and largest outline as a
-        # share of it, seed of the questions, and the number of questions of the splits "train" and "held_out".
+        # Atlas: numbers of look-ups a question takes, countries of a scene, its side in pixels, smallest and largest
+        # outline as a share of it, seed of the questions, and the number of questions of the splits "train" and
+        # "held_out".
         hops=(1, 2), outlines=3, size=256, outline=(0.18, 0.30), world_seed=0, sizes=(2048, 512),
     ))  # fmt: skip
     c.model = ConfigDict(dict(
@@ -47,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
         max_pixels=0,  # height · width of an image at most; 0: what the model directory says
         temperature=1.0, top_p=1.0,
         decode_chunk=16,  # tokens between two looks at who has finished
-        tool_wait_s=float("inf"),  # how long a round waits for tools; finite: faster with slow tools, but not repeatable
+        tool_wait_s=float("inf"),  # how long a round waits for tools; finite: faster with slow tools, not repeatable
     ))  # fmt: skip
     c.tools = ConfigDict(dict(
         source="atlas",  # or your own "package.module:function"
@@ -75,7 +76,8 @@ def get_config(arg: str = "") -> ConfigDict:
         control="none",  # "shuffled", "zero_tools": what TAPO must beat
         # Beyond the paper, off: a theta for each tool that follows the quantile of similarities between its witnesses …
         adaptive_theta=False, adaptive_quantile=0.8, adaptive_rate=0.05,
-        # … and witnesses of the same question in the last memory_steps steps, each step of age discounting their weight.
+        # … and witnesses of the same question in the last memory_steps steps, each step of age discounting their
+        # weight.
         memory_steps=0, memory_size=4, memory_discount=0.9,
     ))  # fmt: skip
     c.optimizer = ConfigDict(dict(
@@ -85,7 +87,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train = ConfigDict(dict(
         updates_per_batch=2, micro_batches=1,
         max_nonfinite=5,  # updates in a row without a finite loss and gradient, after which the run ends
-        length_buckets=(384, 512), patch_buckets=(320, 448, 640),  # sizes that batches are padded to; the largest possible is added
+        # Sizes that batches are padded to; the largest possible is added.
+        length_buckets=(384, 512), patch_buckets=(320, 448, 640),
         warm_up=False,  # compile every such size before the first step
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
@@ -108,7 +111,9 @@ def get_config(arg: str = "") -> ConfigDict:
         c.rollout.update(slots=1024, max_turns=10, max_new_tokens=2048, max_length=16384, decode_chunk=64)
         c.tapo.steps = 10
         c.optimizer.update(lr=1e-6, warmup_steps=0)
-        c.train.update(updates_per_batch=1, micro_batches=4, length_buckets=(8192,), patch_buckets=(16384, 32768), warm_up=True)
+        c.train.update(
+            updates_per_batch=1, micro_batches=4, length_buckets=(8192,), patch_buckets=(16384, 32768), warm_up=True
+        )
         c.mesh.update(data=1, fsdp=-1)
         c.log.episodes_every = 10
     return c

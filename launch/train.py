@@ -1,4 +1,5 @@
-"""Trains an agent: `python launch/train.py --config=configs/tapo_grpo.py --workdir=DIR`. The same command again goes on."""
+"""Trains an agent: `python launch/train.py --config=configs/tapo_grpo.py --workdir=DIR`. The same command again goes
+on."""
 
 from absl import flags
 from ml_collections import config_flags
@@ -6,7 +7,9 @@ from ml_collections import config_flags
 from tapo_jax import processes
 from tapo_jax.config import run_main
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with its argument: FILE.py or FILE.py:ARGUMENT.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The config file, with its argument: FILE.py or FILE.py:ARGUMENT."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of this run is kept.")
 flags.mark_flags_as_required(["config", "workdir"])
 

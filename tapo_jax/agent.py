@@ -30,25 +30,34 @@ SHIPPED_MODEL = tiny_model.PACKAGED
 
 
 def model_directory(path: str, shape: str = "") -> Path:
-    """The directory of a config's model.path; "" is the model that ships with the package, unless the config is for a published
-    model (its model.shape). Raises UserError where it lacks a part."""
+    """The directory of a config's model.path; "" is the model that ships with the package, unless the config is for a
+    published model (its model.shape). Raises UserError where it lacks a part."""
     if shape and not path:
-        raise UserError(f"model.path is empty and this config is for {shape}: give --config.model.path=DIR, a directory with its files.")
+        raise UserError(
+            f"model.path is empty and this config is for {shape}: give --config.model.path=DIR with its files."
+        )
     directory = Path(path) if path else SHIPPED_MODEL
     if not directory.is_dir():
-        raise UserError(f"model.path is '{directory}', which is no directory: give a model directory in Hugging Face form.")
+        raise UserError(
+            f"model.path is '{directory}', which is no directory: give a model directory in Hugging Face form."
+        )
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         if not (directory / name).is_file():
-            raise UserError(f"The model directory {directory} has no {name}: give a complete directory in Hugging Face form.")
+            raise UserError(
+                f"The model directory {directory} has no {name}: give a complete directory in Hugging Face form."
+            )
     return directory
 
 
 def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL, Qwen3VLConfig]:
-    """The model of a directory, laid out over the mesh. Raises UserError where the files are not a model of this family."""
+    """The model of a directory, laid out over the mesh. Raises UserError where the files are not a model of this
+    family."""
     try:
         return hf.load(directory, mesh=mesh, dtype=model.param_dtype, compute_dtype=model.dtype)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"The model directory {directory} cannot be loaded ({error}): give a Qwen3-VL model.") from error
+        raise UserError(
+            f"The model directory {directory} cannot be loaded ({error}): give a Qwen3-VL model."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +73,15 @@ class Agent:
     tool_wait_s: float
 
     def play(
-        self, params: Any, prompts: Sequence[Prompt], *, group_size: int, temperature: float, top_p: float, seed: int, step: int,
+        self,
+        params: Any,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        step: int,
         first_prompt: int = 0,
     ) -> tuple[list[Episode], dict[str, float]]:
         """`group_size` scored episodes of each of this process's prompts, prompt-major, and the rollout's metrics.
@@ -72,8 +89,19 @@ class Agent:
         first_prompt: the number of prompts[0] among those of all processes. In a pod every process calls this together.
         """
         episodes, metrics = rollout(
-            self.sampler, params, prompts, chat=self.chat, pixels=self.pixels, runner=self.runner, group_size=group_size,
-            limits=self.limits, temperature=temperature, top_p=top_p, seed=seed, step=step, tool_wait_s=self.tool_wait_s,
+            self.sampler,
+            params,
+            prompts,
+            chat=self.chat,
+            pixels=self.pixels,
+            runner=self.runner,
+            group_size=group_size,
+            limits=self.limits,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            step=step,
+            tool_wait_s=self.tool_wait_s,
             first_prompt=first_prompt,
         )
         for episode in episodes:
@@ -83,7 +111,8 @@ class Agent:
 
 
 def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Sequence[Tool], mesh: Mesh) -> Agent:
-    """An agent as the config says. Raises UserError for a directory without a usable tokenizer or slots that the mesh does not divide."""
+    """An agent as the config says. Raises UserError for a directory without a usable tokenizer or slots that the mesh
+    does not divide."""
     chat = Chat.from_dir(directory)
     rollout_config = config.rollout
     processor = ImageProcessor.from_dir(directory)
@@ -91,9 +120,17 @@ def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Seque
         processor = dataclasses.replace(processor, max_pixels=min(processor.max_pixels, rollout_config.max_pixels))
     pixels = PixelStore(processor)
     sampler = Sampler(
-        model, mesh=mesh, slots=rollout_config.slots, capacity=rollout_config.max_length, chunk=rollout_config.decode_chunk,
-        image_patches=pixels.max_patches, stop_ids=chat.stop_ids, forbidden_V=chat.forbidden_V(model.config.vocab),
+        model,
+        mesh=mesh,
+        slots=rollout_config.slots,
+        capacity=rollout_config.max_length,
+        chunk=rollout_config.decode_chunk,
+        image_patches=pixels.max_patches,
+        stop_ids=chat.stop_ids,
+        forbidden_V=chat.forbidden_V(model.config.vocab),
     )
-    runner = ToolRunner(tools, workers=config.tools.workers, timeout_s=config.tools.timeout_s, retries=config.tools.retries)
+    runner = ToolRunner(
+        tools, workers=config.tools.workers, timeout_s=config.tools.timeout_s, retries=config.tools.retries
+    )
     limits = Limits(rollout_config.max_turns, rollout_config.max_new_tokens, rollout_config.max_length)
     return Agent(sampler, chat, pixels, runner, limits, dict(config.reward), rollout_config.tool_wait_s)

@@ -47,22 +47,26 @@ def check(config: ConfigDict) -> None:
             "set tapo.steps to at least the number of turns, so that every tool step has a slot."
         )
     if not config.reward or "accuracy" not in config.reward:
-        raise UserError("reward has no field 'accuracy': TAPO's success is the accuracy part of the reward, so give it a weight.")
+        raise UserError(
+            "reward has no field 'accuracy': TAPO's success is the accuracy part of the reward, so give it a weight."
+        )
 
 
 def check_rows(*, prompts: int, group_size: int, shards: int, processes: int, updates: int, micro_batches: int) -> None:
-    """The batch of prompts × group_size rows must divide into updates × micro_batches pieces, each over `shards` devices."""
+    """The batch of prompts × group_size rows must divide into updates × micro_batches pieces, each over `shards`
+    devices."""
     rows = prompts * group_size
     if rows % shards:
         raise UserError(
-            f"The batch has {rows} rows (data.prompts_per_step {prompts} × rollout.group_size {group_size}) and the mesh splits it "
-            f"{shards} ways (mesh.data × mesh.fsdp): change one of these fields so that {shards} divides the rows."
+            f"The batch has {rows} rows (data.prompts_per_step {prompts} × rollout.group_size {group_size}) "
+            f"and the mesh splits it {shards} ways (mesh.data × mesh.fsdp): "
+            f"change a field so that {shards} divides the rows."
         )
     pieces = updates * micro_batches
     if rows % pieces or (rows // pieces) % shards:
         raise UserError(
-            f"The batch of {rows} rows does not divide into train.updates_per_batch {updates} × train.micro_batches {micro_batches} "
-            f"pieces of a multiple of {shards} rows (mesh.data × mesh.fsdp): change one of these fields."
+            f"The batch of {rows} rows does not divide into train.updates_per_batch {updates} × train.micro_batches "
+            f"{micro_batches} pieces of a multiple of {shards} rows (mesh.data × mesh.fsdp): change a field."
         )
     if prompts % processes:
         raise UserError(

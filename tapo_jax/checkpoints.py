@@ -1,13 +1,15 @@
 """Checkpoints of a run with orbax: {state, data iterator, run}, each written whole or not at all.
 
-What is saved after step n (`WORKDIR/checkpoints/n/`): `state`, the TrainState with its layout over the mesh; `data`, the position
-of the data iterator; `run`, the step, the seed and a fingerprint of the state. There is no generator state: every random number
-of a run is folded from (seed, step, prompt, sample, turn).
+What is saved after step n (`WORKDIR/checkpoints/n/`): `state`, the TrainState with its layout over the mesh; `data`,
+the positions of what the host keeps (data iterator, memory of witnesses); `run`, the step, the seed and a fingerprint
+of the state. There is no generator state: all random numbers are folded from (seed, step, prompt, sample, turn).
 
 The order of resuming, which `train.py` follows:
 1. build mesh, model and optimizer from the config, so that shapes and layouts are known;
 2. find the newest complete checkpoint (a folder that a kill left half-written has a temporary name and is removed);
-3. restore the state into the layout and compare its fingerprint; 4. set the data iterator; 5. cut metrics.jsonl after step n;
+3. restore the state into the layout and compare its fingerprint;
+4. put the data iterator and the memory of witnesses at their positions;
+5. cut metrics.jsonl after step n;
 6. go on with step n + 1, whose keys are folded from n + 1.
 So a run that was killed after any step, and started again, writes what the run would have written.
 """
@@ -29,14 +31,16 @@ from tapo_jax.train_step import TrainState
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-    """A uint32 of the bits of every leaf: changes when any bit of the state does (short of a coincidence of 1 in 4 billion)."""
+    """A uint32 of the bits of every leaf: changes when any bit of the state does (short of a coincidence of 1 in 4
+    billion)."""
 
     def leaf(array: jax.Array) -> jax.Array:
         kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
         bits = jax.lax.bitcast_convert_type(array, kinds[array.dtype.itemsize]).astype(jnp.uint32)
         weight = jnp.ones(array.shape, jnp.uint32)
         for axis in range(array.ndim):  # an odd weight for each place, so that swapped values are seen
-            weight *= 2 * jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(40503 + 2 * axis) + jnp.uint32(1)
+            place = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+            weight *= place * jnp.uint32(2 * (40503 + 2 * axis)) + jnp.uint32(1)
         return jnp.sum(bits * weight, dtype=jnp.uint32)
 
     total = jnp.uint32(0)
@@ -51,7 +55,9 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int) -> None:
         self.directory = directory.absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
@@ -83,7 +89,8 @@ class Checkpoints:
             raise self._unwritten(error) from error
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """-> (state, data, run). `like`: a state of the same shapes, whose layout is taken. Raises UserError where it cannot be read."""
+        """-> (state, data, run). `like`: a state of the same shapes, whose layout is taken. Raises UserError where it
+        cannot be read."""
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore()
@@ -121,7 +128,8 @@ class Checkpoints:
 
 
 def _forget_failed_reads() -> None:
-    """A failed read leaves half-run coroutines, each of which prints a page when it is collected: the sentence would drown."""
+    """A failed read leaves half-run coroutines, each of which prints a page when it is collected: the sentence would
+    drown."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     gc.collect()
     sys.unraisablehook = hook

@@ -5,7 +5,7 @@ Holds no defaults: the files in `configs/` are complete. Imports no jax, so that
 
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """absl's `app.run`; a UserError is printed as its sentence and ends the program with code 1, without a traceback."""
+    """absl's `app.run`; a UserError is printed as its sentence and ends the program with code 1, no traceback."""
     try:
         app.run(main, flags_parser=_parse_flags)
     except UserError as error:
@@ -27,8 +27,11 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
 
 def _parse_flags(args: list[str]) -> list[str]:
-    """absl's parsing; a --config.… flag that the config has no field for, or a config file that does not exist, is a UserError."""
-    logging.set_verbosity(logging.WARNING)  # libraries report every step of their work otherwise; --verbosity=0 shows it
+    """absl's parsing; a --config.… flag that the config has no field for, or a config file that does not exist, is a
+    UserError."""
+    logging.set_verbosity(
+        logging.WARNING
+    )  # libraries report every step of their work otherwise; --verbosity=0 shows it
     try:
         rest = app.parse_flags_with_usage(args)
         if "config" in flags.FLAGS:
@@ -50,10 +53,14 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     for item in filter(None, (part.strip() for part in arg.split(","))):
         name, separator, text = item.partition("=")
         if name not in defaults:
-            raise UserError(f"Unknown config argument '{name}': the arguments of this config are {', '.join(defaults)}.")
+            raise UserError(
+                f"Unknown config argument '{name}': the arguments of this config are {', '.join(defaults)}."
+            )
         kind = type(defaults[name])
         if not separator and kind is not bool:
-            raise UserError(f"Config argument '{name}' needs a value: write {name}={defaults[name]!r} or another {kind.__name__}.")
+            raise UserError(
+                f"Config argument '{name}' needs a value: write {name}={defaults[name]!r} or another {kind.__name__}."
+            )
         values[name] = _parse_value(name, text if separator else "true", kind)
     return ConfigDict(values)
 
@@ -76,7 +83,7 @@ def beside(config_file: str, name: str, function: str = "get_config") -> Callabl
 
 
 def total_steps(steps: int, epochs: float, examples: int, prompts_per_step: int) -> int:
-    """Steps of the loop: `steps`, or where epochs > 0 that many passes over `examples` prompts, rounded, at least one."""
+    """Steps of the loop: `steps`, or where epochs > 0 that many passes over `examples` prompts, at least one."""
     if epochs > 0:
         return max(1, round(epochs * examples / prompts_per_step))
     return steps
@@ -90,3 +97,11 @@ def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
 def check_positive(field: str, value: float) -> None:
     if not value > 0:
         raise UserError(f"{field} is {value}: it must be greater than 0.")
+
+
+def flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping | ConfigDict) else {prefix + name: value}
+    return values

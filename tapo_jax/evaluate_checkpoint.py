@@ -72,7 +72,8 @@ def find(checkpoint: Path, config: ConfigDict) -> tuple[Path | None, Path, str, 
         checkpoint = checkpoint / "checkpoints" / str(max(steps))
     if checkpoint.name.isdigit() and checkpoint.resolve().parent.name == "checkpoints":
         workdir = checkpoint.resolve().parents[1]
-        return checkpoint, model_directory(config.model.path), f"step_{int(checkpoint.name):06d}", workdir / "eval"
+        models = model_directory(config.model.path, config.model.shape)
+        return checkpoint, models, f"step_{int(checkpoint.name):06d}", workdir / "eval"
     if not (checkpoint / "config.json").is_file():
         raise UserError(f"{checkpoint} holds neither checkpoints nor a model: {_GIVE}.")
     parent = checkpoint.resolve().parent

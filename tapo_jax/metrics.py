@@ -1,7 +1,7 @@
 """Where a run's numbers go: one JSON line a step, TensorBoard, a progress bar. Only process 0 writes.
 
-`metrics.jsonl` is the record that everything else reads: {"step": 12, "reward/mean": 0.61, …}. A number that is not finite is
-written as null, so that every JSON reader can read the file and no maximum can hide it.
+`metrics.jsonl` is the record that everything else reads: {"step": 12, "reward/mean": 0.61, …}. A number that is not
+finite is written as null, so that every JSON reader can read the file and no maximum can hide it.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
 def compile_count() -> int:
-    """How many programs XLA compiled (or read from the compilation cache) in this process since this file was imported."""
+    """How many programs XLA compiled (or read from its cache) in this process since this file was imported."""
     return _compiles[0]
 
 
@@ -59,10 +59,15 @@ class Clock:
 
 
 def throughput(
-    values: Mapping[str, float], episodes: Sequence[Episode], config: Qwen3VLConfig, pixels: PixelStore, *, train_vision: bool
+    values: Mapping[str, float],
+    episodes: Sequence[Episode],
+    config: Qwen3VLConfig,
+    pixels: PixelStore,
+    *,
+    train_vision: bool,
 ) -> dict[str, float]:
-    """perf/… of one step from its time/…: tokens that the policies of all processes wrote, per second of the whole step; operations
-    per second and device of the updates, and on devices with a known peak their share of it (mfu)."""
+    """perf/… of one step from its time/…: tokens that the policies of all processes wrote, per second of the whole
+    step; operations per second and device of the updates, and on devices with a known peak their share of it (mfu)."""
     grids = [pixels.grid(image) for episode in episodes for image in episode.images]
     lengths = [len(episode.token_T) for episode in episodes]
     done = flops.update(config, lengths, [t * h * w for t, h, w in grids], train_vision=train_vision)
@@ -87,7 +92,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Writes the numbers of steps. On resuming, lines of steps later than `resumed_step` (None: a fresh start) are cut."""
+    """Writes the numbers of steps. Lines of steps later than `resumed_step` (None: a fresh start) are cut."""
 
     def __init__(self, workdir: Path, *, total_steps: int, resumed_step: int | None, tensorboard: bool) -> None:
         self._main = jax.process_index() == 0

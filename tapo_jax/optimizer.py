@@ -48,10 +48,12 @@ def _labels(tree: Any, label: Any) -> Any:
 def make_optimizer(
     optimizer: Any, *, total_steps: int, updates_per_step: int = 1, train_vision: bool = True
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The chain and its schedule (of update numbers). `optimizer` has lr, schedule, warmup_steps, b1, b2, weight_decay, grad_clip
-    (0: no clipping) and vision_lr_multiplier; its steps are steps of the loop, each of `updates_per_step` updates.
+    """The chain and its schedule (of update numbers). `optimizer` has lr, schedule, warmup_steps, b1, b2, weight_decay,
+    grad_clip (0: no clipping) and vision_lr_multiplier; its steps are steps of the loop, each of `updates_per_step`
+    updates.
 
-    With train_vision=False the vision tower is frozen: no update, no decay, no moments in memory, no part in the clipped norm.
+    With train_vision=False the vision tower is frozen: no update, no decay, no moments in memory, no part in the
+    clipped norm.
     """
     schedule = make_schedule(
         optimizer.lr, optimizer.schedule, optimizer.warmup_steps * updates_per_step, total_steps * updates_per_step

@@ -1,4 +1,5 @@
-"""How a batch of episodes ended, as arrays: rewards, successes, encoded calls, and witnesses remembered from earlier steps."""
+"""How a batch of episodes ended, as arrays: rewards, successes, encoded calls, and witnesses remembered from earlier
+steps."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,10 @@ from tapo_jax.types import Episode
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One batch. reward_PxG: float32, total rewards. success_PxG: bool. steps: the calls of G + M rollouts of each prompt; the last M
-    are successful rollouts that the same question had in earlier steps (M may be 0): remembered_success_PxM is False where there is
-    none, remembered_advantage_PxM what they had then, remembered_weight_PxM what is left of their weight."""
+    """One batch. reward_PxG: float32, total rewards. success_PxG: bool. steps: the calls of G + M rollouts of each
+    prompt; the last M are successful rollouts that the same question had in earlier steps (M may be 0):
+    remembered_success_PxM is False where there is none, remembered_advantage_PxM what they had then,
+    remembered_weight_PxM what is left of their weight."""
 
     reward_PxG: Any
     success_PxG: Any
@@ -31,14 +33,21 @@ class Outcome:
 class Outcomes:
     """Encodes batches and keeps the memory of witnesses.
 
-    steps: K, tool steps of a rollout at most. features: of a hashed text. slots: `tapo.parameter_slots` of the tools. embed: text to
-    vector, None: hashed words. memory_steps: how long a witness is remembered, 0: not at all; memory_size: M, rollouts
-    of one question that are; discount: of their weight for each step of age.
+    steps: K, tool steps of a rollout at most. features: of a hashed text. slots: `tapo.parameter_slots` of the tools.
+    embed: text to vector, None: hashed words. memory_steps: how long a witness is remembered, 0: not at all;
+    memory_size: M, rollouts of one question that are; discount: of their weight for each step of age.
     """
 
     def __init__(
-        self, *, steps: int, features: int, slots: Mapping[str, int], embed: Callable | None = None, memory_steps: int = 0,
-        memory_size: int = 0, discount: float = 1.0,
+        self,
+        *,
+        steps: int,
+        features: int,
+        slots: Mapping[str, int],
+        embed: Callable | None = None,
+        memory_steps: int = 0,
+        memory_size: int = 0,
+        discount: float = 1.0,
     ) -> None:
         self._steps, self._features, self._slots, self._embed = steps, features, dict(slots), embed
         self._memory_steps, self._discount = memory_steps, discount
@@ -54,7 +63,9 @@ class Outcomes:
         return Outcome(
             reward_PxG=np.array([[episode.reward for episode in group] for group in groups], np.float32),
             success_PxG=np.array([[episode.success for episode in group] for group in groups]),
-            steps=tapo.encode_steps(calls, steps=self._steps, features=self._features, embed=self._embed, **self._slots),
+            steps=tapo.encode_steps(
+                calls, steps=self._steps, features=self._features, embed=self._embed, **self._slots
+            ),
             remembered_success_PxM=success_PxM,
             remembered_advantage_PxM=advantage_PxM,
             remembered_weight_PxM=weight_PxM,

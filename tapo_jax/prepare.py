@@ -1,5 +1,5 @@
-"""From rewards and tool calls to the advantage of every token, for the whole batch, on the device: the step between rollout and
-update. The mathematics is in `advantages.py` and `tapo.py`."""
+"""From rewards and tool calls to the advantage of every token, for the whole batch, on the device: the step between
+rollout and update. The mathematics is in `advantages.py` and `tapo.py`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,22 +19,30 @@ from tapo_jax.tapo_adaptive import AdaptiveTheta
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Credit:
-    """What every trajectory and every step got. advantage_PxG: of the base algorithm; transfer: None where TAPO is off."""
+    """What every trajectory and step got. advantage_PxG: of the base algorithm; transfer: None where TAPO is off."""
 
     advantage_PxG: jax.Array
     transfer: CreditTransfer | None
 
 
 def make_prepare(
-    mesh: Mesh, *, estimator: str, dynamic_sampling: bool, overlong_buffer: int, max_length: int, transfer: dict[str, Any] | None,
-    tools: Sequence[str] = (), quantile: float = 0.8, rate: float = 0.05,
+    mesh: Mesh,
+    *,
+    estimator: str,
+    dynamic_sampling: bool,
+    overlong_buffer: int,
+    max_length: int,
+    transfer: dict[str, Any] | None,
+    tools: Sequence[str] = (),
+    quantile: float = 0.8,
+    rate: float = 0.05,
 ) -> Callable:
     """jitted (batch, outcome, thresholds, seed_step_2) -> (advantage_BxT, mask_BxT, Credit, thresholds, metrics).
 
-    transfer: the settings of `tapo.transfer_credit`, None: TAPO off (its diagnostics are logged all the same, with the published
-    settings and without effect). dynamic_sampling: groups whose rewards are all equal leave the loss (their mask becomes False).
-    overlong_buffer: tokens before max_length in which a penalty grows to 1.
-    thresholds: `tapo_adaptive.AdaptiveTheta` of `tools`, moved by `quantile` and `rate`, or None for the theta of `transfer`.
+    transfer: the settings of `tapo.transfer_credit`, None: TAPO off (its diagnostics are logged all the same, with the
+    published settings and without effect). dynamic_sampling: groups whose rewards are all equal leave the loss (their
+    mask becomes False). overlong_buffer: tokens before max_length in which a penalty grows to 1. thresholds:
+    `tapo_adaptive.AdaptiveTheta` of `tools`, moved by `quantile` and `rate`, or None for the theta of `transfer`.
     seed_step_2: int32, what the control that shuffles draws from.
     """
     settings = transfer if transfer is not None else {"theta": 0.7, "beta": 0.0}
@@ -64,7 +72,9 @@ def make_prepare(
         credit = Credit(advantage_PxG, result if transfer is not None else None)
         return jnp.where(mask_BxT, advantage_BxT, 0), mask_BxT, credit, thresholds, metrics
 
-    def transferred(outcome: Outcome, advantage_PxG: jax.Array, thresholds: AdaptiveTheta | None, seed_step_2: jax.Array) -> tuple:
+    def transferred(
+        outcome: Outcome, advantage_PxG: jax.Array, thresholds: AdaptiveTheta | None, seed_step_2: jax.Array
+    ) -> tuple:
         """-> (CreditTransfer of the G rollouts' slots, thresholds for the next batch, diagnostics)."""
         G, steps = advantage_PxG.shape[1], outcome.steps
         together = lambda own, remembered: jnp.concatenate([own, remembered], axis=1)  # noqa: E731
@@ -72,7 +82,11 @@ def make_prepare(
         advantage_PxH = together(advantage_PxG, outcome.remembered_advantage_PxM)
         weight_PxH = together(jnp.ones_like(advantage_PxG), outcome.remembered_weight_PxM)
         key = jax.random.fold_in(jax.random.key(seed_step_2[0]), seed_step_2[1])
-        used = settings if thresholds is None else settings | {"theta": tapo_adaptive.thresholds(thresholds, steps, settings["theta"])}
+        used = (
+            settings
+            if thresholds is None
+            else settings | {"theta": tapo_adaptive.thresholds(thresholds, steps, settings["theta"])}
+        )
         result = tapo.transfer_credit(steps, success_PxH, advantage_PxH, key=key, weight_PxG=weight_PxH, **used)
         own = G * steps.valid_PxS.shape[1] // success_PxH.shape[1]
         result = tapo_memory.drop_remembered(result, own)

@@ -19,8 +19,9 @@ from tapo_jax.config import UserError
 def join() -> None:
     """Connects the processes of a pod or cluster; does nothing on one machine. Call it before anything else of jax.
 
-    On the hosts of a TPU slice everything is found by itself. Elsewhere each process is told by three environment variables:
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises UserError where one is missing.
+    On the hosts of a TPU slice everything is found by itself. Elsewhere each process is told by three environment
+    variables: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises UserError
+    where one is missing.
     """
     if jax.distributed.is_initialized():
         return
@@ -71,7 +72,8 @@ def gather(value: Any) -> list[Any]:
 
 
 def mean_over(values: Mapping[str, float]) -> dict[str, float]:
-    """The mean of each number over the processes; a name that a process lacks counts as 0. Every process must call this."""
+    """The mean of each number over the processes; a name that a process lacks counts as 0. Every process must call
+    this."""
     each = gather(dict(values))
     names = dict.fromkeys(name for one in each for name in one)
     return {name: sum(one.get(name, 0.0) for one in each) / len(each) for name in names}

@@ -46,7 +46,7 @@ class RecordedTurn:
 
 @dataclasses.dataclass(frozen=True)
 class RecordedEpisode:
-    """One conversation. images: PNG bytes, in the order of `img_idx`; the first `prompt_images` belong to the question."""
+    """One conversation. images: PNG bytes in the order of `img_idx`; the first `prompt_images` are the question's."""
 
     step: int
     prompt: int
@@ -72,11 +72,14 @@ def png(pixels_HxWx3: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def credit_fields(transfer: Any, prompt: int, sample: int, *, steps: int, rollouts: int, pooled: bool) -> list[dict[str, Any]]:
+def credit_fields(
+    transfer: Any, prompt: int, sample: int, *, steps: int, rollouts: int, pooled: bool
+) -> list[dict[str, Any]]:
     """What `record` needs of each tool step of one episode, from a `tapo.CreditTransfer` of numpy arrays.
 
-    steps: K, slots of a rollout. rollouts: of a group, remembered ones of earlier steps included: such a witness, whose sample number
-    would be beyond the group, is left out. pooled: witnesses are numbered over the whole batch (TAPO's scope "batch").
+    steps: K, slots of a rollout. rollouts: of a group, remembered ones of earlier steps included: such a witness, whose
+    sample number would be beyond the group, is left out. pooled: witnesses are numbered over the whole batch (TAPO's
+    scope "batch").
     """
     fields = []
     samples = transfer.witness_PxS.shape[1] // steps
@@ -98,7 +101,9 @@ def credit_fields(transfer: Any, prompt: int, sample: int, *, steps: int, rollou
     return fields
 
 
-def record(episode: Episode, *, step: int, prompt: int, advantage: float, credit: Sequence[dict[str, Any]]) -> RecordedEpisode:
+def record(
+    episode: Episode, *, step: int, prompt: int, advantage: float, credit: Sequence[dict[str, Any]]
+) -> RecordedEpisode:
     """credit[k]: the fields adv_after, correctable, corrected, sim, support, witness of tool step k."""
     turns, slot, result_image = [], 0, len(episode.prompt.images)
     for turn in episode.turns:

@@ -44,7 +44,7 @@ def table(episodes: Sequence[RecordedEpisode], thresholds: Sequence[float] = cre
         )
     groups = {key: number for number, key in enumerate(dict.fromkeys((e.step, e.prompt) for e in episodes))}
     steps = [
-        (turn.sim if turn.witness is not None else 0.0, groups[episode.step, episode.prompt], episode.sample)
+        (turn.sim, groups[episode.step, episode.prompt], episode.sample)
         for episode in episodes
         for turn in episode.turns
         if turn.slot >= 0 and not episode.success

@@ -1,7 +1,7 @@
 """The mesh, and the one table that says what is split over it. The only file that knows PartitionSpec.
 
-Three mesh axes: `data` (replicas), `fsdp` (parameters and batch split), `tensor` (heads, hidden units, vocabulary split).
-A model names the logical axes of its parameters (`models/parameters.py`); RULES maps logical axes to mesh axes.
+Three mesh axes: `data` (replicas), `fsdp` (parameters and batch split), `tensor` (heads, hidden units, vocabulary
+split). A model names the logical axes of its parameters (`models/parameters.py`); RULES maps logical axes to mesh axes.
 A new strategy is one edit in RULES.
 """
 
@@ -38,7 +38,8 @@ RULES: dict[str, MeshAxes] = {
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over `devices` (default: all, of every process). At most one size may be -1: the rest.
+    """A (data, fsdp, tensor) mesh over `devices` (default: all, of every process). At most one size may be -1: the
+    rest.
 
     Raises UserError where the sizes do not multiply to the number of devices.
     """
@@ -46,7 +47,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     sizes = [data, fsdp, tensor]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or known < 1:
-        raise UserError(f"mesh is data={data}, fsdp={fsdp}, tensor={tensor}: give positive sizes, at most one of them -1 (the rest).")
+        raise UserError(
+            f"mesh is data={data}, fsdp={fsdp}, tensor={tensor}: give positive sizes, at most one of them -1, the rest."
+        )
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise UserError(
             f"mesh data={data} × fsdp={fsdp} × tensor={tensor} does not fit {len(devices)} devices: "
@@ -71,16 +74,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def layout(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """Where one parameter lies. A dimension that its mesh axes do not divide stays whole, and so does a vector (a norm's scale,
-    a bias; stacked or not): splitting it saves nothing and costs a gather."""
+    """Where one parameter lies. A dimension that its mesh axes do not divide stays whole, and so does a vector (a
+    norm's scale, a bias; stacked or not): splitting it saves nothing and costs a gather."""
     if sum(axis not in (None, "layers") for axis in axes) < 2:
         return replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(*_split(axes, shape, mesh)))
 
 
 def parameters(tree: Any, axes: Mapping[tuple[str, ...], tuple[str | None, ...]], mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of a tree of parameters, or of an optimizer state, whose moments' paths end like the
-    parameters' own. axes: logical axes by parameter path. A leaf of another path (a counter) is on every device."""
+    """A NamedSharding for every leaf of a tree of parameters, or of an optimizer state, whose moments' paths end like
+    the parameters' own. axes: logical axes by parameter path. A leaf of another path (a counter) is on every device."""
 
     def leaf(path: tuple, value: Any) -> NamedSharding:
         names = tuple(path_name(path).split("/"))
@@ -122,9 +125,11 @@ def pieces(logical: str) -> int:
 
 
 def on_shards(function: Callable, axes: Sequence[tuple[str | None, ...]], *arrays: jax.Array) -> jax.Array:
-    """`function(*arrays)` on every device's own part of the arrays, for kernels that the compiler cannot split by itself.
+    """`function(*arrays)` on every device's own part of the arrays, for kernels that the compiler cannot split by
+    itself.
 
-    axes: the logical axes of each array; the result is laid out like the first array. Outside of `on` it is function(*arrays).
+    axes: the logical axes of each array; the result is laid out like the first array. Outside of `on` it is
+    function(*arrays).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -154,7 +159,7 @@ def _split(logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -
 def local_rows(mesh: Mesh, count: int) -> np.ndarray:
     """Which of `count` batch rows this process holds: sorted int64 indices."""
     held = set()
-    for (index, *_) in rows(mesh).addressable_devices_indices_map((count,)).values():
+    for index, *_ in rows(mesh).addressable_devices_indices_map((count,)).values():
         held.update(range(*index.indices(count)))
     return np.array(sorted(held), np.int64)
 

@@ -116,7 +116,10 @@ def extend_slots(
     """request: slot, tokens that the slot holds, whether this is a prompt."""
     model = nnx.merge(graphdef, params)
     slot_ZxR, before_ZxR, fresh_ZxR = (request_ZxRx3[..., i] for i in range(3))
-    hidden_BxTxD, cache = qwen3_vl.extend(model, _take_cache(state, slot_ZxR, before_ZxR, window), inputs)
+    capacity = state.k[0].shape[4]
+    cache = _take_cache(state, slot_ZxR, before_ZxR, window)
+    # Places past the capacity only catch the writes of padding: nobody reads them.
+    hidden_BxTxD, cache = qwen3_vl.extend(model, cache, inputs, window=capacity if window > capacity else None)
     state = _put_cache(state, cache, slot_ZxR)
     count_B = jnp.sum(inputs.segment_BxT > 0, axis=1, dtype=jnp.int32)
     last_BxD = jnp.take_along_axis(hidden_BxTxD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]

@@ -1,6 +1,6 @@
-"""The training loop, from a config to a trained model directory. Read it from top to bottom: `train` is the order of events.
+"""The training loop, from a config to a trained model directory. Read it from the top: `train` is the order of events.
 
-    prompts → rollout (sampler × tools) → rewards → advantages → TAPO → updates → metrics → checkpoint → evaluation
+prompts → rollout (sampler × tools) → rewards → advantages → TAPO → updates → metrics → checkpoint → evaluation
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import check, evaluate, prepare, processes, records, report, sharding, tapo, tapo_adaptive, tapo_embedding, train_step, viewer
+from tapo_jax import check, evaluate, prepare, processes, records, report, sharding, tapo_adaptive, train_step, viewer
 from tapo_jax.agent import Agent, load_model, make_agent, model_directory
 from tapo_jax.batch import TrainBatch
 from tapo_jax.checkpoints import Checkpoints
-from tapo_jax.config import UserError, total_steps
+from tapo_jax.config import UserError, flat, total_steps
 from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
 from tapo_jax.inputs import bucket, pack, sizes
@@ -31,35 +31,44 @@ from tapo_jax.models import hf
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.optimizer import make_optimizer
 from tapo_jax.outcome import Outcome, Outcomes
+from tapo_jax.programs import Programs, make_outcomes, make_programs
 from tapo_jax.train_step import TrainState
 from tapo_jax.types import Episode, Prompt
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """Trains as `config` says and leaves everything in `workdir`; called again, goes on where it was stopped. Raises UserError."""
-    # ---------------------------------------------------------------------------------------------------- check the config
+    """Trains as `config` says and leaves everything in `workdir`; called again, goes on where it was stopped. Raises
+    UserError."""
+    # -------------------------------------------------------------------------------------- check the config
     workdir = Path(workdir)
     check.check(config)
     directory = model_directory(config.model.path, config.model.shape)
-    # ---------------------------------------------------------------------------------------------------- mesh
+    # -------------------------------------------------------------------------------------- mesh
     mesh = sharding.make_mesh(**config.mesh)
     check.check_rows(
-        prompts=config.data.prompts_per_step, group_size=config.rollout.group_size, shards=sharding.batch_shards(mesh),
-        processes=jax.process_count(), updates=config.train.updates_per_batch, micro_batches=config.train.micro_batches,
+        prompts=config.data.prompts_per_step,
+        group_size=config.rollout.group_size,
+        shards=sharding.batch_shards(mesh),
+        processes=jax.process_count(),
+        updates=config.train.updates_per_batch,
+        micro_batches=config.train.micro_batches,
     )
-    # ---------------------------------------------------------------------------------------------------- data
+    # -------------------------------------------------------------------------------------- data
     source = sources.prompts(config, config.data.split)
     local = local_prompts(mesh, config)
     prompts = Prompts(source, prompts_per_step=config.data.prompts_per_step, local=local, seed=config.seed)
     total = total_steps(config.total_steps, config.total_epochs, len(source), config.data.prompts_per_step)
     held_out = evaluate.split_prompts(config) if config.eval.at_start or config.eval.at_end or config.eval.every else []
-    # ---------------------------------------------------------------------------------------------------- model
+    # -------------------------------------------------------------------------------------- model
     model, model_config = load_model(directory, config.model, mesh)
     agent = make_agent(config, directory, model, sources.tools(config), mesh)
     graphdef, params = train_step.split_model(model)
-    # ---------------------------------------------------------------------------------------------------- init or restore
+    # -------------------------------------------------------------------------------------- init or restore
     optimizer, schedule = make_optimizer(
-        config.optimizer, total_steps=total, updates_per_step=config.train.updates_per_batch, train_vision=config.model.train_vision
+        config.optimizer,
+        total_steps=total,
+        updates_per_step=config.train.updates_per_batch,
+        train_vision=config.model.train_vision,
     )
     tools = list(agent.runner.tools)
     thresholds = tapo_adaptive.init(tools, config.tapo.theta) if config.tapo.adaptive_theta else None
@@ -75,10 +84,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     if config.train.warm_up:
         writer.say("compiling every shape that a step can have …")
         state = warm_up(run, state)
-    # ---------------------------------------------------------------------------------------------------- evaluate at start
+    # -------------------------------------------------------------------------------------- evaluate at start
     if resumed is None and config.eval.at_start:
         writer.write(0, evaluated(run, state, held_out))
-    # ---------------------------------------------------------------------------------------------------- loop
+    # -------------------------------------------------------------------------------------- loop
     stop, finished = processes.StopRequest(), resumed == total
     for step in range((resumed or 0) + 1, total + 1):
         state, metrics = one_step(run, state, next(prompts), step)
@@ -95,26 +104,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
             writer.say(f"stopped after step {step}; the same command goes on from there")
             break
     checkpoints.close()
-    # ---------------------------------------------------------------------------------------------------- what a run leaves
+    # -------------------------------------------------------------------------------------- what a run leaves
     if finished:
         leave_results(run, nnx.merge(graphdef, state.params), directory)
     writer.close()
     stop.restore()
 
 
-# ------------------------------------------------------------------------------------------------------------ parts of a run
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The compiled programs of a run; signatures in `train_step.py` and `prepare.py`. index_U: the numbers of the mini-batches."""
-
-    log_probs: Callable
-    prepare: Callable
-    update: Callable
-    index_U: list[jax.Array]
-    length_buckets: tuple[int, ...]
-    patch_buckets: tuple[int, ...]
+# -------------------------------------------------------------------------------------------- parts of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,29 +145,19 @@ def local_prompts(mesh: Mesh, config: ConfigDict) -> list[int]:
 def restore(
     checkpoints: Checkpoints, state: TrainState, positions: dict[str, Any], config: ConfigDict
 ) -> tuple[TrainState, int | None]:
-    """The newest checkpoint's state and step, and `positions` (what has a `set_state`) put there; (state, None) in a fresh folder."""
+    """The newest checkpoint's state and step, and `positions` (what has a `set_state`) put there; (state, None) in a
+    fresh folder."""
     latest = checkpoints.latest()
     if latest is None:
         return state, None
     state, data, saved = checkpoints.restore(latest, state)
     if saved["seed"] != config.seed:
-        raise UserError(f"seed is {config.seed} but the run in this --workdir began with {saved['seed']}: give another --workdir.")
+        raise UserError(
+            f"seed is {config.seed} but the run in this --workdir began with {saved['seed']}: give another --workdir."
+        )
     for name, part in positions.items():
         part.set_state(data[name])
     return state, latest
-
-
-def make_outcomes(config: ConfigDict, agent: Agent, params: Any) -> Outcomes:
-    """What encodes the calls. Embedded texts are compared by the embedding table that the run begins with."""
-    t, embed, features = config.tapo, None, config.tapo.features
-    if t.text == "embedding":
-        table_VxD = sharding.to_host(params["embedding"])
-        encode = lambda text: agent.chat.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-        embed, features = tapo_embedding.text_embedding(encode, tapo_embedding.mean_of_table(table_VxD)), table_VxD.shape[1]
-    return Outcomes(
-        steps=t.steps, features=features, slots=tapo.parameter_slots(agent.runner.schemas), embed=embed, memory_steps=t.memory_steps,
-        memory_size=t.memory_size, discount=t.memory_discount,
-    )  # fmt: skip
 
 
 def load_reference(config: ConfigDict, directory: Path, mesh: Mesh) -> Any:
@@ -180,57 +167,40 @@ def load_reference(config: ConfigDict, directory: Path, mesh: Mesh) -> Any:
     return train_step.split_model(load_model(directory, config.model, mesh)[0])[1]
 
 
-def make_programs(
-    config: ConfigDict, graphdef: Any, optimizer: Any, schedule: Callable, state: TrainState, agent: Agent, mesh: Mesh
-) -> Programs:
-    a, t, objective = config.algorithm, config.tapo, train_step.make_objective(config)
-    transfer = dict(
-        theta=t.theta, alpha_min=t.alpha_min, beta=t.beta, cluster=t.cluster, cluster_theta=t.cluster_theta, aggregate=t.aggregate,
-        support=t.support, clip=t.clip, text="cosine" if t.text == "embedding" else t.text, scope=t.scope, control=t.control,
-    )  # fmt: skip
-    model_config = agent.sampler.config
-    forbidden_V = agent.chat.forbidden_V(model_config.vocab)
-    longest = config.rollout.max_length
-    most_patches = longest * model_config.vision.merge**2
-    return Programs(
-        log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh),
-        prepare=prepare.make_prepare(
-            mesh, estimator=a.estimator, dynamic_sampling=a.dynamic_sampling, overlong_buffer=a.overlong_buffer, max_length=longest,
-            transfer=transfer if t.enabled else None, tools=list(agent.runner.tools), quantile=t.adaptive_quantile, rate=t.adaptive_rate,
-        ),
-        update=train_step.make_update(graphdef, optimizer, schedule, objective, forbidden_V, state, mesh),
-        index_U=[sharding.put_replicated(np.int32(u), mesh) for u in range(objective.updates_per_batch)],
-        length_buckets=(*(n for n in config.train.length_buckets if n < longest), longest),
-        patch_buckets=(*(n for n in config.train.patch_buckets if n < most_patches), most_patches),
-    )
-
-
 def write_config(config: ConfigDict, workdir: Path, resumed: int | None, writer: MetricWriter) -> None:
     """Keeps the config beside the results; on resuming, says which fields are not those that the run began with."""
     if jax.process_index() > 0:
         return
     path, now = workdir / "config.json", json.loads(config.to_json_best_effort())
     if resumed is not None and path.exists():
-        before = _flat(json.loads(path.read_text()))
-        changed = [name for name, value in _flat(now).items() if before.get(name) != value]
+        before = flat(json.loads(path.read_text()))
+        changed = [name for name, value in flat(now).items() if before.get(name) != value]
         writer.say(f"resumed after step {resumed}" + (f"; changed since then: {', '.join(changed)}" if changed else ""))
     path.write_text(json.dumps(now, indent=2) + "\n")
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    items = [(prefix + name, value) for name, value in tree.items()]
-    return {k: v for name, value in items for k, v in (_flat(value, name + ".") if isinstance(value, dict) else {name: value}).items()}
-
-
 def warm_up(run: Run, state: TrainState) -> TrainState:
-    """Compiles every shape that a step can have. The updates get an advantage that is not a number, so they change nothing."""
+    """Compiles every shape that a step can have. The updates get an advantage that is not a number, so they change
+    nothing."""
     config, programs = run.config, run.programs
     run.agent.sampler.warm_up(state.params)
     kept = jax.device_get((state.update, state.skipped, state.skipped_in_a_row))
     nothing = np.zeros(0, np.int32)
     for length, patches in itertools.product(programs.length_buckets, programs.patch_buckets):
         prompt = Prompt("", "", (), ())
-        empty = Episode(prompt, 0, nothing, nothing.astype(bool), nothing.astype(np.float32), [], [], [], None, "length", {"accuracy": 0.0})
+        empty = Episode(
+            prompt,
+            0,
+            nothing,
+            nothing.astype(bool),
+            nothing.astype(np.float32),
+            [],
+            [],
+            [],
+            None,
+            "length",
+            {"accuracy": 0.0},
+        )
         batch, outcome = to_device(run, [empty] * (len(run.local) * config.rollout.group_size), length, patches, step=0)
         batch, _, _, _ = with_advantages(run, state, batch, outcome, step=0)
         batch, reference_BxT = with_log_probs(run, state, batch)
@@ -242,7 +212,7 @@ def warm_up(run: Run, state: TrainState) -> TrainState:
     return dataclasses.replace(state, update=counters[0], skipped=counters[1], skipped_in_a_row=counters[2])
 
 
-# ------------------------------------------------------------------------------------------------------------ one step
+# -------------------------------------------------------------------------------------------- one step
 
 
 def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) -> tuple[TrainState, dict[str, float]]:
@@ -271,10 +241,16 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
             each = jax.device_get(each)
         with clock("record"):
             remember(run, episodes, credit, step)
-            if step == 1 or step % config.log.episodes_every == 0 or not np.isfinite([m["loss/total"] for m in each]).all():
+            if (
+                step == 1
+                or step % config.log.episodes_every == 0
+                or not np.isfinite([m["loss/total"] for m in each]).all()
+            ):
                 record_episodes(run, episodes, credit, step)
     values = reward_means(episodes) | played | clock.take() | {"perf/compiles": compile_count() - compiled}
-    values |= throughput(values, episodes, run.agent.sampler.config, run.agent.pixels, train_vision=config.model.train_vision)
+    values |= throughput(
+        values, episodes, run.agent.sampler.config, run.agent.pixels, train_vision=config.model.train_vision
+    )
     return state, processes.mean_over(values) | jax.device_get(found) | train_step.over_updates(each)
 
 
@@ -283,7 +259,9 @@ def grouped(run: Run, episodes: Sequence[Episode]) -> list[Sequence[Episode]]:
     return [episodes[start : start + G] for start in range(0, len(episodes), G)]
 
 
-def to_device(run: Run, episodes: Sequence[Episode], length: int, patches: int, step: int) -> tuple[TrainBatch, Outcome]:
+def to_device(
+    run: Run, episodes: Sequence[Episode], length: int, patches: int, step: int
+) -> tuple[TrainBatch, Outcome]:
     """This process's episodes -> the batch of all processes, [B, length] tokens and [B, patches] patches."""
     agent, P, G = run.agent, run.config.data.prompts_per_step, run.config.rollout.group_size
     buckets = {"length_buckets": (length,), "patch_buckets": (patches,)}
@@ -296,13 +274,16 @@ def with_advantages(
     run: Run, state: TrainState, batch: TrainBatch, outcome: Outcome, step: int
 ) -> tuple[TrainBatch, TrainState, prepare.Credit, dict[str, jax.Array]]:
     seed_step_2 = sharding.put_replicated(np.array([run.config.seed, step], np.int32), run.mesh)
-    advantage_BxT, mask_BxT, credit, thresholds, metrics = run.programs.prepare(batch, outcome, state.thresholds, seed_step_2)
+    advantage_BxT, mask_BxT, credit, thresholds, metrics = run.programs.prepare(
+        batch, outcome, state.thresholds, seed_step_2
+    )
     batch = dataclasses.replace(batch, advantage_BxT=advantage_BxT, mask_BxT=mask_BxT)
     return batch, dataclasses.replace(state, thresholds=thresholds), credit, metrics
 
 
 def with_log_probs(run: Run, state: TrainState, batch: TrainBatch) -> tuple[TrainBatch, jax.Array | None]:
-    """The batch with old log-probabilities where more than one update needs them, and the reference's where there is one."""
+    """The batch with old log-probabilities where more than one update needs them, and the reference's where there is
+    one."""
     reference_BxT = None if run.reference is None else run.programs.log_probs(run.reference, batch.inputs)
     if len(run.programs.index_U) > 1:
         batch = dataclasses.replace(batch, old_logp_BxT=run.programs.log_probs(state.params, batch.inputs))
@@ -330,18 +311,23 @@ def record_episodes(run: Run, episodes: Sequence[Episode], credit: prepare.Credi
     for row, episode in enumerate(episodes):
         p, g = run.local[row // G], row % G
         fields = [] if credit.transfer is None else records.credit_fields(credit.transfer, p, g, **layout)
-        recorded.append(records.record(episode, step=step, prompt=p, advantage=float(credit.advantage_PxG[p, g]), credit=fields))
+        recorded.append(
+            records.record(episode, step=step, prompt=p, advantage=float(credit.advantage_PxG[p, g]), credit=fields)
+        )
     records.save(run.workdir / "episodes" / f"step_{step:06d}.npz", recorded)
 
 
-# ------------------------------------------------------------------------------------------------------------ beside the steps
+# -------------------------------------------------------------------------------------------- beside
+# the steps
 
 
 def evaluated(run: Run, state: TrainState, prompts: Sequence[Prompt]) -> dict[str, float]:
     """The evaluation's numbers as eval/…"""
     with run.clock("eval"):
         found = dict(
-            evaluate.evaluate(run.agent, state.params, prompts, temperature=run.config.eval.temperature, seed=run.config.seed)
+            evaluate.evaluate(
+                run.agent, state.params, prompts, temperature=run.config.eval.temperature, seed=run.config.seed
+            )
         )
     return {f"eval/{name}": value for name, value in found.items()} | run.clock.take()
 
@@ -351,9 +337,11 @@ def raise_if_broken(metrics: dict[str, float], step: int, config: ConfigDict, wo
     skipped = int(metrics["optimizer/skipped_in_a_row"])
     if skipped >= config.train.max_nonfinite:
         raise UserError(
-            f"At step {step} the loss or the gradient was not finite for {skipped} updates in a row (train.max_nonfinite "
-            f"{config.train.max_nonfinite}): look at loss/ratio_max, loss/sampler_kl and optimizer/grad_norm in "
-            f"{workdir / 'metrics.jsonl'} and at the episodes in {workdir / 'episodes'}, then lower optimizer.lr or optimizer.grad_clip."
+            f"At step {step} the loss or the gradient was not finite for {skipped} updates in a row "
+            f"(train.max_nonfinite {config.train.max_nonfinite}): look at loss/ratio_max, loss/sampler_kl and "
+            "optimizer/grad_norm in "
+            f"{workdir / 'metrics.jsonl'} and at the episodes in {workdir / 'episodes'}, "
+            "then lower optimizer.lr or optimizer.grad_clip."
         )
 
 

@@ -1,8 +1,8 @@
 """The device side of learning: model -> log-probabilities -> loss -> gradients -> update, jitted over the mesh.
 
-Rows are cut into mini- and micro-batches with a stride (row i·M + m belongs to piece m): so every device keeps the rows that it
-holds, and the samples of one group are spread over the pieces. Every piece divides by the token count of the whole mini-batch, so
-that the sum over micro-batches is exactly the loss of the mini-batch.
+Rows are cut into mini- and micro-batches with a stride (row i·M + m belongs to piece m): so every device keeps the rows
+that it holds, and the samples of one group are spread over the pieces. Every piece divides by the token count of the
+whole mini-batch, so that the sum over micro-batches is exactly the loss of the mini-batch.
 """
 
 import dataclasses
@@ -67,27 +67,43 @@ def make_objective(config: Any) -> Objective:
     """The numbers of a config's algorithm, rollout, train and model that the update needs."""
     a = config.algorithm
     return Objective(
-        loss=a.loss, clip_low=a.clip_low, clip_high=a.clip_high, clip_dual=a.clip_dual, tau_pos=a.tau_pos, tau_neg=a.tau_neg,
-        aggregation=a.aggregation, kl_coef=a.kl_coef, kl_estimator=a.kl_estimator, importance_cap=a.importance_cap,
-        temperature=config.rollout.temperature, updates_per_batch=config.train.updates_per_batch,
-        micro_batches=config.train.micro_batches, remat=config.model.remat, train_vision=config.model.train_vision,
-    )  # fmt: skip
+        loss=a.loss,
+        clip_low=a.clip_low,
+        clip_high=a.clip_high,
+        clip_dual=a.clip_dual,
+        tau_pos=a.tau_pos,
+        tau_neg=a.tau_neg,
+        aggregation=a.aggregation,
+        kl_coef=a.kl_coef,
+        kl_estimator=a.kl_estimator,
+        importance_cap=a.importance_cap,
+        temperature=config.rollout.temperature,
+        updates_per_batch=config.train.updates_per_batch,
+        micro_batches=config.train.micro_batches,
+        remat=config.model.remat,
+        train_vision=config.model.train_vision,
+    )
 
 
 # State.
 
 
 def split_model(model: nnx.Module) -> tuple[Any, Any]:
-    """-> (graphdef, params): the static structure and a nested dict of arrays; `nnx.merge(graphdef, params)` puts them together."""
+    """-> (graphdef, params): the static structure and a nested dict of arrays; `nnx.merge(graphdef, params)` puts them
+    together."""
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 
 
 def init_state(
-    params: Any, axes: Mapping, optimizer: optax.GradientTransformation, mesh: Mesh, thresholds: AdaptiveTheta | None = None
+    params: Any,
+    axes: Mapping,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    thresholds: AdaptiveTheta | None = None,
 ) -> TrainState:
-    """A fresh state laid out over the mesh; axes: the parameters' logical axes by path. The parameters are not copied where they
-    already lie as they should."""
+    """A fresh state laid out over the mesh; axes: the parameters' logical axes by path. The parameters are not copied
+    where they already lie as they should."""
     params = jax.device_put(params, sharding.parameters(params, axes, mesh))
     layout = sharding.parameters(jax.eval_shape(optimizer.init, params), axes, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
@@ -143,7 +159,8 @@ def take_piece(tree: Any, pieces: int, index: jax.Array | int) -> Any:
 def accumulate(loss_fn: Callable, params: Any, rows: Any, micro_batches: int) -> tuple[jax.Array, dict, Any]:
     """-> (loss, metrics, gradient) of `loss_fn(params, piece) -> (loss, metrics)` over the micro-batches of `rows`.
 
-    Loss and gradient are sums over the pieces, so loss_fn divides by counts of all the rows; metrics are stacked, [micro_batches].
+    Loss and gradient are sums over the pieces, so loss_fn divides by counts of all the rows; metrics are stacked,
+    [micro_batches].
     """
     value_and_gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -163,7 +180,13 @@ def freeze_vision(params: Any) -> Any:
 
 
 def row_logp(
-    graphdef: Any, params: Any, inputs: ModelInputs, *, temperature: float, forbidden_V: jax.Array, remat: str = "none",
+    graphdef: Any,
+    params: Any,
+    inputs: ModelInputs,
+    *,
+    temperature: float,
+    forbidden_V: jax.Array,
+    remat: str = "none",
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """-> (logp_BxT, entropy_BxT) of every token under the distribution that the sampler draws from."""
@@ -185,7 +208,12 @@ def make_log_probs(graphdef: Any, objective: Objective, forbidden_V: Any, mesh: 
         def piece(index: jax.Array) -> jax.Array:
             part = take_piece(inputs, pieces, index)
             return row_logp(
-                graphdef, params, part, temperature=objective.temperature, forbidden_V=jnp.asarray(forbidden_V), mesh=mesh
+                graphdef,
+                params,
+                part,
+                temperature=objective.temperature,
+                forbidden_V=jnp.asarray(forbidden_V),
+                mesh=mesh,
             )[0]
 
         logp_MxbxT = jax.lax.map(piece, jnp.arange(pieces))
@@ -195,23 +223,34 @@ def make_log_probs(graphdef: Any, objective: Objective, forbidden_V: Any, mesh: 
 
 
 def make_update(
-    graphdef: Any, optimizer: optax.GradientTransformation, schedule: optax.Schedule, objective: Objective, forbidden_V: Any,
-    state: TrainState, mesh: Mesh,
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    objective: Objective,
+    forbidden_V: Any,
+    state: TrainState,
+    mesh: Mesh,
 ) -> Callable:
-    """jitted (state, batch, ref_logp_BxT or None, index) -> (state, metrics): one update on mini-batch `index` of the batch.
+    """jitted (state, batch, ref_logp_BxT or None, index) -> (state, metrics): one update on mini-batch `index` of the
+    batch.
 
-    The state is donated and keeps the layout of `state`. batch.advantage_BxT is filled; batch.old_logp_BxT where there is more than one
-    update a batch: with one, the old log-probabilities are the current ones without their gradient, and no extra pass is made.
+    The state is donated and keeps the layout of `state`. batch.advantage_BxT is filled; batch.old_logp_BxT where there
+    is more than one update a batch: with one, the old log-probabilities are the current ones without their gradient,
+    and no extra pass is made.
     """
 
-    def update(state: TrainState, batch: TrainBatch, ref_logp_BxT: jax.Array | None, index: jax.Array) -> tuple[TrainState, dict]:
+    def update(
+        state: TrainState, batch: TrainBatch, ref_logp_BxT: jax.Array | None, index: jax.Array
+    ) -> tuple[TrainState, dict]:
         rows = take_piece((batch, ref_logp_BxT), objective.updates_per_batch, index)
         aggregation = objective.aggregation or losses.ALGORITHMS[objective.loss]
         denominator = losses.count(rows[0].mask_BxT, aggregation)
 
         def loss_fn(params: Any, piece: tuple[TrainBatch, jax.Array | None]) -> tuple[jax.Array, dict]:
             params = params if objective.train_vision else freeze_vision(params)
-            return piece_loss(graphdef, params, *piece, objective, aggregation, denominator, jnp.asarray(forbidden_V), mesh)
+            return piece_loss(
+                graphdef, params, *piece, objective, aggregation, denominator, jnp.asarray(forbidden_V), mesh
+            )
 
         loss, metrics_M, gradient = accumulate(loss_fn, state.params, rows, objective.micro_batches)
         rate = schedule(_schedule_count(state))
@@ -223,13 +262,25 @@ def make_update(
 
 
 def piece_loss(
-    graphdef: Any, params: Any, batch: TrainBatch, ref_logp_BxT: jax.Array | None, objective: Objective, aggregation: str,
-    denominator: jax.Array, forbidden_V: jax.Array, mesh: Mesh | None = None,
+    graphdef: Any,
+    params: Any,
+    batch: TrainBatch,
+    ref_logp_BxT: jax.Array | None,
+    objective: Objective,
+    aggregation: str,
+    denominator: jax.Array,
+    forbidden_V: jax.Array,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of one micro-batch, divided by the count of its mini-batch, and its metrics (means over its tokens)."""
     mask_BxT = batch.mask_BxT
     logp_BxT, entropy_BxT = row_logp(
-        graphdef, params, batch.inputs, temperature=objective.temperature, forbidden_V=forbidden_V, remat=objective.remat,
+        graphdef,
+        params,
+        batch.inputs,
+        temperature=objective.temperature,
+        forbidden_V=forbidden_V,
+        remat=objective.remat,
         mesh=mesh,
     )
     old_logp_BxT = jax.lax.stop_gradient(logp_BxT) if objective.updates_per_batch == 1 else batch.old_logp_BxT
@@ -239,9 +290,19 @@ def piece_loss(
             old_logp_BxT, batch.sampler_logp_BxT, mask_BxT, cap=objective.importance_cap
         )
     loss, metrics = losses.policy_loss(
-        logp_BxT, old_logp_BxT, batch.advantage_BxT, mask_BxT, algorithm=objective.loss, clip_low=objective.clip_low,
-        clip_high=objective.clip_high, clip_dual=objective.clip_dual, tau_pos=objective.tau_pos, tau_neg=objective.tau_neg,
-        aggregation=aggregation, denominator=denominator, weight_BxT=weight_BxT,
+        logp_BxT,
+        old_logp_BxT,
+        batch.advantage_BxT,
+        mask_BxT,
+        algorithm=objective.loss,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        clip_dual=objective.clip_dual,
+        tau_pos=objective.tau_pos,
+        tau_neg=objective.tau_neg,
+        aggregation=aggregation,
+        denominator=denominator,
+        weight_BxT=weight_BxT,
     )
     metrics = {f"loss/{name}": value for name, value in (metrics | weight_metrics).items()}
     metrics["loss/entropy"] = losses.aggregate(jax.lax.stop_gradient(entropy_BxT), mask_BxT)
@@ -254,7 +315,8 @@ def piece_loss(
 
 
 def combine(metrics_M: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Metrics of the micro-batches as one: means weighted by their tokens, `_max` the largest, `_sum` and tokens the sum.
+    """Metrics of the micro-batches as one: means weighted by their tokens, `_max` the largest, `_sum` and tokens the
+    sum.
 
     The largest of a NaN and a number is the NaN.
     """
@@ -272,7 +334,7 @@ def combine(metrics_M: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def over_updates(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of the updates on one batch as one: `_max` the largest, counters the last, everything else the mean."""
+    """The metrics of the updates on one batch as one: `_max` the largest, counters the last, the rest the mean."""
     merged = {}
     for name in each[0]:
         values = [float(one[name]) for one in each]

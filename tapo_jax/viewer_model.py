@@ -155,9 +155,11 @@ class Views:
 
     def _witness(self, episode: RecordedEpisode, turn: RecordedTurn) -> dict[str, str] | None:
         """Where to find the step that this one is most similar to; "" where it is not on the page. None for a witness
-        itself."""
-        if turn.witness is None or episode.success:
+        itself and where there is none."""
+        if episode.success or (turn.witness is None and turn.sim == 0):
             return None
+        if turn.witness is None:
+            return {"anchor": "", "label": "a sample of an earlier step"}  # from the witness memory
         anchor = _anchor(episode.step, *turn.witness)
         prompt, sample, slot = turn.witness
         return {
@@ -192,7 +194,7 @@ def _status(episode: RecordedEpisode, turn: RecordedTurn) -> str:
         return "witness"
     if turn.correctable:
         return "matches a witness, not corrected"
-    return "no witness close enough" if turn.witness is not None else "no witness"
+    return "no witness close enough" if turn.sim > 0 else "no witness"
 
 
 def _image_number(value: Any, count: int) -> int | None:

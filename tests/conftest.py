@@ -1,4 +1,5 @@
-"""Tests run on the CPU with eight fake devices, unless JAX_PLATFORMS says otherwise. Set before jax is imported anywhere."""
+"""Tests run on the CPU with eight fake devices, unless JAX_PLATFORMS says otherwise. Set before jax is imported
+anywhere."""
 
 import os
 from pathlib import Path

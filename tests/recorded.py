@@ -52,7 +52,7 @@ def recorded(
     made = []
     for p, group in enumerate(episodes):
         for g, episode in enumerate(group):
-            credit = records.credit_fields(transfer, p, g, STEPS, pooled=False)
+            credit = records.credit_fields(transfer, p, g, steps=STEPS, rollouts=group_size, pooled=False)
             made.append(
                 records.record(episode, step=step, prompt=p, advantage=float(advantage_PxG[p, g]), credit=credit)
             )

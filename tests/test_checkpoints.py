@@ -22,9 +22,12 @@ def make_state(seed: int = 0, rows: int = 64) -> TrainState:
     weights = np.random.default_rng(seed).normal(size=(rows, 256)).astype(np.float32)
     number = lambda n: sharding.put_replicated(np.int32(n), mesh)  # noqa: E731
     return TrainState(
-        update=number(3), params={"w": sharding.put_rows(weights, mesh, rows)}, opt_state={"m": number(1)}, skipped=number(0),
+        update=number(3),
+        params={"w": sharding.put_rows(weights, mesh, rows)},
+        opt_state={"m": number(1)},
+        skipped=number(0),
         skipped_in_a_row=number(0),
-    )  # fmt: skip
+    )
 
 
 def saved(folder: Path, steps: tuple[int, ...] = (1, 2)) -> Checkpoints:
@@ -59,7 +62,9 @@ def test_a_donated_state_does_not_reach_the_checkpoint(tmp_path):
     made.save(1, state, data=DATA, seed=0)
     jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
     made.close()
-    np.testing.assert_array_equal(Checkpoints(tmp_path, keep=2).restore(1, make_state(1, rows=4096))[0].params["w"], want)
+    np.testing.assert_array_equal(
+        Checkpoints(tmp_path, keep=2).restore(1, make_state(1, rows=4096))[0].params["w"], want
+    )
 
 
 def test_what_a_kill_left_half_written_is_passed_over(tmp_path):
@@ -75,7 +80,11 @@ def array_file(folder: Path) -> Path:
 @pytest.mark.parametrize("damage", ["cut", "one bit", "gone", "not json", "other data position"])
 def test_a_damaged_checkpoint_is_one_sentence_that_names_the_way_out(tmp_path, damage):
     saved(tmp_path).close()
-    array, run, data = array_file(tmp_path / "2"), tmp_path / "2" / "run" / "metadata", tmp_path / "2" / "data" / "metadata"
+    array, run, data = (
+        array_file(tmp_path / "2"),
+        tmp_path / "2" / "run" / "metadata",
+        tmp_path / "2" / "data" / "metadata",
+    )
     if damage == "cut":
         array.write_bytes(array.read_bytes()[: array.stat().st_size // 2])
     elif damage == "one bit":
@@ -88,14 +97,18 @@ def test_a_damaged_checkpoint_is_one_sentence_that_names_the_way_out(tmp_path, d
         run.write_text(run.read_text()[:-5])
     else:
         data.write_text(data.read_text().replace("7", "8"))
-    with pytest.raises(UserError, match=r"/2 cannot be read into this model.*delete that folder, and the run goes on from step 1") as raised:
+    with pytest.raises(
+        UserError, match=r"/2 cannot be read into this model.*delete that folder, and the run goes on from step 1"
+    ) as raised:
         Checkpoints(tmp_path, keep=2).restore(2, make_state())
     assert "\n" not in str(raised.value)
 
 
 def test_a_checkpoint_of_another_shape_is_one_sentence(tmp_path):
     saved(tmp_path, (1,)).close()
-    with pytest.raises(UserError, match=r"use the config that wrote it, or delete that folder, and the run starts again"):
+    with pytest.raises(
+        UserError, match=r"use the config that wrote it, or delete that folder, and the run starts again"
+    ):
         Checkpoints(tmp_path, keep=2).restore(1, make_state(rows=32))
 
 
@@ -105,7 +118,9 @@ def test_a_full_disk_is_one_sentence_and_older_checkpoints_stay(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
-        with pytest.raises(UserError, match=r"could not be written .* make room on the disk .* older checkpoints are intact"):
+        with pytest.raises(
+            UserError, match=r"could not be written .* make room on the disk .* older checkpoints are intact"
+        ):
             made.save(3, make_state(3, rows=8192), data=DATA, seed=5)
             made.wait()
     finally:

@@ -46,8 +46,10 @@ def test_beside_reads_another_config_of_the_folder():
 
 
 def test_run_main_prints_the_sentence_and_exits_1():
-    program = "from tapo_jax.config import UserError, run_main\ndef main(argv): raise UserError('x is 3: set 4.')\nrun_main(main)"
-    ended = subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent, capture_output=True, text=True, check=False)
+    program = "from tapo_jax.config import *\ndef main(argv): raise UserError('x is 3: set 4.')\nrun_main(main)"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=CONFIGS.parent, capture_output=True, text=True, check=False
+    )
     assert (ended.returncode, ended.stderr) == (1, "error: x is 3: set 4.\n")
 
 

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tapo_jax import check
-from tapo_jax.config import UserError, beside
+from tapo_jax.config import UserError, beside, flat
 
 CONFIGS = sorted(path.name for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
 ALGORITHMS = {
@@ -17,13 +17,6 @@ ALGORITHMS = {
 
 def load(name: str, arg: str = "") -> ConfigDict:
     return beside(str(Path(__file__).parents[1] / "configs" / "x"), name)(arg)
-
-
-def flat(config: ConfigDict, prefix: str = "") -> dict:
-    values = {}
-    for name, value in config.items():
-        values |= flat(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {prefix + name: value}
-    return values
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("ablations.py", "recipes.py")])

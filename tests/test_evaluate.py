@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -11,12 +12,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from rollout_world import model
 
 from tapo_jax import evaluate, evaluate_checkpoint, train_step
-from tapo_jax.checkpoints import fingerprint
+from tapo_jax.checkpoints import Checkpoints
 from tapo_jax.config import UserError
 from tapo_jax.types import Episode, Prompt
 
@@ -135,14 +135,13 @@ def test_table():
 
 
 def save_checkpoint(workdir: Path, step: int, params) -> Path:
-    """A checkpoint as `Checkpoints.save` lays it out, with something beside the weights."""
-    folder = workdir / "checkpoints" / str(step)
-    state = {"update": jnp.int32(3), "params": params, "opt_state": {"mu": jax.tree.map(jnp.zeros_like, params)}}
-    with ocp.StandardCheckpointer() as writer:
-        writer.save(folder / "state", state)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
-        writer.save(folder / "run", {"step": step, "params_fingerprint": int(fingerprint(params))})
-    return folder
+    """A checkpoint as a run writes it; the optimizer's moments are zeros."""
+    zero, moments = jnp.int32(0), {"mu": jax.tree.map(jnp.zeros_like, params)}
+    state = train_step.TrainState(update=zero, params=params, opt_state=moments, skipped=zero, skipped_in_a_row=zero)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
+    checkpoints.save(step, state, data={}, seed=0)
+    checkpoints.close()
+    return workdir / "checkpoints" / str(step)
 
 
 @pytest.fixture(scope="module")
@@ -243,13 +242,14 @@ def test_wrong_checkpoint_is_one_sentence(tmp_path):
 
 
 def test_missing_checkpoint_ends_the_program_with_one_sentence(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
     command = [
         sys.executable,
         "launch/eval.py",
         "--config=configs/tapo_grpo.py:test",
         f"--checkpoint={tmp_path / 'nowhere'}",
     ]
-    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     (sentence,) = [line for line in done.stderr.splitlines() if "nowhere" in line]
     assert sentence.startswith("error: --checkpoint is") and "Traceback" not in done.stderr

@@ -11,8 +11,8 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py
 
 
 def imports(file: str, *, at_once: bool = False) -> set[str]:
-    """The modules that a file imports: "jax.sharding.Mesh" for `from jax.sharding import Mesh`. at_once: only what importing the file
-    imports, not what a function imports when it is called."""
+    """The modules that a file imports: "jax.sharding.Mesh" for `from jax.sharding import Mesh`. at_once: only what
+    importing the file imports, not what a function imports when it is called."""
     found = set()
     tree = ast.parse((ROOT / file).read_text())
     for node in tree.body if at_once else ast.walk(tree):
@@ -34,7 +34,9 @@ def inside(file: str) -> set[str]:
         parts = name.split(".")
         for end in (len(parts), len(parts) - 1):
             path = "/".join(parts[:end])
-            found |= {other for other in (f"{path}.py", f"{path}/__init__.py") if other in FILES and parts[0] == "tapo_jax"}
+            found |= {
+                other for other in (f"{path}.py", f"{path}/__init__.py") if other in FILES and parts[0] == "tapo_jax"
+            }
     return found - {"tapo_jax/__init__.py"}
 
 
@@ -65,11 +67,18 @@ def test_tapo_needs_no_model_no_config_and_no_episode():
 @pytest.mark.parametrize(
     "file",
     [
-        "tapo_jax/config.py", "tapo_jax/types.py", "tapo_jax/episode.py", "tapo_jax/chat.py", "tapo_jax/rewards.py",
-        "tapo_jax/records.py", "tapo_jax/models/config.py", "tapo_jax/models/positions.py", "tapo_jax/models/image_processor.py",
+        "tapo_jax/config.py",
+        "tapo_jax/types.py",
+        "tapo_jax/episode.py",
+        "tapo_jax/chat.py",
+        "tapo_jax/rewards.py",
+        "tapo_jax/records.py",
+        "tapo_jax/models/config.py",
+        "tapo_jax/models/positions.py",
+        "tapo_jax/models/image_processor.py",
         *(file for file in FILES if file.startswith("tapo_jax/tools/")),
     ],
-)  # fmt: skip
+)
 def test_the_host_side_imports_no_jax(file):
     for other in reached(file):
         assert not {"jax", "jaxlib", "flax"} & tops(other), f"{file} runs {other}"
@@ -84,7 +93,9 @@ def test_one_file_knows_partition_specs():
     """By the names in the code, since `jax.sharding.PartitionSpec` and `jax.P` need no import of their own."""
     users = []
     for file in FILES:
-        names = {node.attr for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.Attribute)}
+        names = {
+            node.attr for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.Attribute)
+        }
         if {"PartitionSpec", "P"} & (names | {name.rsplit(".", 1)[-1] for name in imports(file)}):
             users.append(file)
     assert users == ["tapo_jax/sharding.py"]
@@ -96,11 +107,14 @@ def test_one_file_knows_the_names_in_safetensors_files():
 
 
 def test_the_sampler_knows_no_tools_and_no_text():
-    assert not any(name.startswith(("tapo_jax.tools", "tapo_jax.chat", "tapo_jax.episode")) for name in imports("tapo_jax/sampler.py"))
+    assert not any(
+        name.startswith(("tapo_jax.tools", "tapo_jax.chat", "tapo_jax.episode"))
+        for name in imports("tapo_jax/sampler.py")
+    )
 
 
 def test_only_the_rollout_joins_device_and_tools():
-    """A file that imports both the sampler and the tools' runner: the rollout, and agent.py, which builds both for it."""
+    """Files that import both the sampler and the tools' runner: the rollout, and agent.py, which builds both."""
     both = [file for file in FILES if {"tapo_jax/sampler.py", "tapo_jax/tools/base.py"} <= inside(file)]
     assert set(both) <= {"tapo_jax/rollout.py", "tapo_jax/agent.py"}
 

@@ -60,9 +60,17 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
 def test_the_bars_line_has_reward_accuracy_speed_and_the_split_of_time():
     values = {
-        "reward/mean": 0.61, "reward/accuracy": 0.42, "perf/tokens_per_s": 1234.0, "time/step": 10.0, "time/rollout": 6.0,
-        "time/tool_wait": 0.5, "time/prefill": 2.0, "time/decode": 3.0, "time/logprobs": 1.0, "time/update": 2.5,
-    }  # fmt: skip
+        "reward/mean": 0.61,
+        "reward/accuracy": 0.42,
+        "perf/tokens_per_s": 1234.0,
+        "time/step": 10.0,
+        "time/rollout": 6.0,
+        "time/tool_wait": 0.5,
+        "time/prefill": 2.0,
+        "time/decode": 3.0,
+        "time/logprobs": 1.0,
+        "time/update": 2.5,
+    }
     line = metrics.summary(values)
     assert "reward 0.610" in line and "accuracy 0.420" in line and "1234 tok/s" in line
     assert "rollout 60% tool_wait 5% prefill 20% decode 30% logprobs 10% update 25%" in line

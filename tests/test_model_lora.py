@@ -33,7 +33,8 @@ def logits(model, case):
 def test_starts_as_the_same_function():
     model, config = adapted("grouped", filled=False)
     case = conversation(config, [(1, 4, 2)])
-    np.testing.assert_array_equal(logits(model, case), logits(hf.load(directory("grouped"))[0], case))
+    plain = logits(hf.load(directory("grouped"))[0], case)
+    np.testing.assert_allclose(logits(model, case), plain, atol=1e-5)  # another program: sums in another order
 
 
 @pytest.mark.parametrize("name", ["biased", "deep_stacked"], ids=["unrolled", "scanned"])

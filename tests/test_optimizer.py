@@ -5,17 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from test_train_step import CONFIG
 
 from tapo_jax import optimizer
 from tapo_jax.config import UserError
 from tapo_jax.models import parameters
-from test_train_step import CONFIG
 
 
 def settings(**fields) -> ConfigDict:
     base = dict(
-        lr=0.5, schedule="constant", warmup_steps=0, b1=0.9, b2=0.99, weight_decay=0.0, grad_clip=0.0, vision_lr_multiplier=1.0
-    )  # fmt: skip
+        lr=0.5,
+        schedule="constant",
+        warmup_steps=0,
+        b1=0.9,
+        b2=0.99,
+        weight_decay=0.0,
+        grad_clip=0.0,
+        vision_lr_multiplier=1.0,
+    )
     return ConfigDict(base | fields)
 
 
@@ -33,8 +40,8 @@ def one_update(config: ConfigDict, gradient: dict, **options) -> dict:
 
 
 def test_schedules():
-    """lr 8: the ramp over 4 updates is 2, 4, 6, 8; then 8; half a cosine over the other 6 is (8 / 2)(1 + cos(π t / 6)): 8 at t = 0,
-    4 at t = 3, 0 at t = 6; the line is 8 (1 - t / 6)."""
+    """lr 8: the ramp over 4 updates is 2, 4, 6, 8; then 8; half a cosine over the other 6 is (8 / 2)(1 + cos(π t / 6)):
+    8 at t = 0, 4 at t = 3, 0 at t = 6; the line is 8 (1 - t / 6)."""
     for kind, after in (("constant", [8, 8, 8]), ("cosine", [8, 4, 0]), ("linear", [8, 4, 0])):
         schedule = optimizer.make_schedule(8.0, kind, 4, 10)
         np.testing.assert_allclose([schedule(n) for n in (0, 1, 2, 3)], [2, 4, 6, 8], rtol=1e-6)
@@ -73,11 +80,14 @@ def test_every_parameter_of_the_model_is_decayed_or_not_as_it_should_be():
     left_out = {name for name in names if not optimizer.is_decayed(name)}
     assert left_out == {name for name in names if "norm" in name.split("/")[-1] or name.endswith("_bias")}
     assert {"embedding", "decoder/q", "vision/position", "vision/merger/fc1"} <= set(names) - left_out
-    assert {name for name in names if optimizer.is_vision(name)} == {name for name in names if name.startswith("vision/")}
+    assert {name for name in names if optimizer.is_vision(name)} == {
+        name for name in names if name.startswith("vision/")
+    }
 
 
 def test_clipping_is_by_the_norm_of_all_trained_parameters():
-    """Adam hides the size of a first gradient, but not of the second: after g, 10·g the two chains differ if clipping works."""
+    """Adam hides the size of a first gradient, but not of the second: after g, 10·g the two chains differ if clipping
+    works."""
     for clip, same in ((1e-3, True), (0.0, False)):
         chain, _ = optimizer.make_optimizer(settings(grad_clip=clip), total_steps=10)
         state = chain.init(params())

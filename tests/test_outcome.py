@@ -11,13 +11,30 @@ from tapo_jax.types import Episode, Identity, Prompt, ToolCall, ToolResult, Turn
 
 def episode(prompt: str, calls: list[str], accuracy: float) -> Episode:
     turns = [
-        Turn(0, 1, "", ToolCall("tool", {}, (Identity(value),)), ToolResult("", error="timeout" if value == "bad" else None))
+        Turn(
+            0,
+            1,
+            "",
+            ToolCall("tool", {}, (Identity(value),)),
+            ToolResult("", error="timeout" if value == "bad" else None),
+        )
         for value in calls
     ]
     nothing = np.zeros(0)
     return Episode(
-        Prompt(prompt, "", (), ()), 0, nothing, nothing, nothing, [], [], turns, None, "answer", {"accuracy": accuracy}, accuracy / 2
-    )  # fmt: skip
+        Prompt(prompt, "", (), ()),
+        0,
+        nothing,
+        nothing,
+        nothing,
+        [],
+        [],
+        turns,
+        None,
+        "answer",
+        {"accuracy": accuracy},
+        accuracy / 2,
+    )
 
 
 def outcomes(**options) -> Outcomes:
@@ -26,17 +43,23 @@ def outcomes(**options) -> Outcomes:
 
 def test_rewards_successes_and_executed_calls():
     """K = 2 slots a rollout; a call that ended in an error is no step."""
-    groups = [[episode("p", ["a"], 1.0), episode("p", ["bad", "b"], 0.5)], [episode("q", [], 0.0), episode("q", ["c"], 1.0)]]
+    groups = [
+        [episode("p", ["a"], 1.0), episode("p", ["bad", "b"], 0.5)],
+        [episode("q", [], 0.0), episode("q", ["c"], 1.0)],
+    ]
     made = outcomes().encode(groups, step=1)
     np.testing.assert_array_equal(made.reward_PxG, [[0.5, 0.25], [0.0, 0.5]])
-    np.testing.assert_array_equal(made.success_PxG, [[True, False], [False, True]])  # success is accuracy 1, not a reward
+    np.testing.assert_array_equal(
+        made.success_PxG, [[True, False], [False, True]]
+    )  # success is accuracy 1, not a reward
     np.testing.assert_array_equal(made.steps.valid_PxS, [[1, 0, 1, 0], [0, 0, 1, 0]])
     assert set(made.steps.tool_PxS[made.steps.valid_PxS]) == {name_hash("tool")}
     assert made.remembered_success_PxM.shape == (2, 0)
 
 
 def test_witnesses_are_remembered_for_their_question_and_fade():
-    """Remembered in step 1 with advantage 0.7; at step 3 it is 2 steps old: weight 0.9² = 0.81; at step 5 it is forgotten."""
+    """Remembered in step 1 with advantage 0.7; at step 3 it is 2 steps old: weight 0.9² = 0.81; at step 5 it is
+    forgotten."""
     memory = outcomes(memory_steps=3, memory_size=2, discount=0.9)
     groups = [[episode("p", ["a"], 1.0), episode("p", ["b"], 0.0)]]
     assert memory.remembered == 2

@@ -1,4 +1,5 @@
-"""From rewards and calls to token advantages, as one program over a mesh. The numbers of TAPO itself are in test_tapo*.py."""
+"""From rewards and calls to token advantages, as one program over a mesh. The numbers of TAPO itself are in
+test_tapo*.py."""
 
 import jax
 import numpy as np
@@ -14,21 +15,26 @@ TRANSFER = dict(theta=0.7, alpha_min=0.25, beta=0.8, text="dice")  # noqa: C408
 
 
 def run(reward_PxG, success_PxG, calls, *, mesh_data=1, transfer=TRANSFER, thresholds=None, past=(), **options):
-    """-> (advantage_BxT, mask_BxT, credit, thresholds, metrics) on the host. past: (success, advantage, weight) of M remembered rollouts. Token 0 is the prompt, 1-2 step 0, 3-4 step 1, 5 the answer."""
+    """-> (advantage_BxT, mask_BxT, credit, thresholds, metrics) on the host. past: (success, advantage, weight) of M
+    remembered rollouts. Token 0 is the prompt, 1-2 step 0, 3-4 step 1, 5 the answer."""
     mesh = sharding.make_mesh(mesh_data, 1, 1, devices=jax.devices()[:mesh_data])
     B = P * G
     step_BxT = np.tile(np.array([-1, 0, 0, 1, 1, -1], np.int32), (B, 1))
     mask_BxT = np.tile(np.arange(T) > 0, (B, 1))
     zeros_BxT = np.zeros((B, T), np.int32)
     inputs = ModelInputs(zeros_BxT, zeros_BxT + 1, np.zeros((B, T, 3), np.int32))
-    batch = TrainBatch(inputs=inputs, mask_BxT=mask_BxT, step_BxT=step_BxT, sampler_logp_BxT=np.zeros((B, T), np.float32))
+    batch = TrainBatch(
+        inputs=inputs, mask_BxT=mask_BxT, step_BxT=step_BxT, sampler_logp_BxT=np.zeros((B, T), np.float32)
+    )
     success_PxM, advantage_PxM, weight_PxM = past or (np.zeros((P, 0), bool), *[np.zeros((P, 0), np.float32)] * 2)
     outcome = Outcome(
         reward_PxG=np.array(reward_PxG, np.float32), success_PxG=np.array(success_PxG),
         steps=tapo.encode_steps(calls, steps=K, features=16), remembered_success_PxM=success_PxM,
         remembered_advantage_PxM=advantage_PxM, remembered_weight_PxM=weight_PxM,
     )  # fmt: skip
-    settings = dict(estimator="dr_grpo", dynamic_sampling=False, overlong_buffer=0, max_length=T, transfer=transfer) | options  # noqa: C408
+    settings = (
+        dict(estimator="dr_grpo", dynamic_sampling=False, overlong_buffer=0, max_length=T, transfer=transfer) | options
+    )  # noqa: C408
     program = prepare.make_prepare(mesh, **settings)
     placed = sharding.put_rows(batch, mesh, B), sharding.put_rows(outcome, mesh, P)
     thresholds, seed_step_2 = sharding.put_replicated((thresholds, np.zeros(2, np.int32)), mesh)
@@ -39,7 +45,8 @@ def call(value: str):
     return ("tool", (Identity(value),))
 
 
-# Prompt 0: rollout 0 succeeds with call a; rollout 1 fails with a, then b; 2 and 3 fail without a call. Prompt 1: all equal.
+# Prompt 0: rollout 0 succeeds with call a; rollout 1 fails with a, then b; 2 and 3 fail without a call. Prompt 1: all
+# equal.
 REWARD = [[1, 0, 0, 0], [1, 1, 1, 1]]
 SUCCESS = [[True, False, False, False], [True] * 4]
 CALLS = [[[call("a")], [call("a"), call("b")], [], []], [[call("c")], [], [], []]]
@@ -47,15 +54,17 @@ CALLS = [[[call("a")], [call("a"), call("b")], [], []], [[call("c")], [], [], []
 
 @pytest.mark.parametrize("mesh_data", [1, 8])
 def test_a_failures_matching_step_gets_credit_and_nothing_else_changes(mesh_data):
-    """dr_grpo: advantages 0.75 and -0.25. The step like the witness: sim 1, support 1 of 1, so -0.25 + 0.8 · 0.75 = 0.35, clipped to 0;
-    its tokens are 1 and 2 of row 1. A group of equal rewards has advantage 0."""
+    """dr_grpo: advantages 0.75 and -0.25. The step like the witness: sim 1, support 1 of 1, so -0.25 + 0.8 · 0.75 =
+    0.35, clipped to 0; its tokens are 1 and 2 of row 1. A group of equal rewards has advantage 0."""
     advantage_BxT, mask_BxT, credit, _, metrics = run(REWARD, SUCCESS, CALLS, mesh_data=mesh_data)
     want_BxT = np.full((P * G, T), -0.25, np.float32)
     want_BxT[0], want_BxT[4:] = 0.75, 0
     want_BxT[1, 1:3] = 0
     np.testing.assert_allclose(advantage_BxT, np.where(mask_BxT, want_BxT, 0), atol=1e-6)
     np.testing.assert_allclose(credit.advantage_PxG, [[0.75, -0.25, -0.25, -0.25], [0] * 4])
-    assert credit.transfer.witness_PxS[0, G // 2] == 0 and credit.transfer.corrected_PxS[0, 2]  # slot 1·K + 0; the witness is slot 0
+    assert (
+        credit.transfer.witness_PxS[0, G // 2] == 0 and credit.transfer.corrected_PxS[0, 2]
+    )  # slot 1·K + 0; the witness is slot 0
     # 2 failing steps (a and b of rollout 1), one corrected by 0.25; 1 of 2 groups has a signal.
     assert metrics["tapo/corrected_actions"] == 0.5 and metrics["tapo/mean_compensation"] == 0.25
     assert (metrics["reward/mean"], metrics["reward/accuracy"]) == (0.625, 0.625)
@@ -75,26 +84,31 @@ def test_dynamic_sampling_takes_groups_without_signal_out_of_the_loss():
 
 
 def test_the_overlong_penalty_enters_before_the_advantages():
-    """All rows have 6 of at most 8 tokens, with a buffer of 4: penalty -(6 - 4) / 4 = -0.5 for all, so only the mean reward falls."""
+    """All rows have 6 of at most 8 tokens, with a buffer of 4: penalty -(6 - 4) / 4 = -0.5 for all, so only the mean
+    reward falls."""
     _, _, credit, _, metrics = run(REWARD, SUCCESS, CALLS, overlong_buffer=4, max_length=8)
     np.testing.assert_allclose(credit.advantage_PxG[0], [0.75, -0.25, -0.25, -0.25], atol=1e-6)
     assert metrics["reward/overlong"] == -0.5 and metrics["reward/mean"] == 0.125
 
 
 def test_a_remembered_witness_helps_a_group_that_now_fails():
-    """Prompt 0 has no success but a reward for form; an earlier rollout with call b, advantage 1.5 and weight 0.5, remembers one.
-    Row 1's second step: sim 1, support 1, Adv 0.5 · 1.5 = 0.75: min(-0.25 + 0.8 · 0.75, 0) = 0. Its first step has no witness."""
+    """Prompt 0 has no success but a reward for form; an earlier rollout with call b, advantage 1.5 and weight 0.5,
+    remembers one. Row 1's second step: sim 1, support 1, Adv 0.5 · 1.5 = 0.75: min(-0.25 + 0.8 · 0.75, 0) = 0. Its
+    first step has no witness."""
     calls = [[[], [call("a"), call("b")], [], [], [call("b")]], [[], [], [], [], []]]
     past = np.array([[True], [False]]), np.array([[1.5], [0]], np.float32), np.array([[0.5], [0]], np.float32)
     failing = np.zeros((P, G), bool)
     advantage_BxT, _, credit, _, metrics = run([[1, 0, 0, 0], [1] * 4], failing, calls, past=past)
     np.testing.assert_allclose(advantage_BxT[1], [0, -0.25, -0.25, 0, 0, -0.25], atol=1e-6)
-    assert credit.transfer.witness_PxS.shape == (P, G * K) and credit.transfer.witness_PxS[0, 3] == G * K  # the remembered rollout's slot
+    assert (
+        credit.transfer.witness_PxS.shape == (P, G * K) and credit.transfer.witness_PxS[0, 3] == G * K
+    )  # the remembered rollout's slot
     assert metrics["tapo/failing_actions"] == 2  # what is remembered is no failure of this batch
 
 
 def test_adaptive_thresholds_follow_the_witnesses_and_are_used_before_they_move():
-    """Two successes with the same call: one pair, sim 1. Share with sim ≤ 0.9 is 0, so theta moves by 0.5 · (0.8 - 0) to 1.3, cut to 1."""
+    """Two successes with the same call: one pair, sim 1. Share with sim ≤ 0.9 is 0, so theta moves by 0.5 · (0.8 - 0)
+    to 1.3, cut to 1."""
     calls = [[[call("a")], [call("a")], [call("a")], []], [[], [], [], []]]
     start = tapo_adaptive.init(["tool", "other"], 0.9)
     reward, success = [[1, 1, 0, 0], [1] * 4], [[True, True, False, False], [True] * 4]

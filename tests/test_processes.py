@@ -12,7 +12,9 @@ from tapo_jax.config import UserError
 def test_joining_needs_all_three_variables(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
-    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID is set .* but JAX_NUM_PROCESSES is not"):
+    with pytest.raises(
+        UserError, match="JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID is set .* but JAX_NUM_PROCESSES is not"
+    ):
         processes.join()
 
 

@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from test_train_step import CONFIG
 
 from tapo_jax import sharding
 from tapo_jax.config import UserError
 from tapo_jax.models import parameters
-from test_train_step import CONFIG
 
 
 def spec(array_or_sharding) -> tuple:
@@ -27,7 +27,8 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
 
 
 def test_parameters_are_split_by_the_table():
-    """tensor 2, fsdp 2 on the test model: embedding [32 vocab, 16 embed]; q [2 layers, 16 embed, 4 heads, 8]; norms stay whole."""
+    """tensor 2, fsdp 2 on the test model: embedding [32 vocab, 16 embed]; q [2 layers, 16 embed, 4 heads, 8]; norms
+    stay whole."""
     mesh = sharding.make_mesh(2, 2, 2)
     layout = sharding.param_shardings(CONFIG, mesh)
     assert spec(layout[("embedding",)]) == ("tensor", "fsdp")
@@ -39,7 +40,12 @@ def test_parameters_are_split_by_the_table():
 
 def test_a_dimension_that_does_not_divide_stays_whole():
     mesh = sharding.make_mesh(1, 2, 4)
-    assert spec(sharding.param_shardings(CONFIG, mesh)[("decoder", "k")]) == (None, "fsdp", None, None)  # 2 heads over 4
+    assert spec(sharding.param_shardings(CONFIG, mesh)[("decoder", "k")]) == (
+        None,
+        "fsdp",
+        None,
+        None,
+    )  # 2 heads over 4
 
 
 def test_every_matrix_of_the_model_is_split_over_fsdp():

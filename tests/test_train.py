@@ -71,9 +71,24 @@ def test_a_run_writes_a_line_for_every_step_with_all_diagnostics(run8):
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert {"eval/accuracy", "time/eval"} <= lines[0].keys() and "eval/accuracy" in lines[-1]
     for line in lines[1:]:
-        assert {"reward/mean", "reward/accuracy", "reward/format", "loss/policy", "loss/entropy", "tools/calls"} <= line.keys()
-        assert {"tapo/correctable_actions", "tapo/corrected_actions", "tapo/mean_compensation", "tapo/witnesses"} <= line.keys()
-        times = ["time/" + name for name in ("step", "rollout", "tool_wait", "prefill", "decode", "logprobs", "tapo", "update")]
+        assert {
+            "reward/mean",
+            "reward/accuracy",
+            "reward/format",
+            "loss/policy",
+            "loss/entropy",
+            "tools/calls",
+        } <= line.keys()
+        assert {
+            "tapo/correctable_actions",
+            "tapo/corrected_actions",
+            "tapo/mean_compensation",
+            "tapo/witnesses",
+        } <= line.keys()
+        times = [
+            "time/" + name
+            for name in ("step", "rollout", "tool_wait", "prefill", "decode", "logprobs", "tapo", "update")
+        ]
         assert all(line[name] >= 0 for name in times)
         assert all(np.isfinite(value) for value in line.values())
         # The trainer sees the tokens and positions that the sampler saw: else their log-probabilities would differ.
@@ -99,7 +114,8 @@ def test_a_run_leaves_a_model_directory_a_curve_and_a_page(run8, model):
 
 
 def test_recorded_episodes_show_what_tapo_did(run8):
-    """Every corrected step is a failure's, got closer to 0, and names the witness: a success's step of the same group and tool."""
+    """Every corrected step is a failure's, got closer to 0, and names the witness: a success's step of the same group
+    and tool."""
     corrected = 0
     for step in range(1, 5):
         episodes = records.load(run8 / "episodes" / f"step_{step:06d}.npz")
@@ -121,8 +137,8 @@ def test_recorded_episodes_show_what_tapo_did(run8):
 
 
 def test_a_run_that_is_killed_and_stopped_ends_with_the_metrics_of_one_that_was_not(model, tmp_path):
-    """SIGKILL after step 1 (before any checkpoint), SIGKILL after step 3 (one step after a checkpoint), SIGTERM after step 4, then to
-    the end. SIGTERM saves the step that it interrupts and exits 0."""
+    """SIGKILL after step 1 (before any checkpoint), SIGKILL after step 3 (one step after a checkpoint), SIGTERM after
+    step 4, then to the end. SIGTERM saves the step that it interrupts and exits 0."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(start(whole, model, "total_steps=6"), whole)
     for step, number in ((1, signal.SIGKILL), (3, signal.SIGKILL), (4, signal.SIGTERM)):
@@ -165,7 +181,9 @@ def test_two_processes_train_like_one_with_as_many_devices(model, run8, tmp_path
 def test_updates_that_are_not_finite_end_the_run_with_a_hint(model, tmp_path, monkeypatch):
     """A learning rate of 1e38 makes the weights infinite in the first update; every later one is skipped."""
     tiny_run.patch(monkeypatch.setattr)
-    config = tiny_run.config(model, optimizer__lr=1e38, train__max_nonfinite=2, eval__at_start=False, mesh__data=1, mesh__fsdp=8)
+    config = tiny_run.config(
+        model, optimizer__lr=1e38, train__max_nonfinite=2, eval__at_start=False, mesh__data=1, mesh__fsdp=8
+    )
     with pytest.raises(UserError, match=r"not finite for \d updates in a row.*metrics\.jsonl.*optimizer\.lr"):
         train.train(config, tmp_path)
     last = metrics.read(tmp_path / "metrics.jsonl")[-1]
@@ -178,7 +196,9 @@ def test_a_damaged_checkpoint_is_one_sentence(model, run8, tmp_path, monkeypatch
     shutil.copytree(run8, tmp_path / "run")
     largest = max((tmp_path / "run" / "checkpoints" / "4" / "state").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"checkpoints/4 cannot be read .* delete that folder, and the run goes on from step 2"):
+    with pytest.raises(
+        UserError, match=r"checkpoints/4 cannot be read .* delete that folder, and the run goes on from step 2"
+    ):
         train.train(tiny_run.config(model), tmp_path / "run")
 
 
@@ -227,7 +247,10 @@ def test_the_program_ends_with_one_line_and_code_1(tmp_path):
     """launch/train.py itself, on a mistake in the config's argument and on a field that does not exist."""
     for argument, message in (
         (["--config=configs/tapo_grpo.py:setps=3"], "error: Unknown config argument 'setps'"),
-        (["--config=configs/tapo_grpo.py:test", "--config.tapo.bta=1"], "error: A --config.… flag does not fit the config"),
+        (
+            ["--config=configs/tapo_grpo.py:test", "--config.tapo.bta=1"],
+            "error: A --config.… flag does not fit the config",
+        ),
         (["--config=configs/tapo_grpo.py:test", "--config.model.path=/nowhere"], "error: model.path is '/nowhere'"),
     ):
         command = [sys.executable, "launch/train.py", *argument, f"--workdir={tmp_path}"]

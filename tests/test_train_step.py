@@ -19,10 +19,25 @@ VISION = VisionConfig(
     depth=1, hidden=16, mlp=16, heads=2, patch=4, merge=2, temporal=1, channels=3, out=16, positions=16, deepstack=(0,)
 )
 CONFIG = Qwen3VLConfig(
-    vocab=32, hidden=16, mlp=32, layers=2, heads=4, kv_heads=2, head_dim=8, rope_theta=1e4, mrope_section=(2, 1, 1),
-    norm_epsilon=1e-6, attention_bias=False, tied=True, max_positions=128, image_token=30, video_token=29, vision_start=28,
-    vision_end=27, vision=VISION,
-)  # fmt: skip
+    vocab=32,
+    hidden=16,
+    mlp=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    mrope_section=(2, 1, 1),
+    norm_epsilon=1e-6,
+    attention_bias=False,
+    tied=True,
+    max_positions=128,
+    image_token=30,
+    video_token=29,
+    vision_start=28,
+    vision_end=27,
+    vision=VISION,
+)
 FORBIDDEN_V = np.arange(32) >= 27
 B, T = 8, 12
 
@@ -125,7 +140,9 @@ def test_one_update_a_batch_is_the_policy_gradient():
 
     def surrogate(params):
         inputs = jax.tree.map(jnp.asarray, batch.inputs)
-        logp_BxT, _ = train_step.row_logp(graphdef, params, inputs, temperature=1.0, forbidden_V=jnp.asarray(FORBIDDEN_V))
+        logp_BxT, _ = train_step.row_logp(
+            graphdef, params, inputs, temperature=1.0, forbidden_V=jnp.asarray(FORBIDDEN_V)
+        )
         return -jnp.sum(jnp.where(batch.mask_BxT, batch.advantage_BxT * logp_BxT, 0)) / batch.mask_BxT.sum()
 
     gradient = jax.device_get(jax.grad(surrogate)(params))
@@ -134,7 +151,7 @@ def test_one_update_a_batch_is_the_policy_gradient():
 
 
 def test_kl_pulls_towards_the_reference():
-    """Without advantages only the KL term is left: k2 = (logp - ref)² / 2, whose gradient has the sign of logp - ref."""
+    """Without advantages only the KL term is left: k2 = (logp - ref)² / 2, with the sign of logp - ref."""
     batch = dataclasses.replace(make_batch(), advantage_BxT=np.zeros((B, T), np.float32))
     objective = Objective(updates_per_batch=1, kl_coef=0.5, kl_estimator="k2")
     ref_BxT = np.full((B, T), -2.0, np.float32)
@@ -157,7 +174,9 @@ def test_a_bad_number_skips_the_update_and_is_counted():
     for tries in (1, 2):
         state, metrics = update(state, place(bad), None, index(mesh, 0))
         assert int(metrics["optimizer/skipped_in_a_row"]) == tries
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get((state.params, state.opt_state))), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(before), jax.tree.leaves(jax.device_get((state.params, state.opt_state))), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     assert np.isnan(metrics["loss/total"])  # the metrics show what happened
     state, metrics = update(state, place(make_batch()), None, index(mesh, 0))

@@ -237,6 +237,11 @@ def test_witness_that_is_not_on_the_page_has_no_link():
     assert all("q5" not in attributes["href"] for attributes in page.of("a"))
 
 
+def test_witness_of_an_earlier_step_is_named_without_a_place():
+    remembered = turn(slot=0, correctable=True, corrected=True, sim=0.8, support=1.0)
+    assert "borrowed from a sample of an earlier step" in " ".join(page_of([episode([remembered])]).text.split())
+
+
 def test_large_images_are_made_smaller_and_equal_ones_kept_once():
     noise = np.random.default_rng(0).integers(0, 256, (600, 1200, 3), np.uint8)
     large = records.png(noise)

@@ -1,5 +1,5 @@
-"""Whole training runs in seconds: `train` on the model, tools and readings of `rollout_world`. Also a program, for runs that are
-killed or have several processes:
+"""Whole training runs in seconds: `train` on the model, tools and readings of `rollout_world`. Also a program, for runs
+that are killed or have several processes:
 
     python tests/tiny_run.py WORKDIR MODEL_DIRECTORY [field=value …]
 """
@@ -29,8 +29,8 @@ def write_model(path: Path) -> Path:
 
 
 def read_turn(text: str) -> ParsedTurn:
-    """Stands in for `parse_turn`: the text's hash decides, with few different calls, so that some calls of failures are those of
-    successes: 3 of 8 crop, 2 say, 1 calls an unknown tool, 2 answer (and are right)."""
+    """Stands in for `parse_turn`: the text's hash decides, with few different calls, so that some calls of failures are
+    those of successes: 3 of 8 crop, 2 say, 1 calls an unknown tool, 2 answer (and are right)."""
     kind, rest = zlib.crc32(text.encode()) % 8, zlib.crc32(text.encode()) // 8
     if kind < 3:
         return ParsedTurn(call=ToolCall("crop", {"img_idx": 0, "size": 8 + 8 * (rest % 2)}))

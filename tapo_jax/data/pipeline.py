@@ -15,8 +15,8 @@ from tapo_jax.types import Prompt
 class Prompts:
     """An endless iterator: `next` gives this process's prompts of the next step.
 
-    source: random access to all prompts of a split. prompts_per_step: of all processes. local: which of 0..prompts_per_step-1
-    this process takes. Every epoch has another order. Raises UserError for an empty source.
+    source: random access to all prompts of a split. prompts_per_step: of all processes. local: which of
+    0..prompts_per_step-1 this process takes. Every epoch has another order. Raises UserError for an empty source.
     """
 
     def __init__(self, source: Sequence[Prompt], *, prompts_per_step: int, local: Sequence[int], seed: int) -> None:

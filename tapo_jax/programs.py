@@ -1,0 +1,97 @@
+"""A config and a model -> the compiled programs of a run, and what encodes its calls."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tapo_jax import prepare, sharding, tapo, tapo_embedding, train_step
+from tapo_jax.agent import Agent
+from tapo_jax.outcome import Outcomes
+from tapo_jax.train_step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Signatures in `train_step.py` and `prepare.py`. index_U: the numbers of the mini-batches, on the device.
+
+    length_buckets, patch_buckets: the sizes that batches are padded to, ascending; the last one holds any episode.
+    """
+
+    log_probs: Callable
+    prepare: Callable
+    update: Callable
+    index_U: list[jax.Array]
+    length_buckets: tuple[int, ...]
+    patch_buckets: tuple[int, ...]
+
+
+def make_programs(
+    config: ConfigDict,
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    agent: Agent,
+    mesh: Mesh,
+) -> Programs:
+    a, t, objective = config.algorithm, config.tapo, train_step.make_objective(config)
+    fields = (
+        "theta",
+        "alpha_min",
+        "beta",
+        "cluster",
+        "cluster_theta",
+        "aggregate",
+        "support",
+        "clip",
+        "scope",
+        "control",
+    )
+    transfer = {name: t[name] for name in fields} | {"text": "cosine" if t.text == "embedding" else t.text}
+    model_config = agent.sampler.config
+    forbidden_V = agent.chat.forbidden_V(model_config.vocab)
+    longest = config.rollout.max_length
+    most_patches = longest * model_config.vision.merge**2
+    return Programs(
+        log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh),
+        prepare=prepare.make_prepare(
+            mesh,
+            estimator=a.estimator,
+            dynamic_sampling=a.dynamic_sampling,
+            overlong_buffer=a.overlong_buffer,
+            max_length=longest,
+            transfer=transfer if t.enabled else None,
+            tools=list(agent.runner.tools),
+            quantile=t.adaptive_quantile,
+            rate=t.adaptive_rate,
+        ),
+        update=train_step.make_update(graphdef, optimizer, schedule, objective, forbidden_V, state, mesh),
+        index_U=[sharding.put_replicated(np.int32(u), mesh) for u in range(objective.updates_per_batch)],
+        length_buckets=(*(n for n in config.train.length_buckets if n < longest), longest),
+        patch_buckets=(*(n for n in config.train.patch_buckets if n < most_patches), most_patches),
+    )
+
+
+def make_outcomes(config: ConfigDict, agent: Agent, params: Any) -> Outcomes:
+    """What encodes the calls. Embedded texts are compared by the embedding table that the run begins with."""
+    t, embed, features = config.tapo, None, config.tapo.features
+    if t.text == "embedding":
+        table_VxD = sharding.to_host(params["embedding"])
+        encode = lambda text: agent.chat.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+        embed = tapo_embedding.text_embedding(encode, tapo_embedding.mean_of_table(table_VxD))
+        features = table_VxD.shape[1]
+    return Outcomes(
+        steps=t.steps,
+        features=features,
+        slots=tapo.parameter_slots(agent.runner.schemas),
+        embed=embed,
+        memory_steps=t.memory_steps,
+        memory_size=t.memory_size,
+        discount=t.memory_discount,
+    )
