@@ -1,4 +1,4 @@
-"""Attention backends agree where they can run here: XLA's blocks, splash step by step, jax.nn's own XLA form as a third opinion."""
+"""Attention backends agree where they can run here: XLA's blocks, splash step by step, cuDNN's call in jax.nn's XLA form."""
 
 import functools
 
@@ -36,6 +36,7 @@ def reference(q, k, v, segment, causal):
 BACKENDS = {
     "xla": lib.xla_attention,
     "splash": functools.partial(splash_attention, interpret=True),
+    "cudnn": functools.partial(lib.cudnn_attention, implementation="xla"),
 }
 
 
@@ -50,20 +51,16 @@ def test_equals_definition(backend, causal):
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_gradients_agree(causal):
-    """XLA's hand-written backward pass and the kernel's against plain differentiation of jax.nn's attention."""
+    """The backward passes written by hand, XLA's and the kernel's, against jax's differentiation of jax.nn's attention."""
     q, k, v, segment = case(T=128)
     w = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
-    mask = (segment[:, :, None] == segment[:, None, :])[:, None]
-
-    def plain(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
-
-    expected = jax.jit(jax.grad(lambda *a: jnp.sum(w * plain(*a)), argnums=(0, 1, 2)))(q, k, v)
+    ours = {}
     for name, function in BACKENDS.items():
         run = lambda *a, f=function: jnp.sum(w * f(*a, segment, segment, causal=causal))  # noqa: E731
-        ours = jax.jit(jax.grad(run, argnums=(0, 1, 2)))(q, k, v)
-        for mine, theirs in zip(ours, expected, strict=True):
-            np.testing.assert_allclose(mine, theirs, atol=5e-5, err_msg=name)
+        ours[name] = jax.jit(jax.grad(run, argnums=(0, 1, 2)))(q, k, v)
+    for name in ("xla", "splash"):
+        for mine, plain in zip(ours[name], ours["cudnn"], strict=True):
+            np.testing.assert_allclose(mine, plain, atol=5e-5, err_msg=name)
 
 
 def test_a_packed_row_equals_its_episodes_alone():

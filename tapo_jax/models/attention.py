@@ -57,11 +57,12 @@ def cudnn_attention(
     kv_segment_BxS: jax.Array,
     *,
     causal: bool,
+    implementation: str = "cudnn",
 ) -> jax.Array:
-    """The fused kernel of NVIDIA GPUs."""
+    """The fused kernel of NVIDIA GPUs through jax.nn; implementation "xla" is the same call on any backend, for tests."""
     mask_Bx1xTxS = (q_segment_BxT[:, :, None] == kv_segment_BxS[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
-        q_BxTxHxA, k_BxSxKxA, v_BxSxKxA, mask=mask_Bx1xTxS, is_causal=causal, implementation="cudnn"
+        q_BxTxHxA, k_BxSxKxA, v_BxSxKxA, mask=mask_Bx1xTxS, is_causal=causal, implementation=implementation
     )
 
 

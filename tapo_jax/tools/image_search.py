@@ -1,7 +1,7 @@
 """image_search_tool: perceptual nearest neighbours of an image of the conversation among titled pictures.
 
-A picture is described by its silhouette: what differs from the background, cut to its bounding box and brought to a fixed
-grid. So a crop with some empty margin is found, one that cuts the shape or shows parts of another is not.
+A picture is described by its silhouette: the dominant shape, cut to its bounding box and brought to a fixed grid. So a crop
+with a margin is found, one that cuts the shape is not, and of several shapes only the one that covers most is looked for.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,18 @@ GRID = 24
 
 
 def silhouette(pixels_HxWx3: np.ndarray, *, contrast: int = 60) -> np.ndarray:
-    """float32 [GRID²+1], unit length: coverage of each cell, and the aspect ratio. The background is the median colour of
-    the image's border. An image of one colour gives zeros."""
+    """float32 [GRID²+1], unit length: coverage of each cell, and the aspect ratio. The background is the median colour of the
+    image's border, the shape is what has the most frequent other colour (in 64 bins) or one near it. An image of one colour
+    gives zeros."""
     pixels = pixels_HxWx3.astype(np.int16)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    shape_HxW = np.abs(pixels - np.median(border, axis=0)).sum(-1) > contrast
-    rows, columns = np.flatnonzero(shape_HxW.any(1)), np.flatnonzero(shape_HxW.any(0))
-    if not len(rows):
+    differs_HxW = np.abs(pixels - np.median(border, axis=0)).sum(-1) > contrast
+    if not differs_HxW.any():
         return np.zeros(GRID * GRID + 1, np.float32)
+    bins_N = pixels[differs_HxW] // 64 @ np.array([16, 4, 1])
+    most = pixels[differs_HxW][bins_N == np.bincount(bins_N).argmax()].mean(0)
+    shape_HxW = differs_HxW & (np.abs(pixels - most).sum(-1) < 2 * contrast)
+    rows, columns = np.flatnonzero(shape_HxW.any(1)), np.flatnonzero(shape_HxW.any(0))
     cut = shape_HxW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     grid = PIL.Image.fromarray(cut.astype(np.uint8) * 255).resize((GRID, GRID), PIL.Image.Resampling.BOX)
     cover = np.asarray(grid, np.float32).ravel() / 255
