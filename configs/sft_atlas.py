@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log_every = 25
     c.save_every = 250
     c.context_weight = 0.1  # of text that is read, against 1 of text that is written
-    c.atlas = dict(hops=(1, 2), outlines=3)
+    c.atlas = dict(hops=(1, 2), outlines=2, outline=(0.24, 0.36))
     # rows × tokens (× patches) of each kind of batch
     c.shapes = dict(
         copy=dict(rows=32, length=64),

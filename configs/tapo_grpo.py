@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
         # Atlas: numbers of look-ups a question takes, countries of a scene, its side in pixels, smallest and largest
         # outline as a share of it, seed of the questions, and the number of questions of the splits "train" and
         # "held_out".
-        hops=(1, 2), outlines=3, size=256, outline=(0.18, 0.30), world_seed=0, sizes=(2048, 512),
+        hops=(1, 2), outlines=2, size=256, outline=(0.24, 0.36), world_seed=0, sizes=(2048, 512),
     ))  # fmt: skip
     c.model = ConfigDict(dict(
         path="",  # a directory in Hugging Face form; "" is the tiny Atlas model that ships with the package
@@ -37,6 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
         dtype="float32",  # of the computation
         param_dtype="float32",
         remat="none",  # what the backward pass computes again: "none", "dots", "full"
+        logp_chunk=128,  # places of a row whose logits exist at one time
         train_vision=True,
     ))  # fmt: skip
     c.rollout = ConfigDict(dict(

@@ -1,50 +1,26 @@
 """Will a run fit its machines? Compiles the real programs of a config for a TPU topology, on a machine without a TPU.
 
-Everything is built from shapes alone. `report` gives for each program its memory, arithmetic and traffic on one chip.
-The environment must be set before jax starts: see `launch/compile_check.py`.
+The environment must be set before jax starts: see `launch/compile_check.py`. The programs are in `abstract_run.py`, the reading of what the
+compiler made of them is in `hlo_costs.py`.
 """
 
 import dataclasses
 import json
-import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import flops, hlo_costs, sharding, slots, train_step
-from tapo_jax.batch import ModelInputs, TrainBatch
-from tapo_jax.check import check, check_rows
+from tapo_jax import flops, hlo_costs
+from tapo_jax.abstract_run import PROGRAMS, Abstract, Program, abstract_run
 from tapo_jax.config import UserError, check_choice
 from tapo_jax.flops import GIB, Chip
-from tapo_jax.models import hf
-from tapo_jax.models.config import Qwen3VLConfig
-from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.models import splash
 from tapo_jax.models.parameters import logical_axes
-from tapo_jax.models.published import MODELS
-from tapo_jax.optimizer import make_optimizer
-from tapo_jax.schedule import Shapes
-
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A jitted function of the run with abstract arguments. model_flops: of one call on all chips; loops: turns of a loop whose
-    length depends on data (decoding ends early when all turns have ended)."""
-
-    name: str
-    lower: Callable[[], Any]
-    model_flops: float
-    loops: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +46,6 @@ class Report:
     error: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Abstract:
-    """A run made of shapes. params and state carry the shardings of the mesh."""
-
-    config: ConfigDict
-    model_config: Qwen3VLConfig
-    mesh: Mesh
-    graphdef: Any
-    params: Any
-
-
 def topology_devices(name: str) -> list:
     """The devices of a TPU topology such as "v5e:8x8". Raises UserError where there is no TPU compiler or no such topology."""
     try:
@@ -92,142 +57,94 @@ def topology_devices(name: str) -> list:
         ) from error
 
 
-def model_shapes(model: ConfigDict) -> Qwen3VLConfig:
-    """The shapes of model.path, or of the published model that model.shape names."""
-    if model.path:
-        return Qwen3VLConfig.from_hf(json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8")))
-    check_choice("model.shape", model.shape, tuple(MODELS))
-    return MODELS[model.shape]
-
-
-def abstract_run(config: ConfigDict, devices: list) -> Abstract:
-    """The model of a config laid out over the devices. Raises UserError for a config that could not train there."""
-    check(config)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    check_rows(
-        prompts=config.data.prompts_per_step, group_size=config.rollout.group_size, shards=sharding.batch_shards(mesh), processes=1,
-        updates=config.train.updates_per_batch, micro_batches=config.train.micro_batches,
-    )  # fmt: skip
-    model_config = model_shapes(config.model)
-    model = hf.abstract(model_config, param_dtype=config.model.param_dtype, dtype=config.model.dtype)
-    graphdef, params = train_step.split_model(model)
-    return Abstract(config, model_config, mesh, graphdef, placed(params, sharding.parameters(params, logical_axes(model_config), mesh)))
-
-
-def image_patches(config: ConfigDict, model_config: Qwen3VLConfig) -> int:
-    """Patches of the largest image that the image processor lets through."""
-    processor = ImageProcessor.from_dir(config.model.path) if config.model.path else ImageProcessor()
-    return processor.max_pixels // model_config.vision.patch**2
-
-
-def placed(tree: Any, shardings: Any) -> Any:
-    """The same shapes with these shardings."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def train_program(run: Abstract) -> Program:
-    """One update on the largest batch: every row as long as rollout.max_length, with the most patches of train.patch_buckets."""
-    config, mesh = run.config, run.mesh
-    optimizer, schedule = make_optimizer(
-        config.optimizer, total_steps=1, updates_per_step=config.train.updates_per_batch, train_vision=config.model.train_vision
+def report(run: Abstract, program: Program, chip: Chip) -> Report:
+    """Compiles one program and reads what came out. What does not fit is a report too."""
+    start = time.perf_counter()
+    blank = Report(program.name, False, chip.memory)
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return dataclasses.replace(blank, error=_exhausted(str(error)), compile_seconds=time.perf_counter() - start)
+    memory, chips = compiled.memory_analysis(), run.mesh.size
+    # Donated arguments lie where the results will.
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    found = hlo_costs.costs(
+        compiled.as_text(), flops_per_s=chip.flops, bytes_per_s=chip.bandwidth, loops=program.loops, kernel_flops=splash.kernel_flops
     )
-    opt_state = jax.eval_shape(optimizer.init, run.params)
-    everywhere = sharding.replicated(mesh)
-    opt_state = placed(opt_state, sharding.parameters(opt_state, logical_axes(run.model_config), mesh))
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    state = train_step.TrainState(scalar, run.params, opt_state, scalar, scalar)
-    objective = train_step.make_objective(config)
-    forbidden_V = np.zeros(run.model_config.vocab, bool)
-    update = train_step.make_update(run.graphdef, optimizer, schedule, objective, forbidden_V, state, mesh)
-
-    B, T = config.data.prompts_per_step * config.rollout.group_size, config.rollout.max_length
-    patches = max(config.train.patch_buckets, default=0)
-    shapes = jax.eval_shape(lambda: _batch(B, T, patches, run.model_config))
-    batch = placed(shapes, jax.tree.map(lambda _: sharding.rows(mesh), shapes))
-    old_logp = batch.sampler_logp_BxT if objective.updates_per_batch > 1 else None
-    batch = dataclasses.replace(batch, old_logp_BxT=old_logp)
-    rows = B // objective.updates_per_batch
-    count = flops.update(run.model_config, [T] * rows, [patches] * rows, train_vision=config.model.train_vision)
-    return Program("train", lambda: update.lower(state, batch, None, scalar), count)
-
-
-def _batch(B: int, T: int, patches: int, config: Qwen3VLConfig) -> TrainBatch:
-    return TrainBatch(
-        inputs=_inputs(B, T, patches, config), mask_BxT=jnp.zeros((B, T), bool), step_BxT=jnp.zeros((B, T), jnp.int32),
-        sampler_logp_BxT=jnp.zeros((B, T)), advantage_BxT=jnp.zeros((B, T)),
-    )  # fmt: skip
-
-
-def _inputs(B: int, T: int, N: int, config: Qwen3VLConfig) -> ModelInputs:
-    i32 = jnp.int32
-    text = ModelInputs(jnp.zeros((B, T), i32), jnp.zeros((B, T), i32), jnp.zeros((B, T, 3), i32))
-    if N == 0:
-        return text
+    received = sum(size for _, _, size in found.collectives)
+    network = received / chip.interconnect if chip.interconnect else 0.0
     return dataclasses.replace(
-        text, feature_BxT=jnp.zeros((B, T), i32), pixels_BxNxF=jnp.zeros((B, N, config.vision.patch_features)),
-        patch_image_BxN=jnp.zeros((B, N), i32), patch_rowcol_BxNx2=jnp.zeros((B, N, 2), i32),
-        patch_corner_BxNx4=jnp.zeros((B, N, 4), i32), patch_weight_BxNx4=jnp.zeros((B, N, 4)),
+        blank, fits=peak <= chip.memory, arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes, peak=peak,
+        flops=found.flops, model_flops=program.model_flops / chips, traffic=found.traffic,
+        collectives={kind: {"count": count, "bytes": size} for kind, count, size in found.collectives},
+        seconds_flops=found.flops / chip.flops, seconds_memory=found.traffic / chip.bandwidth, seconds_collectives=network,
+        seconds=max(found.seconds, network), compile_seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """The sampler's slots over the mesh, in the shapes that its calls may have."""
-
-    shards: int
-    shapes: Shapes
-    state: slots.SlotState
+def _exhausted(message: str) -> str:
+    """The compiler's own sentence about how much it would have needed."""
+    found = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", message)
+    return found.group(0) if found else message.splitlines()[0]
 
 
-def abstract_slots(run: Abstract) -> Slots:
-    config, model_config = run.config, run.model_config
-    shards = sharding.batch_shards(run.mesh)
-    sizes = dict(slots=config.rollout.slots // shards, capacity=config.rollout.max_length)
-    shapes = Shapes.make(
-        **sizes, chunk=config.rollout.decode_chunk, merge=model_config.vision.merge, image_patches=image_patches(config, model_config)
+def summary(run: Abstract, chip: Chip) -> str:
+    """What is checked, in a line."""
+    table = logical_axes(run.model_config)
+    sizes = jax.tree.map(lambda x: x.size, run.params)
+    total, tower = sum(jax.tree.leaves(sizes)), sum(jax.tree.leaves(sizes["vision"]))
+    config, mesh = run.config, run.mesh
+    B = config.data.prompts_per_step * config.rollout.group_size
+    shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (
+        f"{total / 1e9:.2f} B parameters ({tower / 1e9:.2f} B vision, {len(table)} arrays); {mesh.size} × {chip.name} "
+        f"({chip.memory / GIB:.0f} GiB), mesh {shape}; batch {B} × {config.rollout.max_length} tokens and up to "
+        f"{max(config.train.patch_buckets, default=0)} patches in {config.train.micro_batches} micro-batches; {config.rollout.slots} slots"
     )
-    with jax.set_mesh(run.mesh):
-        empty = slots.init_slots.lower(model_config, shards, **sizes, dtype=jnp.dtype(config.model.dtype))
-        state = placed(empty.out_info, empty.compile().output_shardings)
-    return Slots(shards, shapes, state)
 
 
-def decode_program(run: Abstract) -> Program:
-    """A chunk of decoding steps in all slots, each as long as it can be."""
-    found = abstract_slots(run)
-    chunk, capacity, R, vocab = found.shapes.chunk, found.shapes.capacity, found.shapes.slots, run.model_config.vocab
-    rows, everywhere = sharding.rows(run.mesh), sharding.replicated(run.mesh)
-
-    def lower() -> Any:
-        with jax.set_mesh(run.mesh):
-            return slots.decode_slots.lower(
-                run.graphdef, run.params, found.state, _array((found.shards, R, 8), jnp.int32, rows),
-                _array((2,), jnp.int32, everywhere), _array((2,), jnp.float32, everywhere), _array((vocab,), bool, everywhere),
-                _array((2,), jnp.int32, everywhere), window=capacity, chunk=chunk,
-            )  # fmt: skip
-
-    return Program("decode", lower, chunk * flops.decode(run.model_config, [capacity] * found.shards * R), loops=chunk)
+COLUMNS = ("program", "arguments", "temporaries", "peak", "fits", "flops", "model flops", "ratio", "collectives", "flops s", "memory s",
+           "network s", "bound s", "of peak")  # fmt: skip
 
 
-def extend_program(run: Abstract) -> Program:
-    """The extension of slots (a prompt, a tool's response) that needs most memory."""
-    found = abstract_slots(run)
-    piece = max(found.shapes.extend_calls(), key=lambda p: (p.rows * p.length, p.rows * p.patches, p.window))
-    rows = sharding.rows(run.mesh)
-    B = found.shards * piece.rows
-    inputs = jax.eval_shape(lambda: _inputs(B, piece.length, piece.patches, run.model_config))
-    inputs = placed(inputs, jax.tree.map(lambda _: rows, inputs))
-
-    def lower() -> Any:
-        with jax.set_mesh(run.mesh):
-            request = _array((found.shards, piece.rows, 3), jnp.int32, rows)
-            return slots.extend_slots.lower(run.graphdef, run.params, found.state, inputs, request, window=piece.window)
-
-    return Program("extend", lower, flops.forward(run.model_config, [piece.length] * B, [piece.patches] * B))
+def row(found: Report) -> list[str]:
+    """One line of the table. Sizes in GiB, flops in 10¹², collectives in GB received; `of peak`: the model's own flops at the bound."""
+    if found.error:
+        return [found.program, "", "", found.error, "no", *[""] * (len(COLUMNS) - 5)]
+    traffic = ", ".join(f"{kind} {entry['count']:.0f}: {entry['bytes'] / 1e9:.1f}" for kind, entry in found.collectives.items())
+    share = found.model_flops / found.flops * found.seconds_flops / found.seconds if found.seconds else 0.0
+    return [
+        found.program, *(f"{size / GIB:.2f}" for size in (found.arguments, found.temporaries)),
+        f"{found.peak / GIB:.2f} of {found.capacity / GIB:.0f}", "yes" if found.fits else "no",
+        *(f"{count / 1e12:.2f}" for count in (found.flops, found.model_flops)), f"{found.flops / found.model_flops:.2f}", traffic or "none",
+        *(f"{t:.3f}" for t in (found.seconds_flops, found.seconds_memory, found.seconds_collectives, found.seconds)), f"{100 * share:.0f} %",
+    ]  # fmt: skip
 
 
-PROGRAMS: dict[str, Callable[[Abstract], Program]] = {"train": train_program, "extend": extend_program, "decode": decode_program}
+def markdown(rows: list[list[str]]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _array(shape: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+def run_check(config: ConfigDict, topology: str, programs: tuple[str, ...], out: str = "", say: Callable[[str], None] = print) -> bool:
+    """Compiles the programs for the topology, prints the table, writes JSON to `out`, and says whether all of them fit."""
+    for name in programs:
+        check_choice("--programs", name, tuple(PROGRAMS))
+    devices = topology_devices(topology)
+    chip = flops.chip(devices[0].device_kind)
+    if chip is None:
+        raise UserError(f"--topology={topology} has chips of the kind {devices[0].device_kind}, which tapo_jax/flops.py does not list.")
+    run = abstract_run(config, devices)
+    say(summary(run, chip))
+    reports = []
+    for name in programs:
+        reports.append(report(run, PROGRAMS[name](run), chip))
+        say(f"{name}: compiled in {reports[-1].compile_seconds:.0f} s")
+    say(markdown([row(found) for found in reports]))
+    if out:
+        record = {"topology": topology, "chip": dataclasses.asdict(chip), "summary": summary(run, chip), "programs": [dataclasses.asdict(r) for r in reports]}
+        Path(out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return all(found.fits for found in reports)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from tapo_jax.logprobs import FORBIDDEN
 
 
-def turn_keys(seed: jax.Array, step: jax.Array, prompt_R: jax.Array, sample_R: jax.Array, turn_R: jax.Array) -> jax.Array:
+def turn_keys(
+    seed: jax.Array, step: jax.Array, prompt_R: jax.Array, sample_R: jax.Array, turn_R: jax.Array
+) -> jax.Array:
     """One key for each (seed, step, prompt, sample, turn)."""
     base = jax.random.fold_in(jax.random.key(seed), step)
 
@@ -23,9 +25,9 @@ def draw(
 ) -> tuple[jax.Array, jax.Array]:
     """(token_R int32, logp_R float32): a token of each row and its log-probability.
 
-    The log-probability is that of the distribution at `temperature` over the tokens that are not forbidden; top_p < 1 only
-    restricts what is drawn to the smallest set of most probable tokens whose mass reaches top_p. temperature 0 takes the most
-    probable token and gives its log-probability at temperature 1.
+    The log-probability is that of the distribution at `temperature` over the tokens that are not forbidden; top_p < 1
+    only restricts what is drawn to the smallest set of most probable tokens whose mass reaches top_p. temperature 0
+    takes the most probable token and gives its log-probability at temperature 1.
     """
     logits_RxV = jnp.where(forbidden_V[None], FORBIDDEN, logits_RxV.astype(jnp.float32))
     greedy = temperature == 0
@@ -38,10 +40,11 @@ def draw(
 
 
 def pick(p_RxV: jax.Array, u_R: jax.Array) -> jax.Array:
-    """The inverse of each row's cumulative distribution at u in [0, 1): one random number for each row instead of one for each
-    token of the vocabulary. Rows need not add up to 1. A token of probability 0 is never picked.
+    """The inverse of each row's cumulative distribution at u in [0, 1): one random number for each row instead of one
+    for each token of the vocabulary. Rows need not add up to 1. A token of probability 0 is never picked.
 
-    In two levels of about √V: first the block of tokens, then the token in it; sums of so few terms are one small product.
+    In two levels of about √V: first the block of tokens, then the token in it; sums of so few terms are one small
+    product.
     """
     R, V = p_RxV.shape
     side = math.isqrt(V - 1) + 1

@@ -1,8 +1,8 @@
 """One conversation's state machine: prompt -> turn -> tool -> turn -> … -> answer. Plain Python, no jax.
 
-Token in, token out: the ids given to `add_sampled` are kept as they are; text is decoded only to be parsed, never encoded again.
-Whatever goes wrong in a turn becomes either a response that the policy reads or a named finish; nothing here raises on the
-policy's output.
+Token in, token out: the ids given to `add_sampled` are kept as they are; text is decoded only to be parsed, never
+encoded again. Whatever goes wrong in a turn becomes either a response that the policy reads or a named finish; nothing
+here raises on the policy's output.
 """
 
 import dataclasses
@@ -80,7 +80,8 @@ class Conversation:
         self._mask.extend([True] * len(token_N))
 
     def end_turn(self) -> ToolCall | None:
-        """Closes the turn. Returns the call to execute, or None: then the episode has finished or a response was appended."""
+        """Closes the turn. Returns the call to execute, or None: then the episode has finished or a response was
+        appended."""
         stopped = self.token[-1] in self._chat.stop_ids
         written = self.token[self._turn_start : len(self.token) - int(stopped)]
         turn = Turn(start=self._turn_start, stop=len(self.token), text=self._chat.decode(written))
@@ -123,7 +124,9 @@ class Conversation:
         """Tokens that the policy did not write."""
         places = [at for at, token in enumerate(tokens) if token == self._chat.image_token]
         if len(places) != sum(counts):
-            raise ValueError(f"{len(places)} image placeholders in the ids for {sum(counts)} image tokens of {len(images)} images")
+            raise ValueError(
+                f"{len(places)} image placeholders in the ids for {sum(counts)} image tokens of {len(images)} images"
+            )
         firsts = np.cumsum([0, *counts])[:-1]
         self.image_start.extend(len(self.token) + places[first] for first in firsts)
         self.images.extend(images)

@@ -1,5 +1,5 @@
-"""Conversations -> arrays of a few fixed shapes, in numpy. The sampler's extensions and the trainer's batches are filled by
-the same function, so that both read the same ids, positions and patches.
+"""Conversations -> arrays of a few fixed shapes, in numpy. The sampler's extensions and the trainer's batches are
+filled by the same function, so that both read the same ids, positions and patches.
 
 Shapes come from ladders of allowed sizes (buckets): after every rung has been seen once nothing compiles again.
 """
@@ -106,11 +106,14 @@ def make_row(
     grid_Ix3 = np.array([grid for _, grid in processed], np.int32).reshape(-1, 3)
     position_Tx3, after = rope_positions(token_T, grid_Ix3, config, start)
     grids = tuple(tuple(int(n) for n in grid) for grid in grid_Ix3)
-    return Row(np.asarray(token_T, np.int32), position_Tx3, tuple(patches for patches, _ in processed), grids), int(after)
+    return Row(np.asarray(token_T, np.int32), position_Tx3, tuple(patches for patches, _ in processed), grids), int(
+        after
+    )
 
 
 def model_inputs(rows: Sequence[Row | None], *, length: int, patches: int, config: Qwen3VLConfig) -> ModelInputs:
-    """Numpy ModelInputs of len(rows) rows × `length` tokens × `patches` patches (0: no image fields). None: a row of padding.
+    """Numpy ModelInputs of len(rows) rows × `length` tokens × `patches` patches (0: no image fields). None: a row of
+    padding.
 
     Raises ValueError where a row does not fit, or where its placeholders are not as many as its image features.
     """
@@ -139,7 +142,9 @@ def model_inputs(rows: Sequence[Row | None], *, length: int, patches: int, confi
         text["position_BxTx3"][b, :count] = row.position_Tx3
         place_T = row.token_T == config.image_token
         if place_T.sum() * config.vision.merge**2 != row.patches:
-            raise ValueError(f"{place_T.sum()} image placeholders for {row.patches} patches: tokens and images do not belong together")
+            raise ValueError(
+                f"{place_T.sum()} image placeholders for {row.patches} patches: they do not belong together"
+            )
         if row.patches:
             vision["feature_BxT"][b, :count] = np.where(place_T, np.cumsum(place_T) - 1, -1)
             vision["pixels_BxNxF"][b, : row.patches] = np.concatenate(row.pixels)
@@ -179,9 +184,9 @@ def pack(
 ) -> TrainBatch:
     """Episodes (B of them, row b is episodes[b]) -> TrainBatch of numpy arrays, without old_logp and advantage.
 
-    The shape is the smallest rung of each ladder that holds the largest row; an empty `patch_buckets` means a model input
-    without image fields. Raises ValueError where a row does not fit, or where an episode's ids, mask and log-probabilities
-    do not line up.
+    The shape is the smallest rung of each ladder that holds the largest row; an empty `patch_buckets` means a model
+    input without image fields. Raises ValueError where a row does not fit, or where an episode's ids, mask and
+    log-probabilities do not line up.
     """
     longest, most_patches = sizes(episodes, pixels)
     length = bucket(longest, length_buckets)
@@ -211,7 +216,9 @@ def check_episode(episode: Episode, config: Qwen3VLConfig) -> None:
         written_T[turn.start : turn.stop] = True
     starts = np.array(episode.image_start, np.int64)
     problems = {
-        "mask_T or sampler_logp_T has another length than token_T": not count == len(episode.mask_T) == len(episode.sampler_logp_T),
+        "mask_T or sampler_logp_T has another length than token_T": not count
+        == len(episode.mask_T)
+        == len(episode.sampler_logp_T),
         "the first token is in the loss": bool(count and written_T[0]),
         "mask_T is not the union of the turns": not np.array_equal(written_T, episode.mask_T),
         "a log-probability outside of the mask": bool(np.any(episode.sampler_logp_T[~written_T])),

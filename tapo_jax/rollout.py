@@ -1,10 +1,10 @@
 """Sampler × conversations × tools -> episodes. The only place where device arrays meet tool threads.
 
-A round: every slot with new tokens is extended; a decoding chunk starts; while it runs, the tools called in the round before
-finish on their threads; then tool results are appended, turns that ended are parsed and their calls submitted, and a slot whose
-episode has finished takes the next one. With `tool_wait_s` infinite nothing in this depends on time: every result of a round is
-waited for and all are handled in slot order, so a rollout repeats bit for bit. In a pod every process plays its own prompts and
-makes the same calls in lockstep (`Sampler.plan`).
+A round: every slot with new tokens is extended; a decoding chunk starts; while it runs, the tools called in the round
+before finish on their threads; then tool results are appended, turns that ended are parsed and their calls submitted,
+and a slot whose episode has finished takes the next one. With `tool_wait_s` infinite nothing in this depends on time:
+every result of a round is waited for and all are handled in slot order, so a rollout repeats bit for bit. In a pod
+every process plays its own prompts and makes the same calls in lockstep (`Sampler.plan`).
 """
 
 import concurrent.futures
@@ -31,8 +31,8 @@ ERRORS = ("unparsable", "unknown_tool", "bad_arguments", "bad_image", "bad_box",
 
 @dataclasses.dataclass
 class Player:
-    """A conversation in its slot. `sent` tokens and `sent_images` images of it are in the cache; the next token is at `position`.
-    row: tokens that wait to be extended; their last one is followed by `row_end`."""
+    """A conversation in its slot. `sent` tokens and `sent_images` images of it are in the cache; the next token is at
+    `position`. row: tokens that wait to be extended; their last one is followed by `row_end`."""
 
     conversation: Conversation
     episode: int
@@ -65,14 +65,16 @@ def rollout(
 ) -> tuple[list[Episode], dict[str, float]]:
     """Plays `group_size` episodes of each of this process's prompts. Rewards are left to the caller.
 
-    params: the weights, as `nnx.merge` takes them. first_prompt: number of prompts[0] among the prompts of all processes: the
-    random keys come from (seed, step, prompt, sample, turn). tool_wait_s: how long a round waits for tools after its
-    decoding; finite values trade repeatability for never waiting on one slow tool.
-    Returns episodes in prompt-major order (p·G + g) and metrics: means over this process's episodes, and seconds as time/*.
-    Raises UserError where an episode may become longer than a slot.
+    params: the weights, as `nnx.merge` takes them. first_prompt: number of prompts[0] among the prompts of all
+    processes: the random keys come from (seed, step, prompt, sample, turn). tool_wait_s: how long a round waits for
+    tools after its decoding; finite values trade repeatability for never waiting on one slow tool.
+    Returns episodes in prompt-major order (p·G + g) and metrics: means over this process's episodes, and seconds as
+    time/*. Raises UserError where an episode may become longer than a slot.
     """
     if limits.max_length > sampler.shapes.capacity:
-        raise UserError(f"rollout.max_length is {limits.max_length}: a slot of the sampler holds {sampler.shapes.capacity} tokens.")
+        raise UserError(
+            f"rollout.max_length is {limits.max_length}: a slot of the sampler holds {sampler.shapes.capacity} tokens."
+        )
     game = _Game(sampler, prompts, chat, pixels, runner, group_size, limits, first_prompt, system)
     seconds = {"time/prefill": 0.0, "time/decode": 0.0, "time/tool_wait": 0.0}
     start = time.perf_counter()
@@ -109,7 +111,8 @@ def _while_decoding(futures: set[concurrent.futures.Future], chunk: Chunk | None
 
 
 def _wait(futures: set[concurrent.futures.Future], tool_wait_s: float, *, idle: bool) -> bool:
-    """Waits for the tools; where there is nothing else to do at least for the first of them. True: what is done may be taken."""
+    """Waits for the tools; where there is nothing else to do at least for the first of them. True: what is done may be
+    taken."""
     timeout = None if tool_wait_s == float("inf") else tool_wait_s
     _, left = concurrent.futures.wait(futures, timeout=timeout)
     if idle and futures and left == futures:
@@ -136,7 +139,9 @@ class _Game:
         self._group_size, self._limits, self._first_prompt, self._system = group_size, limits, first_prompt, system
         self.episodes: list[Episode | None] = [None] * (len(prompts) * group_size)
         self._next = 0
-        self._opening: tuple[Opening, Row | None, int] | None = None  # of the prompt that episodes are being started for
+        self._opening: tuple[Opening, Row | None, int] | None = (
+            None  # of the prompt that episodes are being started for
+        )
         self._players: list[Player | None] = [None] * sampler.slots
         self._held: list[int | None] = [None] * sampler.slots  # the prompt whose tokens each slot's cache begins with
 
@@ -178,7 +183,8 @@ class _Game:
         return opening, *make_row(opening.token_T, images, self._sampler.config, self._pixels)
 
     def needs(self) -> tuple[list[Extension], list[tuple[int, int]], list[Draw]]:
-        """What the slots need in this round: tokens to add, prompts to copy from a slot that has them, turns to write."""
+        """What the slots need in this round: tokens to add, prompts to copy from a slot that has them, turns to
+        write."""
         extensions, copies, draws = [], [], []
         starting = {slot for slot, player in enumerate(self._players) if player and player.row and not player.sent}
         source = {
@@ -271,7 +277,8 @@ class _Game:
 
 
 def summary(episodes: Sequence[Episode], tools: Sequence[str], seconds: float) -> dict[str, float]:
-    """Means over the episodes; the same names whatever happened. A call of an unknown tool counts among the errors only."""
+    """Means over the episodes; the same names whatever happened. A call of an unknown tool counts among the errors
+    only."""
     turns = [turn for episode in episodes for turn in episode.turns]
     calls = [turn for turn in turns if turn.result is not None]
     count = max(len(episodes), 1)

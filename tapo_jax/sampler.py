@@ -1,7 +1,7 @@
 """Token sampling over a fixed set of slots whose KV cache outlives the turn. Knows no tools and no text.
 
-The host side: which slots a call works on, in which of a few fixed shapes (`schedule.Shapes`), and what comes back. The device
-side is in `slots.py`.
+The host side: which slots a call works on, in which of a few fixed shapes (`schedule.Shapes`), and what comes back. The
+device side is in `slots.py`.
 """
 
 import contextlib
@@ -60,12 +60,12 @@ def _this_process(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
 
 
 class Sampler:
-    """The slots and the calls on them. Weights are given to every call: they change between rollouts, the shapes do not.
+    """The slots and the calls on them. Weights are given to every call: they change, the shapes do not.
 
-    model: for its structure, config and dtype; its weights are not kept. slots: over all devices; capacity: places of a slot;
-    chunk: tokens of a decoding call at most; image_patches: patches of the largest image (`PixelStore.max_patches`).
-    stop_ids: the tokens that end a turn. forbidden_V: bool, tokens that are never drawn. mesh: None is one device.
-    shapes: the shapes that calls may have; None makes ladders from the arguments above.
+    model: for its structure, config and dtype; its weights are not kept. slots: over all devices; capacity: places of a
+    slot; chunk: tokens of a decoding call at most; image_patches: patches of the largest image
+    (`PixelStore.max_patches`). stop_ids: the tokens that end a turn. forbidden_V: bool, tokens that are never drawn.
+    mesh: None is one device. shapes: the shapes that calls may have; None makes ladders from the arguments above.
     Raises UserError where the mesh does not divide the slots.
     """
 
@@ -88,12 +88,18 @@ class Sampler:
         self._graphdef = nnx.graphdef(model)
         self._shards = 1 if mesh is None else sharding.batch_shards(mesh)
         if slots % self._shards:
-            raise UserError(f"rollout.slots is {slots} and the mesh splits them {self._shards} ways: give a multiple of {self._shards}.")
+            raise UserError(
+                f"rollout.slots is {slots}, split {self._shards} ways by the mesh: give a multiple of {self._shards}."
+            )
         self.slots_per_shard = slots // self._shards
         self._local_shards = 1 if mesh is None else len(sharding.local_rows(mesh, self._shards))
         self.slots = self.slots_per_shard * self._local_shards  # of this process
         self.shapes = shapes or Shapes.make(
-            slots=self.slots_per_shard, capacity=capacity, chunk=chunk, merge=self.config.vision.merge, image_patches=image_patches
+            slots=self.slots_per_shard,
+            capacity=capacity,
+            chunk=chunk,
+            merge=self.config.vision.merge,
+            image_patches=image_patches,
         )
         with self._on_mesh():
             self._state = init_slots(self.config, self._shards, self.slots_per_shard, self.shapes.capacity, model.dtype)
@@ -104,7 +110,9 @@ class Sampler:
     ) -> Round:
         """The calls of a round; in a pod every process calls this at the same time."""
         together = self.mesh is not None and self.mesh.is_multi_process
-        return schedule.plan(self.shapes, extensions, copies, draws, more=more, agree=_maximum if together else np.asarray)
+        return schedule.plan(
+            self.shapes, extensions, copies, draws, more=more, agree=_maximum if together else np.asarray
+        )
 
     def extend(self, params: Any, plan: Round, extensions: Sequence[Extension]) -> None:
         waiting = schedule.group(self.shapes, extensions)
@@ -215,11 +223,12 @@ def generate(
     processor: ImageProcessor | None = None,
     slots: int = 32,
 ) -> list[list[int]]:
-    """The ids that follow each prompt: `max_new_tokens` of them, or fewer where one of `stop_ids` ends them (it is the last).
+    """The ids that follow each prompt: `max_new_tokens` of them, or fewer where one of `stop_ids` ends them (it is the
+    last).
 
-    prompts: lists of ids. images: for each prompt its images (uint8 [H, W, 3]); in its ids each image is one placeholder, or as
-    many as it has tokens. temperature 0 is greedy. Vision tokens are never drawn. processor: None has the published bounds.
-    slots: prompts that are decoded together.
+    prompts: lists of ids. images: for each prompt its images (uint8 [H, W, 3]); in its ids each image is one
+    placeholder, or as many as it has tokens. temperature 0 is greedy. Vision tokens are never drawn. processor: None
+    has the published bounds. slots: prompts that are decoded together.
     Raises ValueError where placeholders and images do not match, or a prompt is empty.
     """
     if not all(len(prompt) for prompt in prompts):
@@ -299,5 +308,7 @@ def _prompt_row(
         if places in (len(images), sum(count)):
             rest = iter([1] * places if places == sum(count) else count)
             expanded = [copy for token in ids for copy in [token] * (next(rest) if token == config.image_token else 1)]
-            return make_row(np.array(expanded, np.int32), [root_image(image) for image in images], config, PixelStore(candidate))
+            return make_row(
+                np.array(expanded, np.int32), [root_image(image) for image in images], config, PixelStore(candidate)
+            )
     raise ValueError(f"{places} image placeholders for images of {counts[0]} tokens")

@@ -1,8 +1,8 @@
 """What one round of the sampler does, in shapes that are already compiled. Host side, numpy only.
 
-Slots lie in Z row shards of C slots each (Z = 1 on one device); every call works on R ≤ C rows of each shard, so that no
-cache entry ever moves between devices. All processes of a pod make the same calls: they agree on a vector of needs (an
-elementwise maximum), and the calls follow from the agreed vector alone.
+Slots lie in Z row shards of C slots each (Z = 1 on one device); every call works on R ≤ C rows of each shard, so that
+no cache entry ever moves between devices. All processes of a pod make the same calls: they agree on a vector of needs
+(an elementwise maximum), and the calls follow from the agreed vector alone.
 """
 
 import dataclasses
@@ -109,8 +109,8 @@ class Extension:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A slot of this process that goes on writing: `length` tokens in the cache, the next one at `position`; it may write
-    `allowance` more, and has written `drawn` in this turn. prompt, sample, turn choose its random key."""
+    """A slot of this process that goes on writing: `length` tokens in the cache, the next one at `position`; it may
+    write `allowance` more, and has written `drawn` in this turn. prompt, sample, turn choose its random key."""
 
     slot: int
     length: int
@@ -142,7 +142,8 @@ def plan(
     more: bool,
     agree: Callable[[np.ndarray], np.ndarray],
 ) -> Round:
-    """The round of these needs. copies: (source slot, target slot) of one shard. agree: elementwise maximum over processes."""
+    """The round of these needs. copies: (source slot, target slot) of one shard. agree: elementwise maximum over
+    processes."""
     slots = shapes.slots
     kinds = [(length, patches) for length in shapes.lengths for patches in shapes.patches_of(length)]
     rows_K, before_K = np.zeros(len(kinds), np.int64), np.zeros(len(kinds), np.int64)
@@ -197,7 +198,8 @@ def cover(rows: int, sizes: Sequence[int]) -> list[int]:
 
 
 def place(slots: Sequence[int], shards: int, slots_per_shard: int, rows: int) -> np.ndarray:
-    """Where each slot goes in a call: index_ZxR into `slots`, -1 where a row is empty. Takes from each shard the first R.
+    """Where each slot goes in a call: index_ZxR into `slots`, -1 where a row is empty. Takes from each shard the first
+    R.
 
     A call on all slots of a shard has them in their own order, so that the cache is used where it lies."""
     index_ZxR = np.full((shards, rows), -1, np.int64)

@@ -138,6 +138,19 @@ def on_shards(function: Callable, axes: Sequence[tuple[str | None, ...]], *array
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
+def on_rows(function: Callable, shared: Any, *rows: jax.Array) -> Any:
+    """`function(shared, *rows)` for every shard of the batch by itself. `shared` (arrays that all rows read) is
+    gathered once before and its gradient summed once after, not in every turn of a loop inside the function. Outside of
+    `on` it is function(shared, *rows)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or rows[0].shape[0] % pieces("batch"):
+        return function(shared, *rows)
+    batch = PartitionSpec(_mesh_axes("batch"))
+    specs = (PartitionSpec(), *[batch] * len(rows))
+    axes = set(_mesh_axes("batch"))
+    return jax.shard_map(function, in_specs=specs, out_specs=batch, axis_names=axes, check_vma=False)(shared, *rows)
+
+
 def _mesh_axes(logical: str | None) -> tuple[str, ...]:
     axes = RULES.get(logical)
     return () if axes is None else (axes,) if isinstance(axes, str) else axes

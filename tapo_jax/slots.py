@@ -1,15 +1,15 @@
 """The device side of the sampler: the cache of every slot, and the three jitted calls that work on some of the slots.
 
-`extend_slots` adds given tokens (a prompt, or a tool's response with its images); `copy_slots` gives a slot the prompt that
-another slot already holds (the samples of one group pre-fill it once); `decode_slots` draws tokens in every open turn and stops
-early when all turns have ended.
+`extend_slots` adds given tokens (a prompt, or a tool's response with its images); `copy_slots` gives a slot the prompt
+that another slot already holds (the samples of one group pre-fill it once); `decode_slots` draws tokens in every open
+turn and stops early when all turns have ended.
 
-The state keeps for each slot the hidden state of its last token, not a sampled token: a decoding step draws from it, then feeds
-what it drew. So the last token of a turn is never in the cache; it opens the next extension.
+The state keeps for each slot the hidden state of its last token, not a sampled token: a decoding step draws from it,
+then feeds what it drew. So the last token of a turn is never in the cache; it opens the next extension.
 
-Everything leads with Z, the row shards (devices along the batch): a call takes R of the C slots of each shard, so that no
-entry of the cache moves between devices. A request names slots by their number inside the shard; the number C marks an
-empty row, which reads any slot and writes none. N: tokens of a decoding chunk; E: stop ids.
+Everything leads with Z, the row shards (devices along the batch): a call takes R of the C slots of each shard, so that
+no entry of the cache moves between devices. A request names slots by their number inside the shard; the number C marks
+an empty row, which reads any slot and writes none. N: tokens of a decoding chunk; E: stop ids.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from tapo_jax.models.config import Qwen3VLConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotState:
-    """k, v: one array for each part of the model's cache, [Z, layers, C, K, S, A]. hidden_ZxCxD: hidden state of each slot's
-    last cached token; prompt_hidden_ZxCxD: the same at the end of its prompt."""
+    """k, v: one array for each part of the model's cache, [Z, layers, C, K, S, A]. hidden_ZxCxD: hidden state of each
+    slot's last cached token; prompt_hidden_ZxCxD: the same at the end of its prompt."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -42,7 +42,9 @@ class SlotState:
 
 def _pin(state: SlotState) -> SlotState:
     """Keeps the layout over the mesh the same from call to call."""
-    place_kv = functools.partial(jax.tree.map, lambda x: sharding.constrain(x, "batch", None, None, "heads", None, None))
+    place_kv = functools.partial(
+        jax.tree.map, lambda x: sharding.constrain(x, "batch", None, None, "heads", None, None)
+    )
     place_hidden = lambda x: sharding.constrain(x, "batch", None, None)  # noqa: E731
     return SlotState(
         place_kv(state.k), place_kv(state.v), place_hidden(state.hidden_ZxCxD), place_hidden(state.prompt_hidden_ZxCxD)
@@ -50,7 +52,8 @@ def _pin(state: SlotState) -> SlotState:
 
 
 def _take_kv(x_ZxLxCxKxSxA: jax.Array, slot_ZxR: jax.Array, window: int) -> jax.Array:
-    """The first `window` places of the named slots as the model's cache array [L, Z·R, K, window, A]; zeros past the capacity."""
+    """The first `window` places of the named slots as the model's cache array [L, Z·R, K, window, A]; zeros past the
+    capacity."""
     shards, _, slots, _, capacity, _ = x_ZxLxCxKxSxA.shape
     rows_ZxLxRxKxWxA = x_ZxLxCxKxSxA[:, :, :, :, :window]
     if slot_ZxR.shape[1] < slots:
@@ -66,10 +69,12 @@ def _put_kv(x_ZxLxCxKxSxA: jax.Array, rows_LxBxKxWxA: jax.Array, slot_ZxR: jax.A
     """Writes the rows of `_take_kv` back. Rows whose slot is C are left out."""
     shards, layers, slots, _, capacity, _ = x_ZxLxCxKxSxA.shape
     R = slot_ZxR.shape[1]
-    rows = rows_LxBxKxWxA[:, :, :, :capacity].reshape(layers, shards, R, rows_LxBxKxWxA.shape[2], -1, rows_LxBxKxWxA.shape[4])
+    rows = rows_LxBxKxWxA[:, :, :, :capacity].reshape(
+        layers, shards, R, rows_LxBxKxWxA.shape[2], -1, rows_LxBxKxWxA.shape[4]
+    )
     rows_ZxLxRxKxWxA = jnp.moveaxis(rows, 1, 0)
     window = rows_ZxLxRxKxWxA.shape[4]
-    if R == slots:  # rows are the slots in order, and rows without tokens were not changed
+    if slots == R:  # rows are the slots in order, and rows without tokens were not changed
         return jax.lax.dynamic_update_slice_in_dim(x_ZxLxCxKxSxA, rows_ZxLxRxKxWxA, 0, 4)
     return jax.vmap(lambda x, slot_R, new: x.at[:, slot_R, :, :window].set(new, mode="drop"))(
         x_ZxLxCxKxSxA, slot_ZxR, rows_ZxLxRxKxWxA
@@ -169,7 +174,8 @@ def decode_slots(
     window: int,
     chunk: int,
 ) -> tuple[SlotState, tuple[jax.Array, jax.Array, jax.Array]]:
-    """request: slot and the fields of `schedule.Draw` after it. Returns the state and (token_ZxRxN, logp_ZxRxN, count_ZxR)."""
+    """request: slot and the fields of `schedule.Draw` after it. Returns the state and (token_ZxRxN, logp_ZxRxN,
+    count_ZxR)."""
     model = nnx.merge(graphdef, params)
     slot_ZxR = request_ZxRx8[..., 0]
     rows = slot_ZxR.size

@@ -60,6 +60,7 @@ class Objective:
     updates_per_batch: int = 1
     micro_batches: int = 1
     remat: str = "none"
+    logp_chunk: int = 128
     train_vision: bool = True
 
 
@@ -81,6 +82,7 @@ def make_objective(config: Any) -> Objective:
         updates_per_batch=config.train.updates_per_batch,
         micro_batches=config.train.micro_batches,
         remat=config.model.remat,
+        logp_chunk=config.model.logp_chunk,
         train_vision=config.model.train_vision,
     )
 
@@ -187,6 +189,7 @@ def row_logp(
     temperature: float,
     forbidden_V: jax.Array,
     remat: str = "none",
+    chunk: int = 128,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """-> (logp_BxT, entropy_BxT) of every token under the distribution that the sampler draws from."""
@@ -194,7 +197,8 @@ def row_logp(
     with sharding.on(mesh):
         hidden_BxTxD = qwen3_vl.hidden_states(model, inputs, remat=remat)
         hidden_BxTxD = sharding.constrain(hidden_BxTxD, "batch", None, None)
-        return token_logp(model, hidden_BxTxD, inputs.token_BxT, temperature=temperature, forbidden_V=forbidden_V)
+        options = {"temperature": temperature, "forbidden_V": forbidden_V, "chunk": chunk}
+        return token_logp(model, hidden_BxTxD, inputs.token_BxT, **options)
 
 
 # Programs: each is made once for a run and compiled once for a shape.
@@ -213,6 +217,7 @@ def make_log_probs(graphdef: Any, objective: Objective, forbidden_V: Any, mesh: 
                 part,
                 temperature=objective.temperature,
                 forbidden_V=jnp.asarray(forbidden_V),
+                chunk=objective.logp_chunk,
                 mesh=mesh,
             )[0]
 
@@ -281,6 +286,7 @@ def piece_loss(
         temperature=objective.temperature,
         forbidden_V=forbidden_V,
         remat=objective.remat,
+        chunk=objective.logp_chunk,
         mesh=mesh,
     )
     old_logp_BxT = jax.lax.stop_gradient(logp_BxT) if objective.updates_per_batch == 1 else batch.old_logp_BxT

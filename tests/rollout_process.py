@@ -1,4 +1,5 @@
-"""One of two processes of a rollout test: python rollout_process.py PORT RANK FIRST STOP OUT plays prompts FIRST … STOP - 1."""
+"""One of two processes of a rollout test: python rollout_process.py PORT RANK FIRST STOP OUT plays prompts FIRST … STOP
+- 1."""
 
 import json
 import os
@@ -19,7 +20,9 @@ def main(port: str, rank: int, first: int, stop: int, out: str) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     episode.parse_turn = world.read_turn
     mesh = sharding.make_mesh(data=4, fsdp=2)
-    shapes = Shapes(extend_rows=(1,), decode_rows=(1,), lengths=(192,), patches=(128,), windows=(192,), chunk=5, merge=2)
+    shapes = Shapes(
+        extend_rows=(1,), decode_rows=(1,), lengths=(192,), patches=(128,), windows=(192,), chunk=5, merge=2
+    )
     sampler = test_rollout.make_sampler(slots=8, shapes=shapes, mesh=mesh)
     params = sharding.put_replicated(jax.device_get(world.params()), mesh)
     questions = world.prompts(4)[first:stop]

@@ -1,5 +1,5 @@
-"""A small world for the rollout's tests: a byte tokenizer, a model of some thousand random weights, tools, and a reading of the
-random text as calls and answers (a random model never writes a real call)."""
+"""A small world for the rollout's tests: a byte tokenizer, a model of some thousand random weights, tools, and a
+reading of the random text as calls and answers (a random model never writes a real call)."""
 
 import functools
 import time
@@ -33,7 +33,8 @@ PROCESSOR = ImageProcessor(patch=4, merge=2, temporal=1, min_pixels=64, max_pixe
 
 @functools.cache
 def chat(stops: int = 1) -> Chat:
-    """stops > 1: the last byte ids end a turn too, so that a random model ends its turns after about 262 / stops tokens."""
+    """stops > 1: the last byte ids end a turn too, so that a random model ends its turns after about 262 / stops
+    tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,9 +49,10 @@ def chat(stops: int = 1) -> Chat:
 def config() -> Qwen3VLConfig:
     token = chat().tokenizer.token_to_id
     return Qwen3VLConfig(
-        vocab=272, hidden=32, mlp=48, layers=2, heads=4, kv_heads=2, head_dim=8, rope_theta=1e4, mrope_section=(2, 1, 1),
-        norm_epsilon=1e-6, attention_bias=False, tied=False, max_positions=512, image_token=token("<|image_pad|>"),
-        video_token=token("<|video_pad|>"), vision_start=token("<|vision_start|>"), vision_end=token("<|vision_end|>"), vision=VISION,
+        vocab=272, hidden=32, mlp=48, layers=2, heads=4, kv_heads=2, head_dim=8, rope_theta=1e4,
+        mrope_section=(2, 1, 1), norm_epsilon=1e-6, attention_bias=False, tied=False, max_positions=512,
+        image_token=token("<|image_pad|>"), video_token=token("<|video_pad|>"),
+        vision_start=token("<|vision_start|>"), vision_end=token("<|vision_end|>"), vision=VISION,
     )  # fmt: skip
 
 
@@ -100,7 +102,9 @@ class Crop:
 
     def __call__(self, arguments, images):
         image = images[arguments["img_idx"]]
-        return ToolResult("cut", (Image(image.pixels[: arguments["size"], : arguments["size"]], image.root, (0, 0, 0.5, 0.5)),))
+        return ToolResult(
+            "cut", (Image(image.pixels[: arguments["size"], : arguments["size"]], image.root, (0, 0, 0.5, 0.5)),)
+        )
 
 
 class Say:
@@ -124,8 +128,8 @@ def runner(say: Say | None = None, timeout_s: float = 5.0) -> ToolRunner:
 
 
 def read_turn(text: str) -> ParsedTurn:
-    """Stands in for `parse_turn`: the text's hash decides. 2 of 8 crop, 2 say, 1 is unparsable, 1 calls an unknown tool,
-    1 answers, 1 is malformed."""
+    """Stands in for `parse_turn`: the text's hash decides. 2 of 8 crop, 2 say, 1 is unparsable, 1 calls an unknown
+    tool, 1 answers, 1 is malformed."""
     kind, rest = zlib.crc32(text.encode()) % 8, zlib.crc32(text.encode()) // 8
     if kind < 2:
         return ParsedTurn(call=ToolCall("crop", {"img_idx": rest % 3, "size": 8 + 8 * (rest % 2)}))

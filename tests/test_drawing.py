@@ -90,11 +90,13 @@ def test_pick_with_the_vocabulary_of_a_real_model():
 
 
 def test_keys_differ_in_every_number():
-    base = dict(seed=1, step=2, prompt=3, sample=4, turn=5)
+    base = {"seed": 1, "step": 2, "prompt": 3, "sample": 4, "turn": 5}
     changed = [base] + [{**base, name: 7} for name in base] + [{**base, "prompt": 4, "sample": 3}]
 
     def key(seed, step, prompt, sample, turn):
-        one = jax.jit(turn_keys)(jnp.int32(seed), jnp.int32(step), *(jnp.array([n], jnp.int32) for n in (prompt, sample, turn)))
+        one = jax.jit(turn_keys)(
+            jnp.int32(seed), jnp.int32(step), *(jnp.array([n], jnp.int32) for n in (prompt, sample, turn))
+        )
         return tuple(np.asarray(jax.random.key_data(one))[0].tolist())
 
     assert len({key(**numbers) for numbers in changed}) == 7

@@ -58,7 +58,10 @@ def test_a_call_a_response_with_an_image_and_an_answer():
     policy = [*range(start, start + len(ids(CALL))), *range(second, len(whole))]
     assert np.flatnonzero(episode.mask_T).tolist() == policy  # both stop tokens are in it
     np.testing.assert_array_equal(episode.sampler_logp_T, np.where(episode.mask_T, np.float32(-0.5), np.float32(0)))
-    assert [(turn.start, turn.stop, turn.is_step) for turn in episode.turns] == [(start, start + len(ids(CALL)), True), (second, len(whole), False)]
+    assert [(turn.start, turn.stop, turn.is_step) for turn in episode.turns] == [
+        (start, start + len(ids(CALL)), True),
+        (second, len(whole), False),
+    ]
     assert [turn.text for turn in episode.turns] == [CALL, ANSWER]
     # Each image's first placeholder follows its <|vision_start|>.
     assert len(episode.images) == len(episode.image_start) == 2
@@ -89,7 +92,12 @@ def test_an_unparsable_call_is_answered_with_its_error():
 
 @pytest.mark.parametrize(
     ("text", "stop", "finish"),
-    [("I do not know.", True, "malformed"), ("", True, "malformed"), (CALL, False, "length"), (ANSWER, False, "length")],
+    [
+        ("I do not know.", True, "malformed"),
+        ("", True, "malformed"),
+        (CALL, False, "length"),
+        (ANSWER, False, "length"),
+    ],
 )
 def test_what_ends_an_episode_without_an_answer(text, stop, finish):
     """A turn that was cut is not read: its call or answer might go on."""
@@ -103,7 +111,11 @@ def test_the_call_of_the_last_turn_is_not_executed():
     conversation.add_result(write(conversation, CALL), crop(conversation))
     assert write(conversation, CALL) is None
     assert conversation.finish == "turns"
-    assert conversation.turns[1].call is not None and conversation.turns[1].result is None and not conversation.turns[1].is_step
+    assert (
+        conversation.turns[1].call is not None
+        and conversation.turns[1].result is None
+        and not conversation.turns[1].is_step
+    )
 
 
 def test_an_answer_in_the_last_turn_counts():
@@ -113,7 +125,8 @@ def test_an_answer_in_the_last_turn_counts():
 
 
 def test_a_response_that_does_not_fit_is_left_out_as_a_whole():
-    """With room for all of it and one token more the episode goes on; with one place less it ends, and nothing is cut."""
+    """With room for all of it and one token more the episode goes on; with one place less it ends, and nothing is
+    cut."""
     probe = begin()
     call = write(probe, CALL)
     before = len(probe.token)

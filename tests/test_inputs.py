@@ -15,10 +15,15 @@ STOP = CHAT.stop_ids[0]
 
 
 def make_episode(images: int = 1, *, error: str | None = None) -> Episode:
-    """Prompt with images, a turn of 5 tokens with a call, a response with an image, a turn of 3 tokens with the answer."""
+    """Prompt with images, a turn of 5 tokens with a call, a response with an image, a turn of 3 tokens with the
+    answer."""
     pixels = world.pixels()
     shown = [root_image(world.picture(i, 16, 24)) for i in range(images)]
-    crop = Image(shown[0].pixels[:8, :16], shown[0].root, (0, 0, 0.6, 0.5)) if images else root_image(world.picture(9, 8, 16))
+    crop = (
+        Image(shown[0].pixels[:8, :16], shown[0].root, (0, 0, 0.6, 0.5))
+        if images
+        else root_image(world.picture(9, 8, 16))
+    )
     prompt = CHAT.prompt_ids("where?", [pixels.tokens(image) for image in shown], [])
     response = CHAT.tool_response_ids("cut", [pixels.tokens(crop)])
     token = [*prompt, 1, 2, 3, 4, STOP, *response, 5, 6, STOP]
@@ -46,7 +51,10 @@ def test_packed_rows_are_the_episodes_token_for_token():
     episodes = [make_episode(1), make_episode(0), make_episode(2)]
     batch = pack(episodes, CONFIG, world.pixels(), length_buckets=(32, 128, 256), patch_buckets=(16, 64, 128), steps=2)
     longest, patches = sizes(episodes, world.pixels())
-    assert (longest, patches) == (max(len(e.token_T) for e in episodes), 2 * 24 + 8)  # 16 × 24 pixels are 4 × 6 patches, 8 × 16 are 2 × 4
+    assert (longest, patches) == (
+        max(len(e.token_T) for e in episodes),
+        2 * 24 + 8,
+    )  # 16 × 24 pixels are 4 × 6 patches, 8 × 16 are 2 × 4
     assert batch.inputs.token_BxT.shape == (3, 128) and batch.inputs.pixels_BxNxF.shape == (3, 64, 48)
     for b, episode in enumerate(episodes):
         count = len(episode.token_T)
@@ -97,7 +105,9 @@ def test_only_executed_calls_are_steps():
     assert tool_steps(make_episode(error="timeout"), 3) == []
     episode = make_episode()
     assert tool_steps(episode, 3) == [episode.turns[0]] and tool_steps(episode, 0) == []
-    failed = pack([make_episode(error="timeout")], CONFIG, world.pixels(), length_buckets=(128,), patch_buckets=(64,), steps=2)
+    failed = pack(
+        [make_episode(error="timeout")], CONFIG, world.pixels(), length_buckets=(128,), patch_buckets=(64,), steps=2
+    )
     assert (failed.step_BxT == -1).all()
 
 
@@ -105,8 +115,8 @@ def test_a_batch_of_text_can_leave_the_image_fields_out():
     episode = make_episode(1)
     start = episode.turns[0].stop + 1
     text = dataclasses.replace(
-        episode, token_T=np.arange(start, dtype=np.int32), mask_T=episode.mask_T[:start], sampler_logp_T=episode.sampler_logp_T[:start],
-        images=[], image_start=[], turns=episode.turns[:1],
+        episode, token_T=np.arange(start, dtype=np.int32), mask_T=episode.mask_T[:start],
+        sampler_logp_T=episode.sampler_logp_T[:start], images=[], image_start=[], turns=episode.turns[:1],
     )  # fmt: skip
     batch = pack([text], CONFIG, world.pixels(), length_buckets=(128,), patch_buckets=(), steps=1)
     assert batch.inputs.pixels_BxNxF is None and batch.inputs.feature_BxT is None
@@ -126,7 +136,12 @@ def test_a_row_that_does_not_fit_is_refused():
 def test_placeholders_without_their_image_are_refused():
     row, _ = make_row(make_episode(1).token_T, make_episode(1).images, CONFIG, world.pixels())
     with pytest.raises(ValueError, match="8 image placeholders for 24 patches"):
-        model_inputs([dataclasses.replace(row, pixels=row.pixels[:1], grids=row.grids[:1])], length=128, patches=64, config=CONFIG)
+        model_inputs(
+            [dataclasses.replace(row, pixels=row.pixels[:1], grids=row.grids[:1])],
+            length=128,
+            patches=64,
+            config=CONFIG,
+        )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +155,10 @@ def test_placeholders_without_their_image_are_refused():
         (lambda e: e.image_start.__setitem__(0, 0), "no placeholder"),
         (lambda e: e.token_T.__setitem__(e.turns[0].start, CHAT.image_token), "the policy wrote a placeholder"),
         (lambda e: setattr(e, "mask_T", e.mask_T[:-1]), "another length than token_T"),
-        (lambda e: (setattr(e.turns[0], "start", 0), e.mask_T.__setitem__(slice(0, e.turns[0].stop), True)), "first token is in the loss"),
+        (
+            lambda e: (setattr(e.turns[0], "start", 0), e.mask_T.__setitem__(slice(0, e.turns[0].stop), True)),
+            "first token is in the loss",
+        ),
     ],
 )
 def test_episodes_that_do_not_line_up_are_refused(change, problem):

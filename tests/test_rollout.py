@@ -31,7 +31,8 @@ CHAT = world.chat(40)  # a turn ends after about 6 tokens
 LIMITS = Limits(max_turns=5, max_new_tokens=24, max_length=CAPACITY)
 # Two rungs of each kind, so that episodes of this size meet every path: some slots, all slots, short and long windows.
 SHAPES = Shapes(
-    extend_rows=(2, 6), decode_rows=(2, 6), lengths=(48, CAPACITY), patches=(64, 128), windows=(96, CAPACITY), chunk=CHUNK, merge=2
+    extend_rows=(2, 6), decode_rows=(2, 6), lengths=(48, CAPACITY), patches=(64, 128), windows=(96, CAPACITY),
+    chunk=CHUNK, merge=2,
 )  # fmt: skip
 
 
@@ -49,8 +50,8 @@ def make_sampler(cls=Sampler, *, slots=6, shapes=SHAPES, mesh=None):
 
 def play(sampler, params=None, count=4, **options):
     settings = {
-        "chat": CHAT, "pixels": world.pixels(), "runner": world.runner(), "group_size": 3, "limits": LIMITS, "temperature": 1.0,
-        "top_p": 1.0, "seed": 3, "step": 0,
+        "chat": CHAT, "pixels": world.pixels(), "runner": world.runner(), "group_size": 3, "limits": LIMITS,
+        "temperature": 1.0, "top_p": 1.0, "seed": 3, "step": 0,
     }  # fmt: skip
     questions = options.pop("prompts", None) or world.prompts(count)
     return rollout(sampler, world.params() if params is None else params, questions, **{**settings, **options})
@@ -91,7 +92,9 @@ def middle_images(episode):
 
 def same(first, second):
     return all(
-        np.array_equal(a.token_T, b.token_T) and np.array_equal(a.sampler_logp_T, b.sampler_logp_T) and a.finish == b.finish
+        np.array_equal(a.token_T, b.token_T)
+        and np.array_equal(a.sampler_logp_T, b.sampler_logp_T)
+        and a.finish == b.finish
         for a, b in zip(first, second, strict=True)
     )
 
@@ -118,7 +121,11 @@ def test_the_trainers_log_probabilities_are_the_samplers(sampler):
     batch = pack(episodes)
     _, logp_BxT = full_forward(world.params(), batch.inputs)
     np.testing.assert_allclose(
-        np.where(batch.mask_BxT, logp_BxT, 0), batch.sampler_logp_BxT, atol=1e-4, rtol=0, err_msg="sampler and trainer disagree"
+        np.where(batch.mask_BxT, logp_BxT, 0),
+        batch.sampler_logp_BxT,
+        atol=1e-4,
+        rtol=0,
+        err_msg="sampler and trainer disagree",
     )
     assert np.ptp(batch.sampler_logp_BxT[batch.mask_BxT]) > 1  # not all alike: the comparison says something
 
@@ -168,7 +175,9 @@ def test_the_trainer_reads_the_ids_that_the_sampler_saw():
     for slot in list(recorder.now):
         recorder.begin(slot, [])
     batch = pack(episodes)
-    rows = [row[segment > 0].tolist() for row, segment in zip(batch.inputs.token_BxT, batch.inputs.segment_BxT, strict=True)]
+    rows = [
+        row[segment > 0].tolist() for row, segment in zip(batch.inputs.token_BxT, batch.inputs.segment_BxT, strict=True)
+    ]
     # A response that was appended but never extended cannot be there: an episode ends with a token of the policy.
     assert sorted(rows) == sorted(ids for ids in recorder.seen if ids)
     assert rows == [episode.token_T.tolist() for episode in episodes]
@@ -214,26 +223,51 @@ def test_a_key_belongs_to_the_prompts_number_not_to_its_place(sampler, sampled):
 
 def test_slots_are_reused_and_their_number_changes_nothing(sampled):
     episodes, _ = sampled
-    few = Shapes(extend_rows=(2,), decode_rows=(2,), lengths=(64, CAPACITY), patches=(128,), windows=(CAPACITY,), chunk=16, merge=2)
+    few = Shapes(
+        extend_rows=(2,),
+        decode_rows=(2,),
+        lengths=(64, CAPACITY),
+        patches=(128,),
+        windows=(CAPACITY,),
+        chunk=16,
+        merge=2,
+    )
     assert same_tokens(episodes, play(make_sampler(slots=2, shapes=few))[0])
 
 
 def test_slots_over_eight_devices_play_the_same_episodes(sampled):
     episodes, _ = sampled
     mesh = sharding.make_mesh(data=4, fsdp=2)
-    shapes = Shapes(extend_rows=(1,), decode_rows=(1, 2), lengths=(CAPACITY,), patches=(128,), windows=(CAPACITY,), chunk=CHUNK, merge=2)
+    shapes = Shapes(
+        extend_rows=(1,),
+        decode_rows=(1, 2),
+        lengths=(CAPACITY,),
+        patches=(128,),
+        windows=(CAPACITY,),
+        chunk=CHUNK,
+        merge=2,
+    )
     params = jax.device_put(world.params(), sharding.replicated(mesh))
     spread = make_sampler(slots=16, shapes=shapes, mesh=mesh)
     found, _ = play(spread, params)
     assert same_tokens(episodes, found)
     compiled = metrics.compile_count()
-    play(spread, params)
+    with jax.transfer_guard("disallow"):
+        play(spread, params)
     assert metrics.compile_count() == compiled
 
 
 def test_nothing_compiles_after_warm_up_and_no_transfer_is_implicit(sampled):
     """Another step's episodes have other lengths; the calls have the same shapes."""
-    shapes = Shapes(extend_rows=(3,), decode_rows=(3,), lengths=(CAPACITY,), patches=(128,), windows=(CAPACITY,), chunk=CHUNK, merge=2)
+    shapes = Shapes(
+        extend_rows=(3,),
+        decode_rows=(3,),
+        lengths=(CAPACITY,),
+        patches=(128,),
+        windows=(CAPACITY,),
+        chunk=CHUNK,
+        merge=2,
+    )
     fresh = make_sampler(slots=3, shapes=shapes)
     params = world.params()
     fresh.warm_up(params)
@@ -247,10 +281,17 @@ def test_nothing_compiles_after_warm_up_and_no_transfer_is_implicit(sampled):
     assert metrics.compile_count() > compiled
 
 
-@pytest.mark.parametrize(("say", "timeout_s", "kind"), [(world.Say(broken=True), 5.0, "exception"), (world.Say(slow=0.5), 0.05, "timeout")])
+@pytest.mark.parametrize(
+    ("say", "timeout_s", "kind"), [(world.Say(broken=True), 5.0, "exception"), (world.Say(slow=0.5), 0.05, "timeout")]
+)
 def test_a_failing_tool_is_an_observation(sampler, say, timeout_s, kind):
     episodes, numbers = play(sampler, runner=world.runner(say, timeout_s), count=3)
-    failed = [(e, k) for e in episodes for k, turn in enumerate(e.turns) if turn.call and turn.call.name == "say" and turn.result]
+    failed = [
+        (e, k)
+        for e in episodes
+        for k, turn in enumerate(e.turns)
+        if turn.call and turn.call.name == "say" and turn.result
+    ]
     assert failed and all(episode.turns[k].result.error == kind for episode, k in failed)
     assert numbers[f"tools/errors/{kind}"] == pytest.approx(len(failed) / len(episodes))
     assert not any(episode.turns[k].is_step for episode, k in failed)
@@ -262,7 +303,8 @@ def test_a_failing_tool_is_an_observation(sampler, say, timeout_s, kind):
 
 
 def test_finite_tool_wait_does_not_stop_for_a_slow_tool(sampler, sampled):
-    """Slow calls come back in a later round than quick ones; the episodes are the same, because the keys do not know time."""
+    """Slow calls come back in a later round than quick ones; the episodes are the same, because the keys do not know
+    time."""
     started = time.perf_counter()
     episodes, numbers = play(sampler, runner=world.runner(world.Say(slow=0.2)), tool_wait_s=0.0)
     assert same_tokens(sampled[0], episodes)
@@ -310,7 +352,8 @@ def test_slots_that_the_mesh_does_not_divide_are_refused():
 
 
 def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tmp_path):
-    """The first process has three prompts and the second one: it goes on making calls after its own episodes have ended."""
+    """The first process has three prompts and the second one: it goes on making calls after its own episodes have
+    ended."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -321,7 +364,9 @@ def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tmp_path):
         log = open(tmp_path / f"{rank}.log", "w")  # noqa: SIM115  (the process writes to it)
         arguments = [port, str(rank), str(first), str(stop), str(tmp_path / f"{rank}.json")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        started.append(subprocess.Popen([sys.executable, str(script), *arguments], stdout=log, stderr=log, env=environment))
+        started.append(
+            subprocess.Popen([sys.executable, str(script), *arguments], stdout=log, stderr=log, env=environment)
+        )
     try:
         for rank, process in enumerate(started):
             assert process.wait(timeout=600) == 0, (tmp_path / f"{rank}.log").read_text()[-2000:]

@@ -39,7 +39,10 @@ def test_greedy_equals_the_public_forward_pass(greedy):
         expanded = [copy for token in prompt for copy in [token] * (next(counts) if token == IMAGE else 1)]
         vision = {}
         if images:
-            vision = {"pixels_NxF": np.concatenate([pixels for pixels, _ in processed]), "grid_thw_Ix3": np.array([grid for _, grid in processed])}
+            vision = {
+                "pixels_NxF": np.concatenate([pixels for pixels, _ in processed]),
+                "grid_thw_Ix3": np.array([grid for _, grid in processed]),
+            }
         logits_TxV = np.array(qwen3_vl.forward(world.model(), np.array([expanded + written]), **vision))[0]
         logits_TxV[:, forbidden] = -np.inf
         assert logits_TxV.argmax(axis=-1)[len(expanded) - 1 : -1].tolist() == written
@@ -56,7 +59,11 @@ def test_neither_neighbours_nor_slots_nor_budgets_change_the_tokens(greedy):
 def test_placeholders_may_be_expanded_already(greedy):
     tokens = world.PROCESSOR.tokens(world.PROCESSOR.grid(24, 24))
     assert tokens == 9
-    prompts = [*PROMPTS[:2], [1, 2, CONFIG.vision_start, *[IMAGE] * 9, CONFIG.vision_end, 3], [4, *[IMAGE] * 6, IMAGE, 8]]
+    prompts = [
+        *PROMPTS[:2],
+        [1, 2, CONFIG.vision_start, *[IMAGE] * 9, CONFIG.vision_end, 3],
+        [4, *[IMAGE] * 6, IMAGE, 8],
+    ]
     assert gen(prompts) == greedy
     # Without a processor the counts tell that the images kept their sizes (the published bounds would enlarge them).
     assert gen(prompts, processor=None) == greedy
@@ -111,7 +118,8 @@ SHAPES = Shapes(extend_rows=(1, 3), decode_rows=(2, 3), lengths=(32,), patches=(
 @pytest.fixture(scope="module")
 def sampler():
     return Sampler(
-        world.model(), slots=3, capacity=64, chunk=4, image_patches=36, stop_ids=[], forbidden_V=world.chat().forbidden_V(272), shapes=SHAPES
+        world.model(), slots=3, capacity=64, chunk=4, image_patches=36, stop_ids=[],
+        forbidden_V=world.chat().forbidden_V(272), shapes=SHAPES,
     )  # fmt: skip
 
 
@@ -123,7 +131,9 @@ def turn(sampler, extensions, copies, draws):
         return []
     return [
         token_n.tolist()
-        for token_n, _ in sampler.decode(world.params(), plan, draws, temperature=0.0, top_p=1.0, seed=0, step=0).fetch()
+        for token_n, _ in sampler.decode(
+            world.params(), plan, draws, temperature=0.0, top_p=1.0, seed=0, step=0
+        ).fetch()
     ]
 
 
@@ -172,7 +182,8 @@ def test_a_chunk_stops_at_the_allowance_and_leaves_the_others_alone(sampler):
 
 
 def test_an_extension_of_padding_past_the_capacity_keeps_every_token(sampler):
-    """A slot of 64 places that holds 40 is given 20 more, in a call of 32: the last 8 places of the call lie past its end."""
+    """A slot of 64 places that holds 40 is given 20 more, in a call of 32: the last 8 places of the call lie past its
+    end."""
     row, end = prompt_row("x" * 3)
     ids = np.resize(row.token_T, 60)
     straight, middle = make_row(ids[:32], [], CONFIG, world.pixels())

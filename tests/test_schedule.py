@@ -1,4 +1,5 @@
-"""Which calls a round makes: enough rows for every need, only shapes that warm-up compiles, the same in every process."""
+"""Which calls a round makes: enough rows for every need, only shapes that warm-up compiles, the same in every
+process."""
 
 import dataclasses
 
@@ -11,14 +12,17 @@ from tapo_jax.inputs import Row
 from tapo_jax.schedule import Draw, Extension, Piece, Shapes, cover, group, most_in_a_shard, place, plan
 
 SHAPES = Shapes(
-    extend_rows=(2, 8), decode_rows=(2, 4, 8), lengths=(16, 64), patches=(32, 64), windows=(48, 96), chunk=8, merge=2, tokens_per_call=256
+    extend_rows=(2, 8), decode_rows=(2, 4, 8), lengths=(16, 64), patches=(32, 64), windows=(48, 96), chunk=8, merge=2,
+    tokens_per_call=256,
 )  # fmt: skip
 ALONE = np.asarray  # agreement of one process
 
 
 def extension(slot: int, tokens: int, patches: int = 0, before: int = 0) -> Extension:
     pixels = (np.zeros((patches, 3), np.float32),) if patches else ()
-    return Extension(slot, before, Row(np.zeros(tokens, np.int32), np.zeros((tokens, 3), np.int32), pixels), fresh=before == 0)
+    return Extension(
+        slot, before, Row(np.zeros(tokens, np.int32), np.zeros((tokens, 3), np.int32), pixels), fresh=before == 0
+    )
 
 
 def draw(slot: int, length: int) -> Draw:
@@ -33,7 +37,12 @@ def test_the_calls_of_a_small_round():
         Piece(2, 16, 64, 112),  # 40 patches; 50 + 16 places are more than 48: the capacity 96 and 16 of padding
         Piece(2, 64, 32, 160),  # 64 tokens are more than 48
     )
-    assert (found.copy_rows, found.decode_rows, found.decode_window, found.more) == (2, 4, 48, True)  # 40 + 8 tokens fit into 48
+    assert (found.copy_rows, found.decode_rows, found.decode_window, found.more) == (
+        2,
+        4,
+        48,
+        True,
+    )  # 40 + 8 tokens fit into 48
 
 
 def test_an_idle_process_makes_the_calls_of_the_busy_one():
@@ -88,10 +97,11 @@ def test_place_fills_each_shard_and_keeps_the_order_of_a_full_one():
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(0, []), (1, [4]), (3, [4]), (5, [4, 4]), (9, [16]), (16, [16]), (21, [16, 4, 4]), (40, [64]), (130, [64, 64, 4])]
+    ("rows", "expected"),
+    [(0, []), (1, [4]), (3, [4]), (5, [4, 4]), (9, [16]), (16, [16]), (21, [16, 4, 4]), (40, [64]), (130, [64, 64, 4])],
 )  # fmt: skip
 def test_cover(rows, expected):
-    """One larger call where at most half of it is wasted, else the largest that is filled: 5 = 4 + 1 rather than 5 of 16."""
+    """One larger call where at most half of it is wasted, else the largest that is filled: 4 + 1, not 5 of 16."""
     assert cover(rows, (4, 16, 64)) == expected
 
 
@@ -100,4 +110,10 @@ def test_made_shapes_fit_the_numbers_that_they_are_made_from():
     assert shapes.slots == 64 and shapes.capacity == 768 and shapes.lengths[-1] == 768
     assert 256 in shapes.patches and shapes.patches[-1] == 768 * 4
     one = Shapes.make(slots=1, capacity=20, chunk=4, merge=2, image_patches=1000)
-    assert (one.extend_rows, one.decode_rows, one.lengths, one.patches, one.windows) == ((1,), (1,), (20,), (80,), (10, 20))
+    assert (one.extend_rows, one.decode_rows, one.lengths, one.patches, one.windows) == (
+        (1,),
+        (1,),
+        (20,),
+        (80,),
+        (10, 20),
+    )

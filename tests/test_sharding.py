@@ -27,7 +27,7 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
 
 
 def test_parameters_are_split_by_the_table():
-    """tensor 2, fsdp 2 on the test model: embedding [32 vocab, 16 embed]; q [2 layers, 16 embed, 4 heads, 8]; norms
+    """tensor 2, fsdp 2 on the test model: embedding [32 vocab, 16 embed]; q [1 layer, 16 embed, 4 heads, 8]; norms
     stay whole."""
     mesh = sharding.make_mesh(2, 2, 2)
     layout = sharding.param_shardings(CONFIG, mesh)
@@ -61,7 +61,7 @@ def test_every_matrix_of_the_model_is_split_over_fsdp():
 def test_moments_lie_like_their_parameters_and_counters_everywhere():
     mesh = sharding.make_mesh(2, 2, 2)
     axes = parameters.logical_axes(CONFIG)
-    tree = {"0": {"mu": {"decoder": {"q": np.zeros((2, 16, 4, 8))}}}, "count": np.zeros(())}
+    tree = {"0": {"mu": {"decoder": {"q": np.zeros((1, 16, 4, 8))}}}, "count": np.zeros(())}
     layout = sharding.parameters(tree, axes, mesh)
     assert spec(layout["0"]["mu"]["decoder"]["q"]) == (None, "fsdp", "tensor", None)
     assert spec(layout["count"]) == ()

@@ -1,6 +1,7 @@
 """The update on a model of a few thousand parameters: pieces, counting, skipping, meshes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ CONFIG = Qwen3VLConfig(
     vocab=32,
     hidden=16,
     mlp=32,
-    layers=2,
+    layers=1,
     heads=4,
     kv_heads=2,
     head_dim=8,
@@ -102,34 +103,51 @@ def run(objective: Objective, batch: TrainBatch, *, ref_logp_BxT=None, **options
     return before, jax.device_get(state), jax.device_get(metrics)
 
 
+@functools.cache
+def plain_run(objective: Objective, *, images: bool = False, mesh_shape=(1, 1, 1)):
+    """-> (params before, state after, metrics) of one update on the first mini-batch."""
+    return run(objective, make_batch(images=images), mesh_shape=mesh_shape)
+
+
 def test_take_piece_is_strided_and_a_partition():
     rows = {"a": jnp.arange(12).reshape(6, 2)}
     got = [train_step.take_piece(rows, 3, m)["a"][:, 0].tolist() for m in range(3)]
     assert got == [[0, 6], [2, 8], [4, 10]]  # rows m and m + 3, whose first numbers are 2m and 2m + 6
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
 def test_micro_batches_do_not_change_the_update(aggregation):
     """The rows have different token counts, so a mean of micro-batch means would differ."""
-    batch = make_batch(images=True)
-    objective = Objective(updates_per_batch=2, aggregation=aggregation, loss="grpo")
-    _, one, metrics_one = run(objective, batch)
-    _, four, metrics_four = run(dataclasses.replace(objective, micro_batches=2), batch)
-    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
+    objective = Objective(updates_per_batch=2, aggregation=aggregation)
+    _, one, metrics_one = plain_run(objective)
+    _, two, metrics_four = plain_run(dataclasses.replace(objective, micro_batches=2))
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
     for name in ("loss/total", "loss/policy", "loss/entropy", "loss/ratio_max", "loss/tokens", "loss/approx_kl"):
         np.testing.assert_allclose(metrics_one[name], metrics_four[name], rtol=2e-5, atol=1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_every_mesh_gives_the_update_of_one_device(shape):
-    batch = make_batch(images=True)
     objective = Objective(updates_per_batch=1, loss="gspo")
-    _, one, metrics_one = run(objective, batch)
-    _, many, metrics_many = run(objective, batch, mesh_shape=shape)
+    _, one, metrics_one = plain_run(objective, images=True)
+    _, many, metrics_many = plain_run(objective, images=True, mesh_shape=shape)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)
     np.testing.assert_allclose(metrics_one["loss/total"], metrics_many["loss/total"], rtol=1e-5, atol=1e-7)
+
+
+def test_a_golden_update():
+    """One mini-batch of the fixed model and batch. If this fails, the update computes something else than it did: where that
+    is meant, print `metrics` and put the new numbers here; where it is not, the change before this one is wrong."""
+    _, _, metrics = plain_run(Objective(updates_per_batch=1, loss="gspo"), images=True)
+    golden = {
+        "loss/total": 0.484449,
+        "loss/entropy": 3.292078,
+        "loss/sampler_logp_difference": 0.0966719,
+        "optimizer/grad_norm": 1.991713,
+    }
+    assert {name: float(metrics[name]) for name in golden} == pytest.approx(golden, rel=1e-4)
 
 
 def test_one_update_a_batch_is_the_policy_gradient():
@@ -199,11 +217,11 @@ def test_log_probs_come_back_in_the_order_of_the_rows():
 
 
 def test_the_vision_tower_can_be_frozen():
-    before, after, _ = run(Objective(updates_per_batch=1, train_vision=False), make_batch(images=True))
+    before, after, _ = plain_run(Objective(updates_per_batch=1, train_vision=False), images=True)
     for a, b in zip(jax.tree.leaves(before["vision"]), jax.tree.leaves(after.params["vision"]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(before["decoder"]["q"], after.params["decoder"]["q"])
-    _, trained, _ = run(Objective(updates_per_batch=1), make_batch(images=True))
+    _, trained, _ = plain_run(Objective(updates_per_batch=1, loss="gspo"), images=True)
     assert not np.array_equal(before["vision"]["patch"], trained.params["vision"]["patch"])
 
 

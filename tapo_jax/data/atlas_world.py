@@ -23,9 +23,9 @@ class Settings:
     size: the scene's side in pixels. outline: smallest and largest long side of an outline, as a share of the scene."""
 
     hops: tuple[int, ...] = (1, 2)
-    outlines: int = 3
+    outlines: int = 2
     size: int = 256
-    outline: tuple[float, float] = (0.18, 0.30)
+    outline: tuple[float, float] = (0.24, 0.36)
     zoom_size: int = 64
     image_top_k: int = 1
     thumbnails: int = 0

@@ -111,7 +111,7 @@ def _box(box: Sequence[float], rng: np.random.Generator, *, sloppy: bool) -> lis
     """In thousandths, rounded to tens: the outline's box with a margin; a sloppy one is moved and scaled besides."""
     x1, y1, x2, y2 = box
     w, h = x2 - x1, y2 - y1
-    margin = 0.08 * max(w, h)
+    margin = 0.15 * max(w, h)
     noise = rng.normal(size=4) * (0.25 if sloppy else 0.02) * np.array([w, h, w, h])
     corners = np.array([x1 - margin, y1 - margin, x2 + margin, y2 + margin]) + noise
     corners = np.clip(np.round(corners * 100), 0, 100).astype(int) * 10

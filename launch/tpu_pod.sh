@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU slice: create it, push this checkout to all its hosts, run the same command on all of them.
+#
+#   launch/tpu_pod.sh create NAME v5litepod-64      # accelerator types: v5litepod-64, v6e-64, v5p-128 …; SPOT=1 for a preemptible one
+#   launch/tpu_pod.sh push   NAME                   # also after every change of the code
+#   launch/tpu_pod.sh run    NAME --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=/mnt/shared/Qwen3-VL-4B --workdir=/mnt/shared/run
+#   launch/tpu_pod.sh log    NAME                   # follows the first host's output
+#   launch/tpu_pod.sh stop   NAME                   # asks the run to end; the same `run` command goes on from its last checkpoint
+#   launch/tpu_pod.sh delete NAME
+#
+# ZONE and PROJECT choose where (default: gcloud's own setting); RUNTIME the machine image. The model directory and the work directory
+# must lie on a file system that all hosts share, such as Filestore or a mounted bucket.
+set -euo pipefail
+
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+fail() { echo "error: $1" >&2; exit 1; }
+
+[ $# -ge 2 ] || usage
+action=$1 name=$2
+shift 2
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+place=()
+[ -n "${ZONE:-}" ] && place+=(--zone="$ZONE")
+[ -n "${PROJECT:-}" ] && place+=(--project="$PROJECT")
+tpu=(gcloud compute tpus tpu-vm)
+
+command -v gcloud >/dev/null || fail "gcloud is missing: install the Google Cloud CLI and run 'gcloud init'"
+
+# The command given as one string, on every host of the slice (or on the one that WORKER names).
+on_hosts() { "${tpu[@]}" ssh "$name" "${place[@]}" --worker="${WORKER:-all}" --command="$1"; }
+
+# The image that a type of slice needs.
+runtime_of() {
+  case $1 in
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) fail "no image is known for '$1': set RUNTIME" ;;
+  esac
+}
+
+create() {
+  [ $# -eq 1 ] || usage
+  local image=${RUNTIME:-}
+  [ -n "$image" ] || image=$(runtime_of "$1")
+  local options=(--accelerator-type="$1" --version="$image")
+  [ "${SPOT:-0}" = 1 ] && options+=(--spot)
+  "${tpu[@]}" create "$name" "${place[@]}" "${options[@]}"
+}
+
+# Copies what git knows of (so no caches and no results), then installs it in an environment of its own.
+push() {
+  local archive
+  archive=$(mktemp -t tapo_jax.XXXXXX.tar.gz)
+  # shellcheck disable=SC2064  # the path is fixed now
+  trap "rm -f '$archive'" EXIT
+  (cd "$root" && git ls-files --cached --others --exclude-standard -z | tar --null --files-from=- -czf "$archive")
+  "${tpu[@]}" scp "$archive" "$name:tapo_jax.tar.gz" "${place[@]}" --worker=all
+  on_hosts '
+    set -e
+    mkdir -p tapo_jax && tar -xzf tapo_jax.tar.gz -C tapo_jax
+    command -v uv >/dev/null || [ -x ~/.local/bin/uv ] || python3 -m pip install --quiet --user uv
+    PATH=$HOME/.local/bin:$PATH
+    [ -d venv ] || uv venv --python 3.12 venv
+    VIRTUAL_ENV=$HOME/venv uv pip install --quiet -e "tapo_jax[tpu]"
+    venv/bin/python -c "import jax; print(jax.__version__)"
+  '
+}
+
+# Starts the run on all hosts and returns; it outlives the connection. Arguments are quoted once more for the remote shell.
+run() {
+  [ $# -ge 1 ] || usage
+  local arguments
+  arguments=$(printf '%q ' "$@")
+  on_hosts "
+    if [ -f train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; then
+      echo 'a run is going on here: stop it first' >&2; exit 1
+    fi
+    cd tapo_jax
+    nohup ../venv/bin/python launch/train.py $arguments > ../train.log 2>&1 < /dev/null &
+    echo \$! > ../train.pid
+  "
+}
+
+case $action in
+  create) create "$@" ;;
+  push) push ;;
+  run) run "$@" ;;
+  log) WORKER=${WORKER:-0} on_hosts 'tail -n 50 -f train.log' ;;
+  stop) on_hosts 'if [ -f train.pid ]; then kill -TERM "$(cat train.pid)" 2>/dev/null || true; fi' ;;
+  delete) "${tpu[@]}" delete "$name" "${place[@]}" ;;
+  *) usage ;;
+esac
