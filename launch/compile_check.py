@@ -1,10 +1,12 @@
-"""Will a run fit its machines? Compiles its train step and its decode step for a TPU topology, on a machine without a TPU.
+"""Will a run fit its machines? Compiles its train step and its decode step for a TPU topology, on a machine without a
+TPU.
 
     python launch/compile_check.py --config=configs/tapo_grpo.py:qwen3_vl_4b --topology=v5e:8x8
 
-Prints, for one chip: memory (GiB) of arguments and temporaries and the peak against the chip's; flops (10¹²) with loops multiplied out
-and kernels included against the model's own count; collectives (how many, GB received); and the seconds that peak flops, memory and
-network allow. Ends with code 1 where a program does not fit. Needs the TPU compiler: pip install 'tapo_jax[tpu]'.
+Prints, for one chip: memory (GiB) of arguments and temporaries and the peak against the chip's; flops (10¹²) with
+loops multiplied out and kernels included against the model's own count; collectives (how many, GB received); and the
+seconds that peak flops, memory and network allow. Ends with code 1 where a program does not fit. Needs the TPU
+compiler: pip install 'tapo_jax[tpu]'.
 """
 
 import os
@@ -15,7 +17,9 @@ from ml_collections import config_flags
 from tapo_jax.config import UserError, run_main
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with its argument: FILE.py:qwen3_vl_4b.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and their arrangement: v5e:8x8, v6e:8x8, v5p:4x4x4, tpu7x:4x4x4.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Chips and their arrangement: v5e:8x8, v6e:8x8, v5p:4x4x4, tpu7x:4x4x4."
+)
 PROGRAMS = flags.DEFINE_list("programs", ["train", "extend", "decode"], "Which programs: train, extend, decode.")
 OUT = flags.DEFINE_string("out", "", "A JSON file for the numbers.")
 flags.mark_flags_as_required(["config", "topology"])

@@ -30,12 +30,13 @@ from tapo_jax.schedule import Shapes
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function of the run with abstract arguments. model_flops: of one call on all chips; loops: turns of a loop whose
-    length depends on data (decoding ends early when all turns have ended)."""
+    """A jitted function of the run with abstract arguments. model_flops: of one call on all chips; loops: turns of a
+    loop whose length depends on data (decoding ends early when all turns have ended)."""
 
     name: str
     lower: Callable[[], Any]
     model_flops: float
+    beside: float = 0.0
     loops: int = 1
 
 
@@ -63,13 +64,23 @@ def abstract_run(config: ConfigDict, devices: list) -> Abstract:
     check(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_rows(
-        prompts=config.data.prompts_per_step, group_size=config.rollout.group_size, shards=sharding.batch_shards(mesh), processes=1,
-        updates=config.train.updates_per_batch, micro_batches=config.train.micro_batches,
-    )  # fmt: skip
+        prompts=config.data.prompts_per_step,
+        group_size=config.rollout.group_size,
+        shards=sharding.batch_shards(mesh),
+        processes=1,
+        updates=config.train.updates_per_batch,
+        micro_batches=config.train.micro_batches,
+    )
     model_config = model_shapes(config.model)
     model = hf.abstract(model_config, param_dtype=config.model.param_dtype, dtype=config.model.dtype)
     graphdef, params = train_step.split_model(model)
-    return Abstract(config, model_config, mesh, graphdef, placed(params, sharding.parameters(params, logical_axes(model_config), mesh)))
+    return Abstract(
+        config,
+        model_config,
+        mesh,
+        graphdef,
+        placed(params, sharding.parameters(params, logical_axes(model_config), mesh)),
+    )
 
 
 def image_patches(config: ConfigDict, model_config: Qwen3VLConfig) -> int:
@@ -84,10 +95,14 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 
 def train_program(run: Abstract) -> Program:
-    """One update on the largest batch: every row as long as rollout.max_length, with the most patches of train.patch_buckets."""
+    """One update on the largest batch: every row as long as rollout.max_length, with the most patches of
+    train.patch_buckets."""
     config, mesh = run.config, run.mesh
     optimizer, schedule = make_optimizer(
-        config.optimizer, total_steps=1, updates_per_step=config.train.updates_per_batch, train_vision=config.model.train_vision
+        config.optimizer,
+        total_steps=1,
+        updates_per_step=config.train.updates_per_batch,
+        train_vision=config.model.train_vision,
     )
     opt_state = jax.eval_shape(optimizer.init, run.params)
     everywhere = sharding.replicated(mesh)
@@ -111,9 +126,12 @@ def train_program(run: Abstract) -> Program:
 
 def _batch(B: int, T: int, patches: int, config: Qwen3VLConfig) -> TrainBatch:
     return TrainBatch(
-        inputs=_inputs(B, T, patches, config), mask_BxT=jnp.zeros((B, T), bool), step_BxT=jnp.zeros((B, T), jnp.int32),
-        sampler_logp_BxT=jnp.zeros((B, T)), advantage_BxT=jnp.zeros((B, T)),
-    )  # fmt: skip
+        inputs=_inputs(B, T, patches, config),
+        mask_BxT=jnp.zeros((B, T), bool),
+        step_BxT=jnp.zeros((B, T), jnp.int32),
+        sampler_logp_BxT=jnp.zeros((B, T)),
+        advantage_BxT=jnp.zeros((B, T)),
+    )
 
 
 def _inputs(B: int, T: int, N: int, config: Qwen3VLConfig) -> ModelInputs:
@@ -122,10 +140,14 @@ def _inputs(B: int, T: int, N: int, config: Qwen3VLConfig) -> ModelInputs:
     if N == 0:
         return text
     return dataclasses.replace(
-        text, feature_BxT=jnp.zeros((B, T), i32), pixels_BxNxF=jnp.zeros((B, N, config.vision.patch_features)),
-        patch_image_BxN=jnp.zeros((B, N), i32), patch_rowcol_BxNx2=jnp.zeros((B, N, 2), i32),
-        patch_corner_BxNx4=jnp.zeros((B, N, 4), i32), patch_weight_BxNx4=jnp.zeros((B, N, 4)),
-    )  # fmt: skip
+        text,
+        feature_BxT=jnp.zeros((B, T), i32),
+        pixels_BxNxF=jnp.zeros((B, N, config.vision.patch_features)),
+        patch_image_BxN=jnp.zeros((B, N), i32),
+        patch_rowcol_BxNx2=jnp.zeros((B, N, 2), i32),
+        patch_corner_BxNx4=jnp.zeros((B, N, 4), i32),
+        patch_weight_BxNx4=jnp.zeros((B, N, 4)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +164,10 @@ def abstract_slots(run: Abstract) -> Slots:
     shards = sharding.batch_shards(run.mesh)
     sizes = dict(slots=config.rollout.slots // shards, capacity=config.rollout.max_length)
     shapes = Shapes.make(
-        **sizes, chunk=config.rollout.decode_chunk, merge=model_config.vision.merge, image_patches=image_patches(config, model_config)
+        **sizes,
+        chunk=config.rollout.decode_chunk,
+        merge=model_config.vision.merge,
+        image_patches=image_patches(config, model_config),
     )
     with jax.set_mesh(run.mesh):
         empty = slots.init_slots.lower(model_config, shards, **sizes, dtype=jnp.dtype(config.model.dtype))
@@ -159,10 +184,17 @@ def decode_program(run: Abstract) -> Program:
     def lower() -> Any:
         with jax.set_mesh(run.mesh):
             return slots.decode_slots.lower(
-                run.graphdef, run.params, found.state, _array((found.shards, R, 8), jnp.int32, rows),
-                _array((2,), jnp.int32, everywhere), _array((2,), jnp.float32, everywhere), _array((vocab,), bool, everywhere),
-                _array((2,), jnp.int32, everywhere), window=capacity, chunk=chunk,
-            )  # fmt: skip
+                run.graphdef,
+                run.params,
+                found.state,
+                _array((found.shards, R, 8), jnp.int32, rows),
+                _array((2,), jnp.int32, everywhere),
+                _array((2,), jnp.float32, everywhere),
+                _array((vocab,), bool, everywhere),
+                _array((2,), jnp.int32, everywhere),
+                window=capacity,
+                chunk=chunk,
+            )
 
     return Program("decode", lower, chunk * flops.decode(run.model_config, [capacity] * found.shards * R), loops=chunk)
 
@@ -184,7 +216,11 @@ def extend_program(run: Abstract) -> Program:
     return Program("extend", lower, flops.forward(run.model_config, [piece.length] * B, [piece.patches] * B))
 
 
-PROGRAMS: dict[str, Callable[[Abstract], Program]] = {"train": train_program, "extend": extend_program, "decode": decode_program}
+PROGRAMS: dict[str, Callable[[Abstract], Program]] = {
+    "train": train_program,
+    "extend": extend_program,
+    "decode": decode_program,
+}
 
 
 def _array(shape: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:

@@ -1,12 +1,13 @@
-"""The model here and in transformers (PyTorch) with the same random weights: forward, prefill, decode and train step, as ratios.
+"""The model here and in transformers (PyTorch) with the same random weights: forward, prefill, decode and train step,
+as ratios.
 
-Forward: log-probabilities of every token. Prefill: images and prompts into an empty cache. Decode: one greedy step of all slots.
-Train step: the whole update (loss, gradient, clipping, Adam). Every row begins with one image. Here the programs are those that
-training and sampling run.
+Forward: log-probabilities of every token. Prefill: images and prompts into an empty cache. Decode: one greedy step of
+all slots. Train step: the whole update (loss, gradient, clipping, Adam). Every row begins with one image. Here the
+programs are those that training and sampling run.
 
-agree: the largest difference of log-probabilities, the share of equal greedy tokens, the relative difference of the gradient's norm.
-MiB: what a call needs at most beside what lay there before it. mfu: by the model's own flops, on chips of known peak. Without a
-PyTorch for this device, or with --no-torch, what concerns it stays empty.
+agree: the largest difference of log-probabilities, the share of equal greedy tokens, the relative difference of the
+gradient's norm. MiB: what a call needs at most beside what lay there before it. mfu: by the model's own flops, on
+chips of known peak. Without a PyTorch for this device, or with --no-torch, what concerns it stays empty.
 """
 
 import dataclasses
@@ -23,18 +24,43 @@ from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 from tapo_jax.models.published import MODELS
 
 ATLAS = Qwen3VLConfig(
-    vocab=1024, hidden=128, mlp=320, layers=4, heads=4, kv_heads=2, head_dim=32, rope_theta=10000.0, mrope_section=(6, 5, 5),
-    norm_epsilon=1e-6, attention_bias=False, tied=True, max_positions=4096, image_token=5, video_token=6, vision_start=3,
-    vision_end=4, vision=VisionConfig(
-        depth=2, hidden=64, mlp=128, heads=2, patch=8, merge=2, temporal=2, channels=3, out=128, positions=256, deepstack=(0,)
+    vocab=1024,
+    hidden=128,
+    mlp=320,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    rope_theta=10000.0,
+    mrope_section=(6, 5, 5),
+    norm_epsilon=1e-6,
+    attention_bias=False,
+    tied=True,
+    max_positions=4096,
+    image_token=5,
+    video_token=6,
+    vision_start=3,
+    vision_end=4,
+    vision=VisionConfig(
+        depth=2,
+        hidden=64,
+        mlp=128,
+        heads=2,
+        patch=8,
+        merge=2,
+        temporal=2,
+        channels=3,
+        out=128,
+        positions=256,
+        deepstack=(0,),
     ),
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """rows, tokens: of forward and train step. slots, prompt: rows and tokens of the prefill; the slots then decode `chunk` steps.
-    patches: of each row's image, a square number. remat: of the train step."""
+    """rows, tokens: of forward and train step. slots, prompt: rows and tokens of the prefill; the slots then decode
+    `chunk` steps. patches: of each row's image, a square number. remat: of the train step."""
 
     config: Qwen3VLConfig
     rows: int
@@ -49,14 +75,18 @@ class Size:
 
 _POD = dict(rows=4, tokens=4096, slots=16, prompt=2048, chunk=32, patches=1024, dtype="bfloat16", remat="full")
 SIZES = {
-    "atlas": Size(ATLAS, rows=32, tokens=320, slots=64, prompt=256, chunk=32, patches=256, dtype="float32", remat="none"),
+    "atlas": Size(
+        ATLAS, rows=32, tokens=320, slots=64, prompt=256, chunk=32, patches=256, dtype="float32", remat="none"
+    ),
     "2b": Size(MODELS["Qwen3-VL-2B"], **_POD),
     "4b": Size(MODELS["Qwen3-VL-4B"], **_POD),
 }
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--size", default="atlas", choices=SIZES, help="atlas: the shape of the tiny model that ships with the package")
+    parser.add_argument(
+        "--size", default="atlas", choices=SIZES, help="atlas: the shape of the tiny model that ships with the package"
+    )
     parser.add_argument("--rows", type=int, default=0, help="another batch for forward and train step")
     parser.add_argument("--layers", type=int, default=0, help="another depth of the decoder")
     parser.add_argument("--no-torch", action="store_true", help="only the model here")
@@ -89,7 +119,8 @@ def reference(model: nnx.Module, size: Size) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of one step. cpu: seconds of all threads. value: what the two sides are compared by. flops: the model's own count."""
+    """Of one step. cpu: seconds of all threads. value: what the two sides are compared by. flops: the model's own
+    count."""
 
     seconds: float
     cpu: float
@@ -104,12 +135,17 @@ def row(name: str, here: Measured, there: Measured | None) -> dict:
 
     chip = flops.chip(jax.devices()[0].device_kind)
     return {
-        "what": name, "ms": 1e3 * here.seconds, "tokens/s": here.tokens / here.seconds, "MiB": _blank(here.mib),
+        "what": name,
+        "ms": 1e3 * here.seconds,
+        "tokens/s": here.tokens / here.seconds,
+        "MiB": _blank(here.mib),
         "mfu": _blank(chip and here.flops / here.seconds / chip.flops),
-        "transformers ms": _blank(there and 1e3 * there.seconds), "transformers MiB": _blank(there and there.mib),
-        "times faster": _blank(there and there.seconds / here.seconds), "times less cpu": _blank(there and there.cpu / here.cpu),
+        "transformers ms": _blank(there and 1e3 * there.seconds),
+        "transformers MiB": _blank(there and there.mib),
+        "times faster": _blank(there and there.seconds / here.seconds),
+        "times less cpu": _blank(there and there.cpu / here.cpu),
         "agree": _blank(there and agreement(name, here.value, there.value)),
-    }  # fmt: skip
+    }
 
 
 def _blank(value: Any) -> Any:
@@ -125,7 +161,9 @@ def agreement(name: str, here: Any, there: Any) -> str:
     return f"{difference.max():.1e}" if name == "forward" else f"{difference / there:.1e}"
 
 
-def conversations(config: Qwen3VLConfig, rows: int, tokens: int, patches: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def conversations(
+    config: Qwen3VLConfig, rows: int, tokens: int, patches: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(token_BxT, pixels_NxF of all rows, grid_Bx3): every row an image between its marks, then random text."""
     rng = np.random.default_rng(0)
     side, places = int(patches**0.5), patches // config.vision.merge**2
@@ -143,7 +181,8 @@ def written_mask(token_BxT: np.ndarray, patches: int, config: Qwen3VLConfig) -> 
 
 
 def added_mib(call) -> tuple[float | None, Any]:
-    """(MiB that the process needs at most beside what it has now, the call's value); None where the system does not tell."""
+    """(MiB that the process needs at most beside what it has now, the call's value); None where the system does not
+    tell."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to what is resident
         before = _resident("VmRSS")

@@ -19,9 +19,18 @@ from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.optimizer import make_optimizer
 
-OPTIMIZER = ConfigDict(dict(
-    lr=1e-4, schedule="constant", warmup_steps=0, b1=0.9, b2=0.95, weight_decay=0.0, grad_clip=1.0, vision_lr_multiplier=1.0
-))  # fmt: skip
+OPTIMIZER = ConfigDict(
+    dict(
+        lr=1e-4,
+        schedule="constant",
+        warmup_steps=0,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.0,
+        grad_clip=1.0,
+        vision_lr_multiplier=1.0,
+    )
+)
 
 
 class Here:
@@ -40,7 +49,9 @@ class Here:
     def forward(self, calls: int) -> Measured:
         size = self.size
         inputs, lengths, images = self._inputs(size.rows, size.tokens)
-        logp = functools.partial(train_step.row_logp, self.graphdef, temperature=1.0, forbidden_V=jnp.asarray(self.forbidden_V))
+        logp = functools.partial(
+            train_step.row_logp, self.graphdef, temperature=1.0, forbidden_V=jnp.asarray(self.forbidden_V)
+        )
         program = jax.jit(lambda params, inputs: logp(params, inputs)[0])
         found = timed(lambda: program(self.params, inputs), calls=calls)
         return dataclasses.replace(found, tokens=sum(lengths), flops=flops.forward(self.config, lengths, images))
@@ -49,7 +60,9 @@ class Here:
         size, capacity = self.size, self._capacity
         inputs, lengths, images = self._inputs(size.slots, size.prompt)
         self.slots = slots.init_slots(self.config, 1, size.slots, capacity, jnp.dtype(size.dtype))
-        request = np.stack([np.arange(size.slots), np.zeros(size.slots), np.ones(size.slots)], -1)[None].astype(np.int32)
+        request = np.stack([np.arange(size.slots), np.zeros(size.slots), np.ones(size.slots)], -1)[None].astype(
+            np.int32
+        )
 
         def call() -> None:
             self.slots = slots.extend_slots(self.graphdef, self.params, self.slots, inputs, request, window=capacity)
@@ -66,15 +79,29 @@ class Here:
         tokens, _, grids = conversations(self.config, 1, size.prompt, size.patches)
         _, position = positions.rope_positions(tokens[0], grids, self.config)
         slot_C = np.arange(size.slots)
-        fields = [slot_C, *(np.full(size.slots, n) for n in (size.prompt, position, size.chunk + 1, 0)), slot_C, 0 * slot_C, 0 * slot_C]
+        fields = [
+            slot_C,
+            *(np.full(size.slots, n) for n in (size.prompt, position, size.chunk + 1, 0)),
+            slot_C,
+            0 * slot_C,
+            0 * slot_C,
+        ]
         request = np.stack(fields, -1)[None].astype(np.int32)
         greedy, never = np.array([0.0, 1.0], np.float32), np.array([-1], np.int32)
 
         def call() -> np.ndarray:
             self.slots, drawn = slots.decode_slots(
-                self.graphdef, self.params, self.slots, request, np.zeros(2, np.int32), greedy, self.forbidden_V, never,
-                window=self._capacity, chunk=size.chunk,
-            )  # fmt: skip
+                self.graphdef,
+                self.params,
+                self.slots,
+                request,
+                np.zeros(2, np.int32),
+                greedy,
+                self.forbidden_V,
+                never,
+                window=self._capacity,
+                chunk=size.chunk,
+            )
             return jax.device_get(drawn[0])[0]
 
         found = timed(call, calls=calls, steps=size.chunk)
@@ -87,11 +114,18 @@ class Here:
         size = self.size
         inputs, lengths, images = self._inputs(size.rows, size.tokens)
         tokens, _, _ = conversations(self.config, size.rows, size.tokens, size.patches)
-        advantage_BxT = np.broadcast_to(np.random.default_rng(1).standard_normal((size.rows, 1), np.float32), tokens.shape)
-        batch = jax.device_put(TrainBatch(
-            inputs=inputs, mask_BxT=written_mask(tokens, size.patches, self.config), step_BxT=np.full(tokens.shape, -1, np.int32),
-            sampler_logp_BxT=np.zeros(tokens.shape, np.float32), advantage_BxT=advantage_BxT,
-        ))  # fmt: skip
+        advantage_BxT = np.broadcast_to(
+            np.random.default_rng(1).standard_normal((size.rows, 1), np.float32), tokens.shape
+        )
+        batch = jax.device_put(
+            TrainBatch(
+                inputs=inputs,
+                mask_BxT=written_mask(tokens, size.patches, self.config),
+                step_BxT=np.full(tokens.shape, -1, np.int32),
+                sampler_logp_BxT=np.zeros(tokens.shape, np.float32),
+                advantage_BxT=advantage_BxT,
+            )
+        )
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         optimizer, schedule = make_optimizer(OPTIMIZER, total_steps=100)
         state = train_step.init_state(self.params, logical_axes(self.config), optimizer, mesh)
@@ -119,7 +153,8 @@ class Here:
 
 
 def timed(call: Callable, *, calls: int, steps: int = 1) -> Measured:
-    """Medians over calls of the seconds of one step. The first call, which compiles, gives the value and is not timed."""
+    """Medians over calls of the seconds of one step. The first call, which compiles, gives the value and is not
+    timed."""
     value = jax.block_until_ready(call())
     mib = added_mib(lambda: jax.block_until_ready(call()))[0] if jax.default_backend() == "cpu" else None
     seconds, cpu = [], []

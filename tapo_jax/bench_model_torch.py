@@ -102,9 +102,11 @@ class There:
         config = self.size.config
         token_BxT, pixels_NxF, grid_Bx3 = conversations(config, rows, tokens, self.size.patches)
         arrays = {
-            "input_ids": torch.tensor(token_BxT, dtype=torch.long), "pixel_values": torch.tensor(pixels_NxF),
-            "image_grid_thw": torch.tensor(grid_Bx3, dtype=torch.long), "mm_token_type_ids": torch.tensor(token_BxT == config.image_token).int(),
-        }  # fmt: skip
+            "input_ids": torch.tensor(token_BxT, dtype=torch.long),
+            "pixel_values": torch.tensor(pixels_NxF),
+            "image_grid_thw": torch.tensor(grid_Bx3, dtype=torch.long),
+            "mm_token_type_ids": torch.tensor(token_BxT == config.image_token).int(),
+        }
         return {name: array.to(self.device) for name, array in arrays.items()}
 
     def _timed(self, call: Callable, calls: int, steps: int = 1) -> Measured:

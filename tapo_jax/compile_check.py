@@ -1,7 +1,7 @@
 """Will a run fit its machines? Compiles the real programs of a config for a TPU topology, on a machine without a TPU.
 
-The environment must be set before jax starts: see `launch/compile_check.py`. The programs are in `abstract_run.py`, the reading of what the
-compiler made of them is in `hlo_costs.py`.
+The environment must be set before jax starts: see `launch/compile_check.py`. The programs are in `abstract_run.py`,
+the reading of what the compiler made of them is in `hlo_costs.py`.
 """
 
 import dataclasses
@@ -20,19 +20,25 @@ from tapo_jax.abstract_run import PROGRAMS, Abstract, Program, abstract_run
 from tapo_jax.config import UserError, check_choice
 from tapo_jax.flops import GIB, Chip
 from tapo_jax.models import splash
-from tapo_jax.models.parameters import logical_axes
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One program on one chip. Sizes in bytes, times in seconds: what peak flops, memory and interconnect alone would take;
-    `seconds` is the longest of them taken operation by operation (see `hlo_costs`). error: why it did not compile."""
+    """One program on one chip; sizes in bytes, times in seconds.
+
+    arguments: donated ones included, whose place the results take. beside: what else lies on the chip meanwhile.
+    peak: the most that is used at a time. error: why the program did not compile.
+    flops: with loops multiplied out and kernels included; model_flops: the model's own count, without what is computed
+    twice. collectives: kind -> {"count", "bytes" received}. seconds_…: what peak arithmetic, memory and interconnect
+    alone would take; seconds: every operation at the speed of what limits it (see `hlo_costs`), or the interconnect.
+    """
 
     program: str
     fits: bool
     capacity: float
     arguments: float = 0.0
     temporaries: float = 0.0
+    beside: float = 0.0
     peak: float = 0.0
     flops: float = 0.0
     model_flops: float = 0.0
@@ -40,14 +46,38 @@ class Report:
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     seconds_flops: float = 0.0
     seconds_memory: float = 0.0
-    seconds_collectives: float = 0.0
+    seconds_network: float = 0.0
     seconds: float = 0.0
     compile_seconds: float = 0.0
     error: str = ""
 
 
+def run_check(
+    config: ConfigDict, topology: str, programs: tuple[str, ...], out: str = "", say: Callable[[str], None] = print
+) -> bool:
+    """Compiles the programs for the topology, prints the table, writes JSON to `out`, and says whether all fit."""
+    for name in programs:
+        check_choice("--programs", name, tuple(PROGRAMS))
+    devices = topology_devices(topology)
+    chip = flops.chip(devices[0].device_kind)
+    if chip is None:
+        raise UserError(f"--topology={topology} has chips ({devices[0].device_kind}) that tapo_jax/flops.py lacks.")
+    run = abstract_run(config, devices)
+    say(summary(run, chip))
+    reports = []
+    for name in programs:
+        reports.append(report(run, PROGRAMS[name](run), chip))
+        say(f"{name}: compiled in {reports[-1].compile_seconds:.0f} s")
+    say(markdown([row(found) for found in reports]))
+    if out:
+        record = {"topology": topology, "chip": dataclasses.asdict(chip), "summary": summary(run, chip)}
+        record["programs"] = [dataclasses.asdict(found) for found in reports]
+        Path(out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return all(found.fits for found in reports)
+
+
 def topology_devices(name: str) -> list:
-    """The devices of a TPU topology such as "v5e:8x8". Raises UserError where there is no TPU compiler or no such topology."""
+    """The devices of a topology such as "v5e:8x8". Raises UserError where there is no TPU compiler or no such topology."""
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -58,93 +88,90 @@ def topology_devices(name: str) -> list:
 
 
 def report(run: Abstract, program: Program, chip: Chip) -> Report:
-    """Compiles one program and reads what came out. What does not fit is a report too."""
+    """Compiles one program and reads what came out. That it does not fit is a report too."""
     start = time.perf_counter()
-    blank = Report(program.name, False, chip.memory)
+    blank = Report(program.name, False, chip.memory, beside=program.beside)
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return dataclasses.replace(blank, error=_exhausted(str(error)), compile_seconds=time.perf_counter() - start)
-    memory, chips = compiled.memory_analysis(), run.mesh.size
-    # Donated arguments lie where the results will.
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        return dataclasses.replace(blank, error=needed(str(error)), compile_seconds=time.perf_counter() - start)
+    memory = compiled.memory_analysis()
     found = hlo_costs.costs(
-        compiled.as_text(), flops_per_s=chip.flops, bytes_per_s=chip.bandwidth, loops=program.loops, kernel_flops=splash.kernel_flops
+        compiled.as_text(),
+        flops_per_s=chip.flops,
+        bytes_per_s=chip.bandwidth,
+        loops=program.loops,
+        kernel_flops=splash.kernel_flops,
     )
-    received = sum(size for _, _, size in found.collectives)
-    network = received / chip.interconnect if chip.interconnect else 0.0
+    network = sum(size for _, _, size in found.collectives) / chip.interconnect if chip.interconnect else 0.0
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + program.beside
+    peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return dataclasses.replace(
-        blank, fits=peak <= chip.memory, arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes, peak=peak,
-        flops=found.flops, model_flops=program.model_flops / chips, traffic=found.traffic,
+        blank,
+        fits=peak <= chip.memory,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=peak,
+        flops=found.flops,
+        model_flops=program.model_flops / run.mesh.size,
+        traffic=found.traffic,
         collectives={kind: {"count": count, "bytes": size} for kind, count, size in found.collectives},
-        seconds_flops=found.flops / chip.flops, seconds_memory=found.traffic / chip.bandwidth, seconds_collectives=network,
-        seconds=max(found.seconds, network), compile_seconds=time.perf_counter() - start,
-    )  # fmt: skip
+        seconds_flops=found.flops / chip.flops,
+        seconds_memory=found.traffic / chip.bandwidth,
+        seconds_network=network,
+        seconds=max(found.seconds, network),
+        compile_seconds=time.perf_counter() - start,
+    )
 
 
-def _exhausted(message: str) -> str:
-    """The compiler's own sentence about how much it would have needed."""
-    found = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", message)
+def needed(message: str) -> str:
+    """What the compiler says about the memory that it would have needed."""
+    found = re.search(r"[Uu]sed [\d.]+\w of [\d.]+\w( \w+)?", message)
     return found.group(0) if found else message.splitlines()[0]
 
 
 def summary(run: Abstract, chip: Chip) -> str:
-    """What is checked, in a line."""
-    table = logical_axes(run.model_config)
+    """What is checked, in two lines."""
+    config, mesh = run.config, run.mesh
     sizes = jax.tree.map(lambda x: x.size, run.params)
     total, tower = sum(jax.tree.leaves(sizes)), sum(jax.tree.leaves(sizes["vision"]))
-    config, mesh = run.config, run.mesh
-    B = config.data.prompts_per_step * config.rollout.group_size
+    rows = config.data.prompts_per_step * config.rollout.group_size
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
-        f"{total / 1e9:.2f} B parameters ({tower / 1e9:.2f} B vision, {len(table)} arrays); {mesh.size} × {chip.name} "
-        f"({chip.memory / GIB:.0f} GiB), mesh {shape}; batch {B} × {config.rollout.max_length} tokens and up to "
-        f"{max(config.train.patch_buckets, default=0)} patches in {config.train.micro_batches} micro-batches; {config.rollout.slots} slots"
+        f"{total / 1e9:.2f} B parameters ({tower / 1e9:.2f} B vision) on {mesh.size} {chip.name} ({chip.memory / GIB:.0f} "
+        f"GiB each), mesh {shape}\nbatch of {rows} rows × {config.rollout.max_length} tokens and up to "
+        f"{max(config.train.patch_buckets, default=0)} patches, in {config.train.updates_per_batch} × "
+        f"{config.train.micro_batches} pieces; {config.rollout.slots} slots"
     )
 
 
-COLUMNS = ("program", "arguments", "temporaries", "peak", "fits", "flops", "model flops", "ratio", "collectives", "flops s", "memory s",
-           "network s", "bound s", "of peak")  # fmt: skip
+COLUMNS = (
+    "program", "arguments", "temporaries", "beside", "peak", "fits", "Tflop", "model's", "ratio", "collectives",
+    "flops s", "memory s", "network s", "bound s", "MFU at bound",
+)  # fmt: skip
 
 
 def row(found: Report) -> list[str]:
-    """One line of the table. Sizes in GiB, flops in 10¹², collectives in GB received; `of peak`: the model's own flops at the bound."""
+    """A line of the table: sizes in GiB, flops in 10¹², collectives as kind, count and GB received."""
     if found.error:
-        return [found.program, "", "", found.error, "no", *[""] * (len(COLUMNS) - 5)]
-    traffic = ", ".join(f"{kind} {entry['count']:.0f}: {entry['bytes'] / 1e9:.1f}" for kind, entry in found.collectives.items())
-    share = found.model_flops / found.flops * found.seconds_flops / found.seconds if found.seconds else 0.0
+        return [found.program, "", "", f"{found.beside / GIB:.2f}", found.error, "no", *[""] * (len(COLUMNS) - 6)]
+    moved = [f"{kind} {e['count']:.0f} × {e['bytes'] / e['count'] / 1e9:.3g}" for kind, e in found.collectives.items()]
     return [
-        found.program, *(f"{size / GIB:.2f}" for size in (found.arguments, found.temporaries)),
-        f"{found.peak / GIB:.2f} of {found.capacity / GIB:.0f}", "yes" if found.fits else "no",
-        *(f"{count / 1e12:.2f}" for count in (found.flops, found.model_flops)), f"{found.flops / found.model_flops:.2f}", traffic or "none",
-        *(f"{t:.3f}" for t in (found.seconds_flops, found.seconds_memory, found.seconds_collectives, found.seconds)), f"{100 * share:.0f} %",
-    ]  # fmt: skip
+        found.program,
+        *(f"{size / GIB:.2f}" for size in (found.arguments, found.temporaries, found.beside)),
+        f"{found.peak / GIB:.2f} of {found.capacity / GIB:.0f}",
+        "yes" if found.fits else "no",
+        f"{found.flops / 1e12:.2f}",
+        f"{found.model_flops / 1e12:.2f}",
+        f"{found.flops / found.model_flops:.2f}",
+        ", ".join(moved) or "none",
+        *(f"{t:.3f}" for t in (found.seconds_flops, found.seconds_memory, found.seconds_network, found.seconds)),
+        f"{100 * found.model_flops / found.flops * found.seconds_flops / found.seconds:.0f} %",
+    ]
 
 
 def markdown(rows: list[list[str]]) -> str:
     lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def run_check(config: ConfigDict, topology: str, programs: tuple[str, ...], out: str = "", say: Callable[[str], None] = print) -> bool:
-    """Compiles the programs for the topology, prints the table, writes JSON to `out`, and says whether all of them fit."""
-    for name in programs:
-        check_choice("--programs", name, tuple(PROGRAMS))
-    devices = topology_devices(topology)
-    chip = flops.chip(devices[0].device_kind)
-    if chip is None:
-        raise UserError(f"--topology={topology} has chips of the kind {devices[0].device_kind}, which tapo_jax/flops.py does not list.")
-    run = abstract_run(config, devices)
-    say(summary(run, chip))
-    reports = []
-    for name in programs:
-        reports.append(report(run, PROGRAMS[name](run), chip))
-        say(f"{name}: compiled in {reports[-1].compile_seconds:.0f} s")
-    say(markdown([row(found) for found in reports]))
-    if out:
-        record = {"topology": topology, "chip": dataclasses.asdict(chip), "summary": summary(run, chip), "programs": [dataclasses.asdict(r) for r in reports]}
-        Path(out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return all(found.fits for found in reports)

@@ -1,8 +1,9 @@
 """What a model's arithmetic amounts to, and what chips can do: the two sides of model flops utilisation (MFU).
 
-Counted are the multiplications and additions (2 for each pair) of the matrix products and of attention over the pairs that the
-masks let through; norms, softmax, rotations and look-ups are left out, as usual in MFU. A backward pass is twice its
-forward pass; what rematerialisation computes again does not count. All numbers are plain Python: no arrays, no jax import.
+Counted are the multiplications and additions (2 for each pair) of the matrix products and of attention over the pairs
+that the masks let through; norms, softmax, rotations and look-ups are left out, as usual in MFU. A backward pass is
+twice its forward pass; what rematerialisation computes again does not count. All numbers are plain Python: no arrays,
+no jax import.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as jax sees it. flops: dense bfloat16 a second; bandwidth: of its memory, bytes a second; memory: bytes;
-    interconnect: bytes a second that it can send to its neighbours (0: not in the table)."""
+    """One device as jax sees it. flops: dense bfloat16 a second; bandwidth: of its memory, bytes a second; memory:
+    bytes; interconnect: bytes a second that it can send to its neighbours (0: not in the table)."""
 
     name: str
     flops: float
@@ -25,8 +26,9 @@ class Chip:
 
 GIB = 2.0**30
 
-# A part of jax's device_kind -> the device; the first that matches counts. Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}
-# (interconnect: half of the bidirectional figure), NVIDIA's data sheets of the SXM forms. A TPU7x chip is two devices to jax.
+# A part of jax's device_kind -> the device; the first that matches counts. Sources:
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (interconnect: half of the bidirectional figure), NVIDIA's data
+# sheets of the SXM forms. A TPU7x chip is two devices to jax.
 CHIPS: dict[str, Chip] = {
     "TPU v4": Chip("v4", 275e12, 1228e9, 32 * GIB, 300e9),
     "TPU v5 lite": Chip("v5e", 197e12, 819e9, 16 * GIB, 200e9),
@@ -59,7 +61,8 @@ def full_pairs(lengths: Iterable[int]) -> int:
 
 
 def decoder(config: Qwen3VLConfig, *, tokens: int, pairs: int, logits: int) -> float:
-    """Flops of the decoder on `tokens` tokens whose queries meet `pairs` keys in all, with logits at `logits` of them."""
+    """Flops of the decoder on `tokens` tokens whose queries meet `pairs` keys in all, with logits at `logits` of
+    them."""
     D, A = config.hidden, config.head_dim
     attention = D * A * (2 * config.heads + 2 * config.kv_heads)  # q and o, k and v
     layer = 2.0 * tokens * (attention + 3 * D * config.mlp) + 4.0 * config.heads * A * pairs
@@ -79,12 +82,14 @@ def vision_tower(vision: VisionConfig, *, patches: int, pairs: int) -> float:
 
 
 def forward(config: Qwen3VLConfig, lengths: Sequence[int], images: Sequence[int] = ()) -> float:
-    """One forward pass over whole episodes with log-probabilities of all tokens. lengths: tokens of each episode; images: patches
-    of each image of all the episodes."""
+    """One forward pass over whole episodes with log-probabilities of all tokens. lengths: tokens of each episode;
+    images: patches of each image of all the episodes."""
     return _text(config, lengths) + _vision(config, images)
 
 
-def update(config: Qwen3VLConfig, lengths: Sequence[int], images: Sequence[int] = (), *, train_vision: bool = True) -> float:
+def update(
+    config: Qwen3VLConfig, lengths: Sequence[int], images: Sequence[int] = (), *, train_vision: bool = True
+) -> float:
     """Forward and backward pass over whole episodes. A frozen vision tower has no backward pass."""
     return 3 * _text(config, lengths) + (3 if train_vision else 1) * _vision(config, images)
 

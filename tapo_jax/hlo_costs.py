@@ -1,9 +1,10 @@
-"""What a compiled program does on one device, by its optimised HLO: arithmetic, memory traffic and collectives, with the bodies of
-loops multiplied by their turns.
+"""What a compiled program does on one device, by its optimised HLO: arithmetic, memory traffic and collectives, with
+the bodies of loops multiplied by their turns.
 
-flops: of matrix products and convolutions, 2 for each multiplication with its addition; kernels by `KERNELS`. traffic: bytes between main
-memory and the core, as every instruction that is not part of a fusion reads its operands and writes its value once; slices
-and in-place updates count what they touch. collectives: bytes that a device receives over the interconnect.
+flops: of matrix products and convolutions, 2 for each multiplication with its addition; kernels by `KERNELS`.
+traffic: bytes between main memory and the core, as every instruction that is not part of a fusion reads its operands
+and writes its value once; slices and in-place updates count what they touch. collectives: bytes that a device
+receives over the interconnect.
 """
 
 import dataclasses
@@ -18,10 +19,11 @@ from tapo_jax.hlo_text import Computation, Instruction, Module, Shape, read
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # These move nothing by themselves.
-FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all iota partition-id replica-id opt-barrier domain add-dependency "
-    "async-done async-update copy-done send-done recv-done".split()
-) | {f"{name}-done" for name in COLLECTIVES}
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id",
+    "opt-barrier", "domain", "add-dependency", "async-done", "async-update", "copy-done", "slice-done", "send-done",
+    "recv-done", *(f"{name}-done" for name in COLLECTIVES),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Costs:
         return Costs(self.flops * turns, self.traffic * turns, self.seconds * turns, collectives)
 
 
-def costs(text: str, *, flops_per_s: float, bytes_per_s: float, loops: int = 1, kernel_flops: Callable | None = None) -> Costs:
+def costs(
+    text: str, *, flops_per_s: float, bytes_per_s: float, loops: int = 1, kernel_flops: Callable | None = None
+) -> Costs:
     """Of the module in `text` (`compiled.as_text()`). loops: turns of loops whose number of turns only the data decide.
 
     kernel_flops(op_name, dims of its operands) -> flops of a Pallas kernel; None counts kernels as 0.
@@ -57,7 +61,9 @@ def costs(text: str, *, flops_per_s: float, bytes_per_s: float, loops: int = 1, 
 
 
 class _Reader:
-    def __init__(self, module: Module, flops_per_s: float, bytes_per_s: float, loops: int, kernel_flops: Callable | None):
+    def __init__(
+        self, module: Module, flops_per_s: float, bytes_per_s: float, loops: int, kernel_flops: Callable | None
+    ):
         self.module, self.loops, self.kernel_flops = module, loops, kernel_flops
         self.flops_per_s, self.bytes_per_s = flops_per_s, bytes_per_s
         self.computation = functools.cache(self._computation)
@@ -71,7 +77,8 @@ class _Reader:
         for i in computation.instructions:
             costs = self._instruction(computation, i)
             channels = self._channels(i) if costs.collectives else set()
-            # A collective that the compiler spreads over several fusions, to hide it, has the same channel in all of them.
+            # A collective that the compiler spreads over several fusions, to hide it, has the same channel in all of
+            # them.
             total += dataclasses.replace(costs, collectives=()) if channels and channels <= seen else costs
             seen |= channels
         return total
@@ -90,7 +97,9 @@ class _Reader:
         total = Costs()
         for i in computation.instructions:
             inner = i.called("calls") or i.called("to_apply") if i.opcode in ("fusion", "call", "async-start") else None
-            total += self.inside(inner) if inner else Costs(self._flops(computation, i)) + self._collective(computation, i)
+            total += (
+                self.inside(inner) if inner else Costs(self._flops(computation, i)) + self._collective(computation, i)
+            )
         return total
 
     def _instruction(self, computation: Computation, i: Instruction) -> Costs:
@@ -101,7 +110,11 @@ class _Reader:
             return (self.computation(i.called("body")) + self.computation(i.called("condition"))).times(turns)
         if i.opcode == "conditional":
             listed = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
-            branches = re.findall(r"[\w.\-]+", listed.group(1)) if listed else [i.called("true_computation"), i.called("false_computation")]
+            branches = (
+                re.findall(r"[\w.\-]+", listed.group(1))
+                if listed
+                else [i.called("true_computation"), i.called("false_computation")]
+            )
             return max((self.computation(branch) for branch in branches), key=lambda c: (c.seconds, c.flops))
         if i.opcode in ("call", "async-start"):
             return self.computation(i.called("calls") or i.called("to_apply"))
@@ -116,7 +129,8 @@ class _Reader:
         return dataclasses.replace(work, traffic=traffic, seconds=seconds)
 
     def _turns(self, i: Instruction) -> int:
-        """As the compiler wrote it down; or from a condition "counter < constant" (counters begin at 0 and go up by 1); or `loops`."""
+        """As the compiler wrote it down; or from a condition "counter < constant" (counters begin at 0 and go up by
+        1); or `loops`."""
         found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.rest)
         if found:
             return int(found.group(1))
@@ -137,7 +151,11 @@ class _Reader:
             return 2.0 * i.shapes[0].size * contracted
         if i.opcode == "convolution":
             return _convolution(i, computation.operand_shapes(i, 0)[0], computation.operand_shapes(i, 1)[0])
-        if i.opcode == "custom-call" and self.kernel_flops is not None and 'custom_call_target="tpu_custom_call"' in i.rest:
+        if (
+            i.opcode == "custom-call"
+            and self.kernel_flops is not None
+            and 'custom_call_target="tpu_custom_call"' in i.rest
+        ):
             return self.kernel_flops(
                 i.op_name, [s.dims for k in range(len(i.operands)) for s in computation.operand_shapes(i, k)]
             )
@@ -152,11 +170,14 @@ class _Reader:
         if i.opcode in ("dynamic-update-slice", "scatter"):
             update = computation.operand_shapes(i, 1 if i.opcode == "dynamic-update-slice" else 2)
             return 2 * _main_bytes(update)
-        if i.opcode == "copy-start":  # its value is (target, source, a token)
-            return _main_bytes(i.shapes[:1]) + _main_bytes(first)
+        if i.opcode in ("copy-start", "slice-start"):  # the value is (target, source, …) or (source, target, …)
+            target = i.shapes[0 if i.opcode == "copy-start" else 1]
+            return target.bytes * (target.main + first[0].main)
         if i.opcode.endswith("-start"):
             return 2 * _main_bytes(first)
-        return _main_bytes(i.shapes) + sum(_main_bytes(computation.operand_shapes(i, k)) for k in range(len(i.operands)))
+        return _main_bytes(i.shapes) + sum(
+            _main_bytes(computation.operand_shapes(i, k)) for k in range(len(i.operands))
+        )
 
     def _fusion_traffic(self, computation: Computation, i: Instruction) -> float:
         inner = self.module.computations[i.called("calls")]
@@ -182,9 +203,11 @@ class _Reader:
             kind = "reduce-scatter"  # the compiler writes it as a fusion of the reduction with a slice
         share = (n - 1) / n
         received = {
-            "all-gather": operands * (n - 1), "all-reduce": 2 * operands * share, "reduce-scatter": operands * share,
+            "all-gather": operands * (n - 1),
+            "all-reduce": 2 * operands * share,
+            "reduce-scatter": operands * share,
             "collective-permute": operands,
-        }.get(kind, operands * share)  # fmt: skip
+        }.get(kind, operands * share)
         return Costs(collectives=((kind, 1.0, received),)) if received else Costs()
 
 
@@ -251,16 +274,21 @@ def _convolution(i: Instruction, left: Shape, right: Shape) -> float:
     for d, label in enumerate(spatial):
         one = {name: text.split("x")[d] for name, text in fields.items()}
         count *= _valid_pairs(
-            left.dims[lhs.index(label)], right.dims[rhs.index(label)], i.shapes[0].dims[out.index(label)],
-            stride=int(one.get("stride", 1)), low=int(one.get("pad", "0_0").split("_")[0]), lhs_dilate=int(one.get("lhs_dilate", 1)),
+            left.dims[lhs.index(label)],
+            right.dims[rhs.index(label)],
+            i.shapes[0].dims[out.index(label)],
+            stride=int(one.get("stride", 1)),
+            low=int(one.get("pad", "0_0").split("_")[0]),
+            lhs_dilate=int(one.get("lhs_dilate", 1)),
             rhs_dilate=int(one.get("rhs_dilate", 1)),
-        )  # fmt: skip
+        )
     return 2.0 * count
 
 
 @functools.cache
 def _valid_pairs(size: int, kernel: int, out: int, *, stride: int, low: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """Pairs of an output place and a kernel place that meet an input value, neither padding nor a hole of the dilation."""
+    """Pairs of an output place and a kernel place that meet an input value, neither padding nor a hole of the
+    dilation."""
     pairs, starts = 0, np.arange(out, dtype=np.int64) * stride - low
     for k in range(kernel):
         place = starts + k * rhs_dilate

@@ -5,8 +5,10 @@ import functools
 import math
 import re
 
-BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32,
-        "s64": 64, "u64": 64, "f64": 64, "c64": 64}  # fmt: skip
+BITS = {
+    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32,
+    "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64,
+}  # fmt: skip
 
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -33,7 +35,8 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """shapes: the leaves of its value. operands: names of instructions of the same computation. rest: what follows the operands."""
+    """shapes: the leaves of its value. operands: names of instructions of the same computation. rest: what follows
+    the operands."""
 
     name: str
     opcode: str
@@ -128,7 +131,13 @@ def _instruction(line: str) -> Instruction:
     stop = _closing(value, start)
     inside = value[start + 1 : stop]
     return Instruction(
-        name.lstrip("%"), value[:start], shapes_of(type_text), tuple(_NAME.findall(inside)), inside, value[stop + 1 :], root
+        name.lstrip("%"),
+        value[:start],
+        shapes_of(type_text),
+        tuple(_NAME.findall(inside)),
+        inside,
+        value[stop + 1 :],
+        root,
     )
 
 

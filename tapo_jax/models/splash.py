@@ -27,7 +27,8 @@ def splash_attention(
     causal: bool,
     interpret: bool = False,
 ) -> jax.Array:
-    """Softmax attention within equal segments (which are not negative), as `attention.attention`; [B, T, H, A] in the dtype of q.
+    """Softmax attention within equal segments (which are not negative), as `attention.attention`; [B, T, H, A] in the
+    dtype of q.
 
     interpret: run the kernel step by step on any backend (slow; for tests).
     """
@@ -37,7 +38,9 @@ def splash_attention(
     q, k, v = (_padded(x.swapaxes(1, 2), axis=2, value=0) for x in (q_BxTxHxA * A**-0.5, k_BxSxKxA, v_BxSxKxA))
     q_segment, kv_segment = (_padded(x, axis=1, value=PADDING) for x in (q_segment_BxT, kv_segment_BxS))
 
-    def own_part(q_bxhxTxA: jax.Array, k: jax.Array, v: jax.Array, q_segment: jax.Array, kv_segment: jax.Array) -> jax.Array:
+    def own_part(
+        q_bxhxTxA: jax.Array, k: jax.Array, v: jax.Array, q_segment: jax.Array, kv_segment: jax.Array
+    ) -> jax.Array:
         kernel = _kernel(q_bxhxTxA.shape[1], q_bxhxTxA.shape[2], k.shape[2], causal, interpret)
         with jax.named_scope(CAUSAL if causal else FULL):
             return jax.vmap(kernel)(q_bxhxTxA, k, v, splash.SegmentIds(q_segment, kv_segment))
@@ -63,9 +66,15 @@ def _kernel(heads: int, T: int, S: int, causal: bool, interpret: bool) -> Callab
     mask = splash.CausalMask((T, S)) if causal else splash.FullMask((T, S))
     q, kv = _block(T), _block(S)
     blocks = splash.BlockSizes(
-        block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, block_q_dq=q,
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        block_q_dq=q,
         block_kv_dq=kv,
-    )  # fmt: skip
+    )
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
     )
@@ -74,10 +83,13 @@ def _kernel(heads: int, T: int, S: int, causal: bool, interpret: bool) -> Callab
 def kernel_flops(op_name: str, dims: Sequence[tuple[int, ...]]) -> float:
     """Flops of one of the compiled kernels, for those who read a compiled program; 0 for a kernel of another kind.
 
-    op_name: its path in the traced program; dims: the sizes of its operands, of which the first two with four axes are q and k.
-    Counted are the products of the blocks that the kernel visits: all, or those on and below the diagonal.
+    op_name: its path in the traced program; dims: the sizes of its operands, of which the first two with four axes
+    are q and k. Counted are the products of the blocks that the kernel visits: all, or those on and below the
+    diagonal.
     """
-    products = next((n for name, n in {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}.items() if name in op_name), 0)
+    products = next(
+        (n for name, n in {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}.items() if name in op_name), 0
+    )
     if not products:
         return 0.0
     (B, H, T, A), (_, _, S, _) = [d for d in dims if len(d) == 4][:2]
