@@ -41,6 +41,13 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "colab": ["ipykernel", "nbformat"],
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "nbclient>=0.10", "ipykernel", "torch==2.13.0"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "nbclient>=0.10",
+            "ipykernel",
+            "torch==2.13.0",
+        ],
     },
 )

@@ -5,6 +5,7 @@ They are the programs that training runs, made by the same functions; nothing is
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -30,8 +32,9 @@ from tapo_jax.schedule import Shapes
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function of the run with abstract arguments. model_flops: of one call on all chips; loops: turns of a
-    loop whose length depends on data (decoding ends early when all turns have ended)."""
+    """A jitted function of the run with abstract arguments. model_flops: of one call on all chips. beside: bytes on one
+    chip of what is no argument but lies there meanwhile. loops: turns of a loop whose length depends on data (decoding
+    ends early when all turns have ended)."""
 
     name: str
     lower: Callable[[], Any]
@@ -42,13 +45,16 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Abstract:
-    """A run made of shapes. params and state carry the shardings of the mesh."""
+    """A run made of shapes, which carry the shardings of the mesh."""
 
     config: ConfigDict
     model_config: Qwen3VLConfig
     mesh: Mesh
     graphdef: Any
     params: Any
+    opt_state: Any
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
 
 
 def model_shapes(model: ConfigDict) -> Qwen3VLConfig:
@@ -74,19 +80,23 @@ def abstract_run(config: ConfigDict, devices: list) -> Abstract:
     model_config = model_shapes(config.model)
     model = hf.abstract(model_config, param_dtype=config.model.param_dtype, dtype=config.model.dtype)
     graphdef, params = train_step.split_model(model)
-    return Abstract(
-        config,
-        model_config,
-        mesh,
-        graphdef,
-        placed(params, sharding.parameters(params, logical_axes(model_config), mesh)),
+    axes = logical_axes(model_config)
+    optimizer, schedule = make_optimizer(
+        config.optimizer,
+        total_steps=1,
+        updates_per_step=config.train.updates_per_batch,
+        train_vision=config.model.train_vision,
     )
+    opt_state = jax.eval_shape(optimizer.init, params)
+    params, opt_state = (placed(tree, sharding.parameters(tree, axes, mesh)) for tree in (params, opt_state))
+    return Abstract(config, model_config, mesh, graphdef, params, opt_state, optimizer, schedule)
 
 
 def image_patches(config: ConfigDict, model_config: Qwen3VLConfig) -> int:
     """Patches of the largest image that the image processor lets through."""
     processor = ImageProcessor.from_dir(config.model.path) if config.model.path else ImageProcessor()
-    return processor.max_pixels // model_config.vision.patch**2
+    bound = config.rollout.max_pixels or processor.max_pixels
+    return min(processor.max_pixels, bound) // model_config.vision.patch**2
 
 
 def placed(tree: Any, shardings: Any) -> Any:
@@ -94,24 +104,20 @@ def placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
+def bytes_of_one(tree: Any) -> float:
+    """What the arrays of a tree take on one chip."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def train_program(run: Abstract) -> Program:
     """One update on the largest batch: every row as long as rollout.max_length, with the most patches of
     train.patch_buckets."""
     config, mesh = run.config, run.mesh
-    optimizer, schedule = make_optimizer(
-        config.optimizer,
-        total_steps=1,
-        updates_per_step=config.train.updates_per_batch,
-        train_vision=config.model.train_vision,
-    )
-    opt_state = jax.eval_shape(optimizer.init, run.params)
-    everywhere = sharding.replicated(mesh)
-    opt_state = placed(opt_state, sharding.parameters(opt_state, logical_axes(run.model_config), mesh))
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    state = train_step.TrainState(scalar, run.params, opt_state, scalar, scalar)
+    scalar = _array((), jnp.int32, sharding.replicated(mesh))
+    state = train_step.TrainState(scalar, run.params, run.opt_state, scalar, scalar)
     objective = train_step.make_objective(config)
     forbidden_V = np.zeros(run.model_config.vocab, bool)
-    update = train_step.make_update(run.graphdef, optimizer, schedule, objective, forbidden_V, state, mesh)
+    update = train_step.make_update(run.graphdef, run.optimizer, run.schedule, objective, forbidden_V, state, mesh)
 
     B, T = config.data.prompts_per_step * config.rollout.group_size, config.rollout.max_length
     patches = max(config.train.patch_buckets, default=0)
@@ -196,7 +202,8 @@ def decode_program(run: Abstract) -> Program:
                 chunk=chunk,
             )
 
-    return Program("decode", lower, chunk * flops.decode(run.model_config, [capacity] * found.shards * R), loops=chunk)
+    count = chunk * flops.decode(run.model_config, [capacity] * found.shards * R)
+    return Program("decode", lower, count, beside=bytes_of_one(run.opt_state), loops=chunk)
 
 
 def extend_program(run: Abstract) -> Program:
@@ -213,7 +220,10 @@ def extend_program(run: Abstract) -> Program:
             request = _array((found.shards, piece.rows, 3), jnp.int32, rows)
             return slots.extend_slots.lower(run.graphdef, run.params, found.state, inputs, request, window=piece.window)
 
-    return Program("extend", lower, flops.forward(run.model_config, [piece.length] * B, [piece.patches] * B))
+    lengths, images = [piece.length] * B, [piece.patches] * B
+    text = flops.decoder(run.model_config, tokens=sum(lengths), pairs=flops.causal_pairs(lengths), logits=0)
+    tower = flops.vision_tower(run.model_config.vision, patches=sum(images), pairs=flops.full_pairs(images))
+    return Program("extend", lower, text + tower, beside=bytes_of_one(run.opt_state))
 
 
 PROGRAMS: dict[str, Callable[[Abstract], Program]] = {

@@ -54,7 +54,7 @@ def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL,
     family."""
     try:
         return hf.load(directory, mesh=mesh, dtype=model.param_dtype, compute_dtype=model.dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"The model directory {directory} cannot be loaded ({error}): give a Qwen3-VL model."
         ) from error

@@ -77,7 +77,7 @@ def run_check(
 
 
 def topology_devices(name: str) -> list:
-    """The devices of a topology such as "v5e:8x8". Raises UserError where there is no TPU compiler or no such topology."""
+    """The devices of a topology such as "v5e:8x8". Raises UserError without a TPU compiler or for another topology."""
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -140,8 +140,8 @@ def summary(run: Abstract, chip: Chip) -> str:
     rows = config.data.prompts_per_step * config.rollout.group_size
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
-        f"{total / 1e9:.2f} B parameters ({tower / 1e9:.2f} B vision) on {mesh.size} {chip.name} ({chip.memory / GIB:.0f} "
-        f"GiB each), mesh {shape}\nbatch of {rows} rows × {config.rollout.max_length} tokens and up to "
+        f"{total / 1e9:.2f} B parameters ({tower / 1e9:.2f} B vision) on {mesh.size} {chip.name} "
+        f"({chip.memory / GIB:.0f} GiB each), mesh {shape}\nbatch of {rows} rows × {config.rollout.max_length} tokens and up to "
         f"{max(config.train.patch_buckets, default=0)} patches, in {config.train.updates_per_batch} × "
         f"{config.train.micro_batches} pieces; {config.rollout.slots} slots"
     )

@@ -6,6 +6,7 @@ Axes: B rows, T tokens, D width, V vocabulary, C places of a chunk.
 import jax
 import jax.numpy as jnp
 
+from tapo_jax import sharding
 from tapo_jax.models import qwen3_vl
 
 FORBIDDEN = -1e30
@@ -24,11 +25,10 @@ def token_logp(
     """(logp_BxT, entropy_BxT), float32, aligned with the token itself: logp[:, t] = log p(token[:, t] | token[:, :t]).
 
     The distribution is softmax(logits / temperature) without the forbidden tokens, as the sampler draws from it; entropy
-    is that of the distribution the token was drawn from. Place 0 has no history: both are 0 there.
-    chunk: places of every row whose logits exist at one time; vocab_chunk: how many of the V logits of these (None: all;
-    meant for a vocabulary that is not split over devices). The backward pass makes them again.
+    is that distribution's. Place 0 has no history: both are 0 there.
+    chunk: places of every row whose logits exist at one time; vocab_chunk: how many of the V logits of these (None:
+    all; meant for a vocabulary that is not split over devices). The backward pass makes them again.
     """
-    table_VxD = qwen3_vl.output_table(model, hidden_BxTxD.dtype)
     T = token_BxT.shape[1]
     if T == 1:
         return jnp.zeros(token_BxT.shape), jnp.zeros(token_BxT.shape)
@@ -41,6 +41,7 @@ def token_logp(
 
     @jax.checkpoint
     def one(table_VxD: jax.Array, hidden_BxCxD: jax.Array, token_BxC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        table_VxD = table_VxD.astype(hidden_BxCxD.dtype)
         if vocab_chunk is not None:
             return _by_parts(table_VxD, hidden_BxCxD, token_BxC, temperature, forbidden_V, vocab_chunk)
         logits_BxCxV = _logits(table_VxD, hidden_BxCxD, temperature, forbidden_V)
@@ -50,12 +51,15 @@ def token_logp(
         mean_BxC = jnp.sum(jnp.exp(logits_BxCxV - lse_BxC[..., None]) * logits_BxCxV, axis=-1)
         return chosen_BxC - lse_BxC, lse_BxC - mean_BxC
 
-    if steps == 1:
-        out = one(table_VxD, history, target)
-    else:
+    def all_places(table_VxD: jax.Array, history: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
+        if steps == 1:
+            return one(table_VxD, history, target)
         split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], steps, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
         _, out = jax.lax.scan(lambda _, xs: (None, one(table_VxD, *xs)), None, (split(history), split(target)))
-        out = [jnp.moveaxis(x, 0, 1).reshape(x.shape[1], steps * chunk) for x in out]
+        return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], steps * chunk) for x in out)
+
+    # The table in its own precision: its gradient is summed over chunks and devices in that.
+    out = sharding.on_rows(all_places, qwen3_vl.output_table(model), history, target)
     logp_BxT, entropy_BxT = (jnp.pad(x[:, : T - 1], ((0, 0), (1, 0))) for x in out)
     return logp_BxT, entropy_BxT
 

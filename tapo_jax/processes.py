@@ -80,22 +80,26 @@ def mean_over(values: Mapping[str, float]) -> dict[str, float]:
 
 
 class StopRequest:
-    """Notices SIGTERM (a preemption) and Ctrl-C: `requested` becomes True, so that the loop can end at a whole step.
-
-    A second signal does what it did before. Outside of the main thread nothing is noticed.
-    """
+    """Notices SIGTERM (a preemption) and Ctrl-C inside of its `with`: `requested` becomes True, so that the loop can
+    end at a whole step. A second signal does what it did before. Outside of the main thread nothing is noticed."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
 
     def _note(self, number: int, _frame: object) -> None:
         self.requested = True
-        self.restore()
+        self._restore()
 
-    def restore(self) -> None:
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

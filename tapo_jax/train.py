@@ -75,7 +75,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     state = train_step.init_state(params, logical_axes(model_config), optimizer, mesh, thresholds)
     outcomes = make_outcomes(config, agent, params)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    state, resumed = restore(checkpoints, state, {"prompts": prompts, "witnesses": outcomes}, config)
+    parts = {"prompts": prompts, "witnesses": outcomes}
+    state, resumed = restore(checkpoints, state, parts, config)
     programs = make_programs(config, graphdef, optimizer, schedule, state, agent, mesh)
     reference = load_reference(config, directory, mesh)
     run = Run(config, workdir, mesh, agent, programs, outcomes, reference, local, Clock())
@@ -88,27 +89,25 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     if resumed is None and config.eval.at_start:
         writer.write(0, evaluated(run, state, held_out))
     # -------------------------------------------------------------------------------------- loop
-    stop, finished = processes.StopRequest(), resumed == total
-    for step in range((resumed or 0) + 1, total + 1):
-        state, metrics = one_step(run, state, next(prompts), step)
-        finished = step == total
-        if (finished and config.eval.at_end) or (config.eval.every and step % config.eval.every == 0):
-            metrics |= evaluated(run, state, held_out)
-        writer.write(step, metrics)
-        raise_if_broken(metrics, step, config, workdir)
-        stopped = processes.any_of(stop.requested)
-        if finished or stopped or step % config.checkpoint.every == 0:
-            data = {"prompts": prompts.get_state(), "witnesses": outcomes.get_state()}
-            checkpoints.save(step, state, data=data, seed=config.seed)
-        if stopped and not finished:
-            writer.say(f"stopped after step {step}; the same command goes on from there")
-            break
-    checkpoints.close()
+    step, stopping = resumed or 0, False
+    with processes.StopRequest() as stop:
+        while step < total and not stopping:
+            step += 1
+            state, metrics = one_step(run, state, next(prompts), step)
+            if (step == total and config.eval.at_end) or (config.eval.every and step % config.eval.every == 0):
+                metrics |= evaluated(run, state, held_out)
+            writer.write(step, metrics)
+            raise_if_broken(metrics, step, config, workdir)
+            stopping = step == total or processes.any_of(stop.requested)
+            if stopping or step % config.checkpoint.every == 0:
+                checkpoints.save(step, state, data=positions(parts), seed=config.seed)
+        checkpoints.close()
     # -------------------------------------------------------------------------------------- what a run leaves
-    if finished:
+    if step < total:
+        writer.say(f"stopped after step {step}; the same command goes on from there")
+    else:
         leave_results(run, nnx.merge(graphdef, state.params), directory)
     writer.close()
-    stop.restore()
 
 
 # -------------------------------------------------------------------------------------------- parts of a run
@@ -142,11 +141,15 @@ def local_prompts(mesh: Mesh, config: ConfigDict) -> list[int]:
     return prompts
 
 
+def positions(parts: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of the parts of a run that live on the host: each has get_state and set_state."""
+    return {name: part.get_state() for name, part in parts.items()}
+
+
 def restore(
-    checkpoints: Checkpoints, state: TrainState, positions: dict[str, Any], config: ConfigDict
+    checkpoints: Checkpoints, state: TrainState, parts: dict[str, Any], config: ConfigDict
 ) -> tuple[TrainState, int | None]:
-    """The newest checkpoint's state and step, and `positions` (what has a `set_state`) put there; (state, None) in a
-    fresh folder."""
+    """The newest checkpoint's state and step, with the parts at their positions; (state, None) in a fresh folder."""
     latest = checkpoints.latest()
     if latest is None:
         return state, None
@@ -155,7 +158,7 @@ def restore(
         raise UserError(
             f"seed is {config.seed} but the run in this --workdir began with {saved['seed']}: give another --workdir."
         )
-    for name, part in positions.items():
+    for name, part in parts.items():
         part.set_state(data[name])
     return state, latest
 

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from torch_models import CONFIGS
 
+from tapo_jax import sharding
 from tapo_jax.logprobs import token_logp
-from tapo_jax.models import hf, qwen3_vl
+from tapo_jax.models import hf, parameters, qwen3_vl
 
 CONFIG = CONFIGS["grouped"]
 B, T, V, D = 2, 11, CONFIG.vocab, CONFIG.hidden
@@ -75,6 +76,31 @@ def test_gradient(sizes):
     np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)
     np.testing.assert_allclose(ours[0].embedding[...], theirs[0].embedding[...], atol=2e-5)
     assert np.abs(theirs[0].embedding[...]).max() > 0.1
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 2)], ids=["fsdp 8", "fsdp 2 × tensor 2"])
+def test_on_a_mesh(sizes):
+    """Rows and vocabulary split over devices: same values and gradients, forbidden tokens included."""
+    fsdp, tensor = sizes
+    model, hidden, token = _case()
+    hidden, token = jnp.tile(hidden, (4, 1, 1)), jnp.tile(token, (4, 1))
+    graph, state = nnx.split(model)
+
+    def loss(state, hidden, token, forbidden):
+        logp, entropy = token_logp(nnx.merge(graph, state), hidden, token, forbidden_V=forbidden, chunk=4)
+        return jnp.sum(logp) + jnp.sum(entropy)
+
+    forbidden = jnp.arange(V) == 7
+    run = lambda *a: jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*a)  # noqa: E731
+    value, (table, rows) = run(state, hidden, token, forbidden)
+    mesh = sharding.make_mesh(data=1, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: fsdp * tensor])
+    placed = jax.device_put(state, sharding.parameters(state, parameters.logical_axes(CONFIG), mesh))
+    split = sharding.put_rows((np.asarray(hidden), np.asarray(token)), mesh, len(hidden))
+    with sharding.on(mesh):
+        again, (table_again, rows_again) = run(placed, *split, sharding.put_replicated(forbidden, mesh))
+    np.testing.assert_allclose(again, value, rtol=1e-5)
+    np.testing.assert_allclose(rows_again, rows, atol=1e-5)
+    np.testing.assert_allclose(table_again.embedding[...], table.embedding[...], atol=5e-5)
 
 
 def test_a_forbidden_token_has_no_chance_and_gives_finite_gradients():

@@ -100,6 +100,20 @@ def test_an_empty_row_may_name_a_slot_that_another_row_fills():
     np.testing.assert_allclose(again[0, 0], _whole(graph, state, text([[5, 6, 7, 9]]))[0, -1], atol=TOLERANCE)
 
 
+def test_padding_needs_no_room():
+    """A slot of 8 places holds 5; 3 more tokens padded to 6 fill it to the last place and spoil none."""
+    graph, state = model("grouped")
+    cache = init_cache(CONFIGS["grouped"], slots=2, capacity=8)
+    _, cache = _extend(graph, state, cache, text([[3, 4, 5, 6, 7], [8]]))
+    padded = text([[9, 10, 11, 0, 0, 0], [12, 13, 0, 0, 0, 0]], start=[5, 1])
+    segment = jnp.asarray([[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
+    hidden, cache = _extend(graph, state, cache, dataclasses.replace(padded, segment_BxT=segment))
+    assert cache.length_B.tolist() == [8, 3]
+    for b, ids in enumerate(([3, 4, 5, 6, 7, 9, 10, 11], [8, 12, 13])):
+        new = int(segment[b].sum())
+        np.testing.assert_allclose(hidden[b, :new], _whole(graph, state, text([ids]))[0, -new:], atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["grouped", "deep_stacked"])
 def test_decoding_in_a_window(name):
     """The head of the cache is a cache: two steps on it, put back, equal two steps on the whole."""

@@ -138,8 +138,8 @@ def test_every_mesh_gives_the_update_of_one_device(shape):
 
 
 def test_a_golden_update():
-    """One mini-batch of the fixed model and batch. If this fails, the update computes something else than it did: where that
-    is meant, print `metrics` and put the new numbers here; where it is not, the change before this one is wrong."""
+    """A mini-batch of the fixed model and batch. If this fails, the update computes something else than it did: where
+    that is meant, print `metrics` and put the new numbers here; where it is not, the last change is wrong."""
     _, _, metrics = plain_run(Objective(updates_per_batch=1, loss="gspo"), images=True)
     golden = {
         "loss/total": 0.484449,

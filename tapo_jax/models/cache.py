@@ -62,12 +62,25 @@ def put_head(cache: Cache, small: Cache) -> Cache:
     return Cache(k, v, small.length_B)
 
 
-def write(x_LxBxKxSxA: jax.Array, new_RxKxTxA: jax.Array, layer: int | jax.Array, slot_R: jax.Array, place_R: jax.Array):
-    """Puts T new places at (layer, slot_R, :, place_R …). A slot beyond the last one is left out."""
-    layer_R = jnp.full_like(slot_R, layer)
-    start_Rx3 = jnp.stack([layer_R, slot_R, place_R], axis=-1)
+def write(
+    x_LxBxKxSxA: jax.Array, new_RxKxTxA: jax.Array, layer: int | jax.Array, slot_R: jax.Array, place_R: jax.Array
+) -> jax.Array:
+    """Puts T new places at (layer, slot_R, :, place_R …). A slot past the last one, and places past the end, are left out."""
+    T, S = new_RxKxTxA.shape[2], x_LxBxKxSxA.shape[3]
+    new_RxKxTxA = new_RxKxTxA.astype(x_LxBxKxSxA.dtype)
+    index_Rx3 = jnp.stack([jnp.full_like(slot_R, layer), slot_R, place_R], axis=-1)
+    if T > 1:
+        # A window has to lie inside: one that would not is moved to the left, and begins with what is there already.
+        index_Rx3 = index_Rx3.at[:, 2].min(S - T)
+        moved_R = place_R - index_Rx3[:, 2]
+        numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2, 3), collapsed_slice_dims=(0, 1), start_index_map=(0, 1, 3))
+        size = (1, 1, new_RxKxTxA.shape[1], T, new_RxKxTxA.shape[3])
+        old_RxKxTxA = jax.lax.gather(x_LxBxKxSxA, index_Rx3, numbers, size, mode=jax.lax.GatherScatterMode.CLIP)
+        source_RxT = jnp.arange(T)[None] - moved_R[:, None]
+        shifted_RxKxTxA = jnp.take_along_axis(new_RxKxTxA, jnp.maximum(source_RxT, 0)[:, None, :, None], axis=2)
+        new_RxKxTxA = jnp.where((source_RxT >= 0)[:, None, :, None], shifted_RxKxTxA, old_RxKxTxA)
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 3)
     )
     mode = jax.lax.GatherScatterMode.FILL_OR_DROP
-    return jax.lax.scatter(x_LxBxKxSxA, start_Rx3, new_RxKxTxA.astype(x_LxBxKxSxA.dtype), numbers, mode=mode)
+    return jax.lax.scatter(x_LxBxKxSxA, index_Rx3, new_RxKxTxA, numbers, mode=mode)

@@ -50,7 +50,8 @@ class Qwen3VL(Stack):
 
 
 def hidden_states(model: Qwen3VL, inputs: ModelInputs, *, remat: str = "none") -> jax.Array:
-    """The whole sequence without a cache: hidden_BxTxD after the final norm. remat: see `stack.run_stack`."""
+    """The whole sequence without a cache: hidden_BxTxD after the final norm. remat: see `stack.run_stack`; with "full"
+    the vision tower is run again as a whole too."""
     config, params = model.config, model.arrays()
     x_BxTxD, deep = _embed(params, inputs, config, model.dtype, remat)
     turn = rotary(inputs.position_BxTx3, config)
@@ -61,19 +62,19 @@ def hidden_states(model: Qwen3VL, inputs: ModelInputs, *, remat: str = "none") -
         out = attention(q, k, v, segment_BxT, segment_BxT, causal=True)
         return _add_deep(_rest(x_BxTxD, out, p, config), deep, index)
 
-    x_BxTxD = run_stack(layer, x_BxTxD, params["decoder"], remat=remat)
+    x_BxTxD = run_stack(layer, x_BxTxD, params["decoder"], depth=config.layers, remat=remat)
     return rms_norm(x_BxTxD, params["norm"], config.norm_epsilon)
 
 
 def logits(model: Qwen3VL, hidden_xD: jax.Array) -> jax.Array:
     """float32 logits over the vocabulary of hidden states [..., D]."""
-    return times_table(output_table(model, hidden_xD.dtype), hidden_xD)
+    return times_table(output_table(model).astype(hidden_xD.dtype), hidden_xD)
 
 
-def output_table(model: Qwen3VL, dtype: jnp.dtype) -> jax.Array:
+def output_table(model: Qwen3VL) -> jax.Array:
     """[V, D]: the rows that hidden states are compared with; the embedding itself in a tied model."""
     table_VxD = model.embedding[...] if model.config.tied else model.lm_head[...]
-    return sharding.constrain(table_VxD.astype(dtype), "vocab", None)
+    return sharding.constrain(table_VxD, "vocab", None)
 
 
 def times_table(table_VxD: jax.Array, hidden_xD: jax.Array) -> jax.Array:
@@ -97,7 +98,8 @@ def extend(
     window: a static bound on every slot's length after this call; attention reads no further (copies the window; for
     many decoding steps take `cache.head` once instead).
     Returns (hidden_RxTxD after the final norm, cache with the counts added to the lengths). A row without tokens leaves
-    its slot as it was. The caller sees to it that length + T stays within the capacity (and the window).
+    its slot as it was. The caller sees to it that length + count stays within the capacity
+    (and the window); padding needs no room.
     """
     config, params = model.config, model.arrays()
     R, T = inputs.token_BxT.shape
@@ -191,12 +193,18 @@ def _embed(params: dict, inputs: ModelInputs, config: Qwen3VLConfig, dtype: jnp.
     x_BxTxD = sharding.constrain(table_VxD[inputs.token_BxT].astype(dtype), "batch", None, None)
     if inputs.pixels_BxNxF is None:
         return x_BxTxD, None
-    feature_BxMxD, deep_nxBxMxD = vision.features(params["vision"], inputs, config.vision, dtype, remat=remat)
+    tower = functools.partial(vision.features, vision=config.vision, dtype=dtype, remat=remat)
+    if remat == "full":  # what the tower's layers keep need not live while the decoder runs
+        tower = jax.checkpoint(tower)
+    feature_BxMxD, deep_nxBxMxD = tower(params["vision"], inputs)
+    # Every device has its rows' features whole, so that taking them out stays on the device.
+    feature_BxMxD = sharding.constrain(feature_BxMxD, "batch", None, None)
     is_image_BxTx1 = inputs.feature_BxT[..., None] >= 0
     place_BxTx1 = jnp.maximum(inputs.feature_BxT, 0)[..., None]
     x_BxTxD = jnp.where(is_image_BxTx1, jnp.take_along_axis(feature_BxMxD, place_BxTx1, axis=1), x_BxTxD)
     if deep_nxBxMxD is None:
         return x_BxTxD, None
+    deep_nxBxMxD = sharding.constrain(deep_nxBxMxD, None, "batch", None, None)
     deep_nxBxTxD = jnp.take_along_axis(deep_nxBxMxD, place_BxTx1[None], axis=2)
     return x_BxTxD, jnp.where(is_image_BxTx1, deep_nxBxTxD, 0)
 

@@ -1,4 +1,4 @@
-"""Runs a stack of equal layers: scanned, so that compile time does not grow with depth, or unrolled when it is shallow."""
+"""Runs a stack of equal layers: scanned, so that compile time does not grow with depth, or unrolled where it is shallow."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,14 @@ REMAT = {
 }
 
 
-def run_stack(layer: Callable, x: jax.Array, params_L: dict, *, remat: str = "none") -> jax.Array:
-    """x ← layer(x, params of layer i, i) for all layers; i is a plain int where the stack is unrolled.
+def run_stack(layer: Callable, x: jax.Array, params_L: dict, *, depth: int, remat: str = "none") -> jax.Array:
+    """x ← layer(x, params of layer i, i) for all layers of params_L; i is a plain int where they are unrolled.
 
+    depth: of the whole tower, of which params_L may be a part: it decides whether layers are unrolled or scanned.
     remat: what the backward pass may keep of a layer: "none" keeps all, "dots" the matrix products with parameters,
     "full" only the layer's input. Raises KeyError for another name.
     """
-    depth = jax.tree.leaves(params_L)[0].shape[0]
+    layers = jax.tree.leaves(params_L)[0].shape[0]
     policy = REMAT[remat]
 
     def step(x: jax.Array, p: dict, i: int | jax.Array) -> jax.Array:
@@ -31,7 +32,7 @@ def run_stack(layer: Callable, x: jax.Array, params_L: dict, *, remat: str = "no
         return kept(x, p)
 
     if depth <= UNROLLED_LAYERS:
-        for i in range(depth):
+        for i in range(layers):
             x = step(x, jax.tree.map(lambda a, i=i: a[i], params_L), i)
         return x
-    return jax.lax.scan(lambda x, xs: (step(x, *xs), None), x, (params_L, jnp.arange(depth)))[0]
+    return jax.lax.scan(lambda x, xs: (step(x, *xs), None), x, (params_L, jnp.arange(layers)))[0]

@@ -30,11 +30,13 @@ def features(
     deep, start = [], 0
     blocks, deepstack = params["blocks"], params.get("deepstack")
     for i, index in enumerate(vision.deepstack):
-        x_BxNxE = run_stack(block, x_BxNxE, jax.tree.map(lambda a, s=start, e=index + 1: a[s:e], blocks), remat=remat)
+        segment = jax.tree.map(lambda a, start=start, stop=index + 1: a[start:stop], blocks)
+        x_BxNxE = run_stack(block, x_BxNxE, segment, depth=vision.depth, remat=remat)
         start = index + 1
         deep.append(merge(x_BxNxE, jax.tree.map(lambda a, i=i: a[i], deepstack), vision, after=True))
     if start < vision.depth:
-        x_BxNxE = run_stack(block, x_BxNxE, jax.tree.map(lambda a: a[start:], blocks), remat=remat)
+        rest = jax.tree.map(lambda a: a[start:], blocks)
+        x_BxNxE = run_stack(block, x_BxNxE, rest, depth=vision.depth, remat=remat)
     return merge(x_BxNxE, params["merger"], vision, after=False), jnp.stack(deep) if deep else None
 
 
@@ -47,7 +49,8 @@ def embed_patches(params: dict, inputs: ModelInputs, dtype: jnp.dtype) -> jax.Ar
 
 
 def rotary(rowcol_BxNx2: jax.Array, vision: VisionConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, N, 1, A/2]: the first half of the pairs turns with the row, the other with the column."""
+    """cos and sin, float32 [B, N, 1, A/2]: the first half of the pairs turns with the row, the other half
+    with the column."""
     frequency_Q = frequencies(vision.head_dim // 4, vision.rope_theta)
     angle_BxNx2xQ = rowcol_BxNx2[..., None].astype(jnp.float32) * frequency_Q[None, None, None]
     angle_BxNx1xP = angle_BxNx2xQ.reshape(*rowcol_BxNx2.shape[:2], 1, -1)

@@ -1,7 +1,8 @@
 """image_search_tool: perceptual nearest neighbours of an image of the conversation among titled pictures.
 
 A picture is described by its silhouette: the dominant shape, cut to its bounding box and brought to a fixed grid. So a crop
-with a margin is found, one that cuts the shape is not, and of several shapes only the one that covers most is looked for.
+with a margin is found, and one that cuts the shape is not. A shape that is small in its picture is not told apart from the
+others in it, so a whole scene has to be zoomed into.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from tapo_jax.tools.base import function_schema
 from tapo_jax.types import Image, ToolResult, root_image
 
 GRID = 24
+SPAN = 0.45  # of a picture's side: a smaller shape is not told apart from what surrounds it
 
 
 def silhouette(pixels_HxWx3: np.ndarray, *, contrast: int = 60) -> np.ndarray:
@@ -27,9 +29,9 @@ def silhouette(pixels_HxWx3: np.ndarray, *, contrast: int = 60) -> np.ndarray:
         return np.zeros(GRID * GRID + 1, np.float32)
     bins_N = pixels[differs_HxW] // 64 @ np.array([16, 4, 1])
     most = pixels[differs_HxW][bins_N == np.bincount(bins_N).argmax()].mean(0)
-    shape_HxW = differs_HxW & (np.abs(pixels - most).sum(-1) < 2 * contrast)
-    rows, columns = np.flatnonzero(shape_HxW.any(1)), np.flatnonzero(shape_HxW.any(0))
-    cut = shape_HxW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    cut = _trim(differs_HxW & (np.abs(pixels - most).sum(-1) < 2 * contrast))
+    if max(cut.shape[0] / pixels.shape[0], cut.shape[1] / pixels.shape[1]) < SPAN:
+        cut = _trim(differs_HxW)
     grid = PIL.Image.fromarray(cut.astype(np.uint8) * 255).resize((GRID, GRID), PIL.Image.Resampling.BOX)
     cover = np.asarray(grid, np.float32).ravel() / 255
     cover -= cover.mean()
@@ -37,6 +39,12 @@ def silhouette(pixels_HxWx3: np.ndarray, *, contrast: int = 60) -> np.ndarray:
     cover = cover / norm if norm > 1e-6 else cover
     feature = np.append(cover, np.float32(0.7 * np.log(cut.shape[1] / cut.shape[0])))
     return (feature / max(np.linalg.norm(feature), 1e-6)).astype(np.float32)
+
+
+def _trim(shape_HxW: np.ndarray) -> np.ndarray:
+    """Cut to its bounding box."""
+    rows, columns = np.flatnonzero(shape_HxW.any(1)), np.flatnonzero(shape_HxW.any(0))
+    return shape_HxW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 class ImageSearch:

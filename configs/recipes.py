@@ -1,0 +1,35 @@
+"""The paper's setting for the published Qwen3-VL models on TPU slices, by size: `tapo_grpo.py:qwen3_vl_4b` and so on.
+
+128 prompts × 8 rollouts, learning rate 1e-6, one update a batch, episodes of up to 16,384 tokens and ten turns. Every
+device trains one row at a time on 64 devices; `micro_batches` × devices must be the 1,024 rows. How each of them fits:
+
+    python launch/compile_check.py --config=configs/tapo_grpo.py:qwen3_vl_4b --topology=v5e:8x8
+"""
+
+from ml_collections import ConfigDict
+
+# Slots: conversations that are played at a time; a slot of 16,384 tokens takes 1.9 GB (2B), 2.4 GB (4B, 8B) or
+# 4.3 GB (32B) of a device's memory, and 64 devices share them.
+SLOTS = {"2b": 256, "4b": 256, "8b": 512, "32b": 768}
+
+
+def apply(c: ConfigDict, size: str) -> None:
+    """Changes the complete config `c` to the recipe of a size: "2b", "4b" (v5e:8x8), "8b" (v6e:8x8), "32b" (v5p:4x4x4)."""
+    c.data.prompts_per_step = 128
+    c.model.update(shape=f"Qwen3-VL-{size.upper()}", dtype="bfloat16", remat="full", logp_chunk=512)
+    c.rollout.update(
+        group_size=8,
+        slots=SLOTS[size],
+        max_turns=10,
+        max_new_tokens=2048,
+        max_length=16384,
+        decode_chunk=64,
+        max_pixels=1024 * 1024,  # 1,024 tokens an image
+    )
+    c.tapo.steps = 10
+    c.optimizer.update(lr=1e-6, warmup_steps=0)
+    c.train.update(
+        updates_per_batch=1, micro_batches=16, length_buckets=(8192,), patch_buckets=(16384, 32768), warm_up=True
+    )
+    c.mesh.update(data=1, fsdp=-1, tensor=1)
+    c.log.episodes_every = 10

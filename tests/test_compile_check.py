@@ -1,0 +1,134 @@
+"""compile_check on a tiny model: its table against what can be worked out from the shapes, and its exit."""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tapo_jax import bench_model, compile_check, flops
+from tapo_jax.abstract_run import Program
+from tapo_jax.models.image_processor import ImageProcessor
+
+ROOT = Path(__file__).parents[1]
+V5E = flops.CHIPS["TPU v5 lite"]
+needs_tpu_compiler = pytest.mark.skipif(platform.machine() != "x86_64", reason="libtpu exists for x86-64 alone")
+
+
+@dataclasses.dataclass
+class Memory:
+    argument_size_in_bytes: int
+    output_size_in_bytes: int
+    alias_size_in_bytes: int
+    temp_size_in_bytes: int
+    generated_code_size_in_bytes: int
+
+
+class Compiled:
+    """Stands in for jax's lowered and compiled program."""
+
+    def __init__(self, memory=None, error=""):
+        self.memory, self.error = memory, error
+
+    def compile(self):
+        if self.error:
+            raise jax.errors.JaxRuntimeError(self.error)
+        return self
+
+    def memory_analysis(self):
+        return self.memory
+
+    def as_text(self):
+        return (
+            "ENTRY %main () -> f32[8,16] {\n"
+            "  %a = f32[8,16]{1,0} parameter(0)\n  %w = f32[16,16]{1,0} parameter(1)\n"
+            "  ROOT %y = f32[8,16]{1,0} dot(%a, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n}\n"
+        )
+
+
+@dataclasses.dataclass
+class Run:
+    mesh: jax.sharding.AbstractMesh
+
+
+RUN = Run(jax.sharding.AbstractMesh((4,), ("fsdp",)))
+GIB = 2**30
+
+
+def report(compiled: Compiled, **more) -> compile_check.Report:
+    return compile_check.report(RUN, Program("train", lambda: compiled, 4 * 2048.0, **more), V5E)
+
+
+def test_donated_arguments_count_once_and_neighbours_count():
+    # 5 of arguments, 5 of results of which 4 take the arguments' place, 6 of temporaries, 1 of what lies beside: 13 of 16 GiB.
+    found = report(Compiled(Memory(5 * GIB, 5 * GIB, 4 * GIB, 6 * GIB, 0)), beside=1 * GIB)
+    assert (found.peak / GIB, found.fits, found.capacity / GIB) == (13, True, 16)
+    assert not report(Compiled(Memory(5 * GIB, 5 * GIB, 4 * GIB, 6 * GIB, 0)), beside=5 * GIB).fits
+
+
+def test_flops_are_of_one_chip():
+    # The program does 2 · 8 · 16 · 16 = 4,096 flops on a chip; the model's own count of all four chips is 8,192.
+    found = report(Compiled(Memory(1, 1, 1, 1, 0)))
+    assert (found.flops, found.model_flops) == (4096, 2048)
+    assert compile_check.row(found)[compile_check.COLUMNS.index("ratio")] == "2.00"
+
+
+def test_what_the_compiler_cannot_place_does_not_fit():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.51G of 15.75G hbm. Exceeded by 6.76G."
+    found = report(Compiled(error=message))
+    assert (found.fits, found.error) == (False, "Used 22.51G of 15.75G hbm")
+    assert "| no |" in compile_check.markdown([compile_check.row(found)])
+
+
+def test_other_errors_of_the_compiler_are_not_swallowed():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        report(Compiled(error="INTERNAL: something else"))
+
+
+def model_directory(path: Path) -> Path:
+    """Shapes alone: a configuration without weights."""
+    (path / "config.json").write_text(json.dumps(bench_model.ATLAS.to_hf()))
+    processor = ImageProcessor(patch=8, max_pixels=128 * 128)
+    (path / "preprocessor_config.json").write_text(json.dumps(processor.to_hf()))
+    return path
+
+
+@needs_tpu_compiler
+def test_the_programs_of_the_test_config_compile_for_a_tpu(tmp_path):
+    """Four v5e chips, two of them sharing the parameters, two the heads: rows 16 over 2, heads and vocabulary over 2."""
+    pytest.importorskip("libtpu")
+    command = [
+        sys.executable, "launch/compile_check.py", "--config=configs/tapo_grpo.py:test", "--topology=v5e:2x2",
+        f"--config.model.path={model_directory(tmp_path)}", "--config.mesh.data=1", "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2", "--programs=train,decode", f"--out={tmp_path / 'out.json'}",
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| train |" in done.stdout and "| decode |" in done.stdout
+    train, decode = json.loads((tmp_path / "out.json").read_text())["programs"]
+    assert train["fits"] and decode["fits"]
+    # Parameters and two moments, float32, at least a quarter on each chip; norms and biases are on all of them.
+    count = 1_133_000
+    assert 12 * count / 4 < train["arguments"]
+    # The update computes a little more than the model's own count, which knows of no padding; never less.
+    assert 1.0 <= train["flops"] / train["model_flops"] < 2.0
+    assert {"all-gather", "all-reduce"} & set(train["collectives"])
+    assert decode["seconds"] > 0
+
+
+def test_an_unknown_topology_is_the_users_mistake():
+    with pytest.raises(compile_check.UserError, match="--topology=v5e:3x5 cannot be compiled for here"):
+        compile_check.topology_devices("v5e:3x5")
+
+
+def test_an_unknown_program_is_the_users_mistake():
+    with pytest.raises(compile_check.UserError, match="--programs is 'sing': choose one of train, extend, decode"):
+        compile_check.run_check(None, "v5e:2x2", ("sing",))
