@@ -16,7 +16,7 @@ from tapo_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    a = parse_arg(arg, steps=80, seed=0, test=False, qwen3_vl_4b=False)
+    a = parse_arg(arg, steps=60, seed=0, test=False, qwen3_vl_4b=False)
     c = ConfigDict()
     c.seed = a.seed
     c.total_steps = a.steps
@@ -82,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
         memory_steps=0, memory_size=4, memory_discount=0.9,
     ))  # fmt: skip
     c.optimizer = ConfigDict(dict(
-        lr=3e-4, schedule="constant", warmup_steps=5, b1=0.9, b2=0.95, weight_decay=0.0, grad_clip=1.0,
+        lr=4e-4, schedule="constant", warmup_steps=5, b1=0.9, b2=0.95, weight_decay=0.0, grad_clip=1.0,
         vision_lr_multiplier=1.0,
     ))  # fmt: skip
     c.train = ConfigDict(dict(
@@ -95,7 +95,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
     c.checkpoint = ConfigDict(dict(every=10, keep=2))
     c.log = ConfigDict(dict(episodes_every=20, tensorboard=True))
-    c.eval = ConfigDict(dict(split="held_out", prompts=128, every=0, at_start=True, at_end=True, temperature=0.0))
+    c.eval = ConfigDict(dict(split="held_out", prompts=128, every=0, at_start=True, at_end=True, temperature=1.0))
 
     if a.test:
         c.data.update(prompts_per_step=4, sizes=(32, 16), outlines=2)
