@@ -2,7 +2,7 @@
 
     python launch/sft.py --config=configs/sft_atlas.py --workdir=/tmp/atlas_sft
 
-About an hour and a half on two cores. WORKDIR/export becomes tapo_jax/data/atlas_tiny. Arguments: `steps=…`, `seed=…`.
+About an hour on two cores with nothing else to do. WORKDIR/export can take the place of tapo_jax/data/atlas_tiny. Arguments: `steps=…`, `seed=…`.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from tapo_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    a = parse_arg(arg, steps=5500, seed=0)
+    a = parse_arg(arg, steps=7000, seed=0)
     c = ConfigDict()
     c.seed = a.seed
     c.total_steps = a.steps
@@ -28,9 +28,10 @@ def get_config(arg: str = "") -> ConfigDict:
         full=dict(rows=10, length=400, patches=320),
     )
     c.phases = (  # until: the step at which the next one begins
-        ConfigDict(dict(until=1500, mixture=dict(copy=0.02, text_part=0.05, find=0.7, where=0.2, full=0.03))),
-        ConfigDict(dict(until=2500, mixture=dict(copy=0.02, text_part=0.06, find=0.2, where=0.6, full=0.12))),
-        ConfigDict(dict(until=a.steps, mixture=dict(copy=0.02, text_part=0.15, where=0.28, full=0.55))),
+        ConfigDict(dict(until=1000, mixture=dict(copy=0.3, text_part=0.4, find=0.3))),
+        ConfigDict(dict(until=2500, mixture=dict(copy=0.05, text_part=0.15, find=0.5, where=0.2, full=0.1))),
+        ConfigDict(dict(until=4000, mixture=dict(copy=0.03, text_part=0.1, find=0.1, where=0.52, full=0.25))),
+        ConfigDict(dict(until=a.steps, mixture=dict(copy=0.02, text_part=0.1, where=0.33, full=0.55))),
     )
     c.lr, c.warmup_steps, c.vision_rate = 3e-3, 50, 0.4
     return c
