@@ -47,7 +47,8 @@ setup(
             "hypothesis>=6.100",
             "nbclient>=0.10",
             "ipykernel",
-            "torch==2.13.0",
+            "peft>=0.18",
+            "torch==2.13.0",  # what depends on torch (peft) has to take this one
         ],
     },
 )
