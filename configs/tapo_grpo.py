@@ -12,11 +12,13 @@ Any field can be set on the command line: `--config.tapo.beta=0.4`.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from tapo_jax.config import parse_arg
+from tapo_jax.config import beside, parse_arg
+
+SIZES = ("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    a = parse_arg(arg, steps=60, seed=0, test=False, qwen3_vl_4b=False)
+    a = parse_arg(arg, steps=60, seed=0, test=False, **dict.fromkeys(SIZES, False))
     c = ConfigDict()
     c.seed = a.seed
     c.total_steps = a.steps
@@ -39,6 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
         remat="none",  # what the backward pass computes again: "none", "dots", "full"
         logp_chunk=128,  # places of a row whose logits exist at one time
         train_vision=True,
+        # > 0: low-rank updates of these kernels of the decoder (or "vision/qkv", …) are trained, and nothing else.
+        lora_rank=0, lora_modules=("q", "k", "v", "o", "gate", "up", "down"), lora_alpha=placeholder(float),
     ))  # fmt: skip
     c.rollout = ConfigDict(dict(
         group_size=8,
@@ -74,7 +78,9 @@ def get_config(arg: str = "") -> ConfigDict:
         text="dice",  # cosine, jaccard, exact, or "embedding": by the policy's own embedding table
         features=256,  # hashed text features
         steps=6,  # tool steps of a rollout, at least rollout.max_turns
-        control="none",  # "shuffled", "zero_tools": what TAPO must beat
+        # What TAPO must beat: "shuffled" corrections, "zero_tools" (no tool step of a failure is punished), "gigpo"
+        # (arXiv 2505.10978: steps are compared where they start from the same observation).
+        control="none", gigpo_omega=1.0, gigpo_discount=0.95,
         # Beyond the paper, off: a theta for each tool that follows the quantile of similarities between its witnesses …
         adaptive_theta=False, adaptive_quantile=0.8, adaptive_rate=0.05,
         # … and witnesses of the same question in the last memory_steps steps, each step of age discounting their
@@ -106,15 +112,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.checkpoint.every = 2
         c.log.update(episodes_every=2, tensorboard=False)
         c.eval.prompts = 8
-    if a.qwen3_vl_4b:
-        c.data.prompts_per_step = 128
-        c.model.update(dtype="bfloat16", remat="full")
-        c.rollout.update(slots=1024, max_turns=10, max_new_tokens=2048, max_length=16384, decode_chunk=64)
-        c.tapo.steps = 10
-        c.optimizer.update(lr=1e-6, warmup_steps=0)
-        c.train.update(
-            updates_per_batch=1, micro_batches=4, length_buckets=(8192,), patch_buckets=(16384, 32768), warm_up=True
-        )
-        c.mesh.update(data=1, fsdp=-1)
-        c.log.episodes_every = 10
+    for size in SIZES:
+        if a[size]:
+            beside(__file__, "recipes.py", "apply")(c, size.removeprefix("qwen3_vl_"))
     return c

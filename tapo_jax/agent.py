@@ -17,7 +17,7 @@ from tapo_jax.config import UserError
 from tapo_jax.data import tiny_model
 from tapo_jax.episode import Limits
 from tapo_jax.inputs import PixelStore
-from tapo_jax.models import hf
+from tapo_jax.models import hf, lora
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.qwen3_vl import Qwen3VL
@@ -50,10 +50,13 @@ def model_directory(path: str, shape: str = "") -> Path:
 
 
 def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL, Qwen3VLConfig]:
-    """The model of a directory, laid out over the mesh. Raises UserError where the files are not a model of this
-    family."""
+    """The model of a directory, laid out over the mesh, with low-rank parameters where model.lora_rank asks for them.
+    Raises UserError where the files are not a model of this family."""
     try:
-        return hf.load(directory, mesh=mesh, dtype=model.param_dtype, compute_dtype=model.dtype)
+        loaded, config = hf.load(directory, mesh=mesh, dtype=model.param_dtype, compute_dtype=model.dtype)
+        if model.lora_rank:
+            lora.add(loaded, model.lora_rank, modules=model.lora_modules, alpha=model.lora_alpha)
+        return loaded, config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"The model directory {directory} cannot be loaded ({error}): give a Qwen3-VL model."

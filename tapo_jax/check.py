@@ -19,7 +19,7 @@ def check(config: ConfigDict) -> None:
     check_choice("tapo.cluster", config.tapo.cluster, tuple(tapo.CLUSTERINGS))
     check_choice("tapo.aggregate", config.tapo.aggregate, tapo.AGGREGATES)
     check_choice("tapo.scope", config.tapo.scope, tapo.SCOPES)
-    check_choice("tapo.control", config.tapo.control, tapo_controls.CONTROLS)
+    check_choice("tapo.control", config.tapo.control, (*tapo_controls.CONTROLS, "gigpo"))
     check_choice("tapo.text", config.tapo.text, (*tapo_similarity.TEXT_MEASURES, "embedding"))
     check_choice("model.remat", config.model.remat, tuple(REMAT))
     for field, value in (

@@ -24,8 +24,8 @@ def token_logp(
 ) -> tuple[jax.Array, jax.Array]:
     """(logp_BxT, entropy_BxT), float32, aligned with the token itself: logp[:, t] = log p(token[:, t] | token[:, :t]).
 
-    The distribution is softmax(logits / temperature) without the forbidden tokens, as the sampler draws from it; entropy
-    is that distribution's. Place 0 has no history: both are 0 there.
+    The distribution is softmax(logits / temperature) without the forbidden tokens, as the sampler draws from it; the
+    entropy is that distribution's. Place 0 has no history: both are 0 there.
     chunk: places of every row whose logits exist at one time; vocab_chunk: how many of the V logits of these (None:
     all; meant for a vocabulary that is not split over devices). The backward pass makes them again.
     """

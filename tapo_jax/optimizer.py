@@ -35,6 +35,13 @@ def is_vision(name: str) -> bool:
     return name.startswith("vision/")
 
 
+def is_trained(name: str, *, train_vision: bool, lora: bool) -> bool:
+    """With low-rank parameters nothing else is trained; else everything, or everything but the vision tower."""
+    if lora:
+        return name.endswith(("_lora_a", "_lora_b"))
+    return train_vision or not is_vision(name)
+
+
 def is_decayed(name: str) -> bool:
     """Weight decay is for matrices: no scale of a norm, no bias (stacked layers make both of them two-dimensional)."""
     last = name.rsplit("/", 1)[-1]
@@ -46,14 +53,14 @@ def _labels(tree: Any, label: Any) -> Any:
 
 
 def make_optimizer(
-    optimizer: Any, *, total_steps: int, updates_per_step: int = 1, train_vision: bool = True
+    optimizer: Any, *, total_steps: int, updates_per_step: int = 1, train_vision: bool = True, lora: bool = False
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The chain and its schedule (of update numbers). `optimizer` has lr, schedule, warmup_steps, b1, b2, weight_decay,
     grad_clip (0: no clipping) and vision_lr_multiplier; its steps are steps of the loop, each of `updates_per_step`
     updates.
 
-    With train_vision=False the vision tower is frozen: no update, no decay, no moments in memory, no part in the
-    clipped norm.
+    A parameter that is not trained (`is_trained`) has no update, no decay, no moments in memory, no part in the clipped
+    norm.
     """
     schedule = make_schedule(
         optimizer.lr, optimizer.schedule, optimizer.warmup_steps * updates_per_step, total_steps * updates_per_step
@@ -66,7 +73,8 @@ def make_optimizer(
         optax.scale_by_learning_rate(schedule),
     ]
     trained = optax.chain(*chain)
-    if train_vision:
+    if train_vision and not lora:
         return trained, schedule
-    kind = lambda tree: _labels(tree, lambda name: "frozen" if is_vision(name) else "trained")  # noqa: E731
+    label = lambda name: "trained" if is_trained(name, train_vision=train_vision, lora=lora) else "frozen"  # noqa: E731
+    kind = lambda tree: _labels(tree, label)  # noqa: E731
     return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, kind), schedule

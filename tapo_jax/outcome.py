@@ -10,21 +10,23 @@ import numpy as np
 
 from tapo_jax import processes, tapo, tapo_memory
 from tapo_jax.inputs import tool_steps
-from tapo_jax.tapo import Steps
+from tapo_jax.tapo import Steps, name_hash
 from tapo_jax.types import Episode
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One batch. reward_PxG: float32, total rewards. success_PxG: bool. steps: the calls of G + M rollouts of each
-    prompt; the last M are successful rollouts that the same question had in earlier steps (M may be 0):
-    remembered_success_PxM is False where there is none, remembered_advantage_PxM what they had then,
-    remembered_weight_PxM what is left of their weight."""
+    """One batch. reward_PxG: float32, total rewards. success_PxG: bool. anchor_PxS: int32, a hash of what each of the G
+    rollouts' steps had last seen (0 where there is no step). steps: the calls of G + M rollouts of each prompt; the
+    last M are successful rollouts that the same question had in earlier steps (M may be 0): remembered_success_PxM is
+    False where there is none, remembered_advantage_PxM what they had then, remembered_weight_PxM what is left of their
+    weight."""
 
     reward_PxG: Any
     success_PxG: Any
     steps: Steps
+    anchor_PxS: Any
     remembered_success_PxM: Any
     remembered_advantage_PxM: Any
     remembered_weight_PxM: Any
@@ -66,6 +68,7 @@ class Outcomes:
             steps=tapo.encode_steps(
                 calls, steps=self._steps, features=self._features, embed=self._embed, **self._slots
             ),
+            anchor_PxS=np.array([[anchor for e in group for anchor in self._anchors(e)] for group in groups], np.int32),
             remembered_success_PxM=success_PxM,
             remembered_advantage_PxM=advantage_PxM,
             remembered_weight_PxM=weight_PxM,
@@ -90,6 +93,17 @@ class Outcomes:
 
     def set_state(self, state: tapo_memory.Memory) -> None:
         self._memory = state
+
+    def _anchors(self, episode: Episode) -> list[int]:
+        """For each of the K slots the hash of the tool response before the step; the first steps have all seen the
+        question."""
+        anchors, seen = [], "question"
+        for turn in episode.turns:
+            if turn.is_step:
+                anchors.append(name_hash(seen))
+            if turn.result is not None:
+                seen = repr((turn.result.text, [(image.root, image.box) for image in turn.result.images]))
+        return (anchors + [0] * self._steps)[: self._steps]
 
     def _calls(self, groups: Sequence[Sequence[Episode]]) -> list:
         return [

@@ -2,7 +2,7 @@
 rollout and update. The mathematics is in `advantages.py` and `tapo.py`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tapo_jax import advantages, sharding, tapo, tapo_adaptive, tapo_memory
+from tapo_jax import gigpo as gigpo_lib
 from tapo_jax.batch import TrainBatch
 from tapo_jax.outcome import Outcome
 from tapo_jax.tapo import CreditTransfer
@@ -33,19 +34,18 @@ def make_prepare(
     overlong_buffer: int,
     max_length: int,
     transfer: dict[str, Any] | None,
-    tools: Sequence[str] = (),
-    quantile: float = 0.8,
-    rate: float = 0.05,
+    adaptive: dict[str, Any] | None = None,
+    gigpo: dict[str, float] | None = None,
 ) -> Callable:
     """jitted (batch, outcome, thresholds, seed_step_2) -> (advantage_BxT, mask_BxT, Credit, thresholds, metrics).
 
     transfer: the settings of `tapo.transfer_credit`, None: TAPO off (its diagnostics are logged all the same, with the
     published settings and without effect). dynamic_sampling: groups whose rewards are all equal leave the loss (their
-    mask becomes False). overlong_buffer: tokens before max_length in which a penalty grows to 1. thresholds:
-    `tapo_adaptive.AdaptiveTheta` of `tools`, moved by `quantile` and `rate`, or None for the theta of `transfer`.
+    mask becomes False). overlong_buffer: tokens before max_length in which a penalty grows to 1.
+    adaptive: None, or tools, quantile and rate of thresholds that adapt (`tapo_adaptive`); thresholds is None without.
+    gigpo: None, or discount and omega of the comparator `tapo_jax.gigpo`, whose step advantages then are used.
     seed_step_2: int32, what the control that shuffles draws from.
     """
-    settings = transfer if transfer is not None else {"theta": 0.7, "beta": 0.0}
 
     def prepare(batch: TrainBatch, outcome: Outcome, thresholds: AdaptiveTheta | None, seed_step_2: jax.Array) -> tuple:
         P, G = outcome.reward_PxG.shape
@@ -53,10 +53,12 @@ def make_prepare(
         penalty_PxG = advantages.overlong_penalty(length_B, max_length, overlong_buffer).reshape(P, G)
         reward_PxG = outcome.reward_PxG + penalty_PxG
         advantage_PxG = advantages.group_advantages(reward_PxG, estimator)
-        result, thresholds, metrics = transferred(outcome, advantage_PxG, thresholds, seed_step_2)
-        if transfer is None:
-            advantage_BxT = jnp.broadcast_to(advantage_PxG.reshape(P * G, 1), batch.mask_BxT.shape)
-        else:
+        key = jax.random.fold_in(jax.random.key(seed_step_2[0]), seed_step_2[1])
+        result, thresholds, metrics = transferred(outcome, advantage_PxG, thresholds, key, transfer, adaptive)
+        if gigpo is not None:
+            result = compared(outcome, reward_PxG, advantage_PxG, result, **gigpo)
+        advantage_BxT = jnp.broadcast_to(advantage_PxG.reshape(P * G, 1), batch.mask_BxT.shape)
+        if transfer is not None:
             advantage_BxT = tapo.token_advantages(advantage_PxG, result.advantage_PxS, batch.step_BxT)
         signal_P = advantages.has_signal(reward_PxG)
         mask_BxT = batch.mask_BxT
@@ -72,32 +74,52 @@ def make_prepare(
         credit = Credit(advantage_PxG, result if transfer is not None else None)
         return jnp.where(mask_BxT, advantage_BxT, 0), mask_BxT, credit, thresholds, metrics
 
-    def transferred(
-        outcome: Outcome, advantage_PxG: jax.Array, thresholds: AdaptiveTheta | None, seed_step_2: jax.Array
-    ) -> tuple:
-        """-> (CreditTransfer of the G rollouts' slots, thresholds for the next batch, diagnostics)."""
-        G, steps = advantage_PxG.shape[1], outcome.steps
-        together = lambda own, remembered: jnp.concatenate([own, remembered], axis=1)  # noqa: E731
-        success_PxH = together(outcome.success_PxG, outcome.remembered_success_PxM)
-        advantage_PxH = together(advantage_PxG, outcome.remembered_advantage_PxM)
-        weight_PxH = together(jnp.ones_like(advantage_PxG), outcome.remembered_weight_PxM)
-        key = jax.random.fold_in(jax.random.key(seed_step_2[0]), seed_step_2[1])
-        used = (
-            settings
-            if thresholds is None
-            else settings | {"theta": tapo_adaptive.thresholds(thresholds, steps, settings["theta"])}
-        )
-        result = tapo.transfer_credit(steps, success_PxH, advantage_PxH, key=key, weight_PxG=weight_PxH, **used)
-        own = G * steps.valid_PxS.shape[1] // success_PxH.shape[1]
-        result = tapo_memory.drop_remembered(result, own)
-        metrics = tapo.diagnostics(
-            result, steps.trajectory_PxS[:, :own], steps.valid_PxS[:, :own], outcome.success_PxG, advantage_PxG
-        )
-        if thresholds is not None:
-            sim_PxSxS = tapo.pairwise_similarity(steps, settings["text"])
-            thresholds = tapo_adaptive.update(thresholds, steps, sim_PxSxS, success_PxH, quantile=quantile, rate=rate)
-            metrics |= {f"tapo/theta/{name}": thresholds.theta_N[n] for n, name in enumerate(tools)}
-        return result, thresholds, metrics
-
     rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
     return jax.jit(prepare, out_shardings=(rows, rows, everywhere, everywhere, everywhere))
+
+
+def transferred(
+    outcome: Outcome,
+    advantage_PxG: jax.Array,
+    thresholds: AdaptiveTheta | None,
+    key: jax.Array,
+    transfer: dict[str, Any] | None,
+    adaptive: dict[str, Any] | None,
+) -> tuple[CreditTransfer, AdaptiveTheta | None, dict[str, jax.Array]]:
+    """-> (CreditTransfer of the G rollouts' slots, thresholds for the next batch, diagnostics). Remembered rollouts
+    join as further members of their group; thresholds are used before they move."""
+    settings = transfer if transfer is not None else {"beta": 0.0}
+    steps, G = outcome.steps, advantage_PxG.shape[1]
+    success_PxH = jnp.concatenate([outcome.success_PxG, outcome.remembered_success_PxM], axis=1)
+    advantage_PxH = jnp.concatenate([advantage_PxG, outcome.remembered_advantage_PxM], axis=1)
+    weight_PxH = jnp.concatenate([jnp.ones_like(advantage_PxG), outcome.remembered_weight_PxM], axis=1)
+    if adaptive is not None:
+        settings = settings | {"theta": tapo_adaptive.thresholds(thresholds, steps, settings["theta"])}
+    result = tapo.transfer_credit(steps, success_PxH, advantage_PxH, key=key, weight_PxG=weight_PxH, **settings)
+    own = G * steps.valid_PxS.shape[1] // success_PxH.shape[1]
+    result = tapo_memory.drop_remembered(result, own)
+    trajectory_PxS, valid_PxS = steps.trajectory_PxS[:, :own], steps.valid_PxS[:, :own]
+    metrics = tapo.diagnostics(result, trajectory_PxS, valid_PxS, outcome.success_PxG, advantage_PxG)
+    if adaptive is not None:
+        sim_PxSxS = tapo.pairwise_similarity(steps, settings["text"])
+        moving = {"quantile": adaptive["quantile"], "rate": adaptive["rate"]}
+        thresholds = tapo_adaptive.update(thresholds, steps, sim_PxSxS, success_PxH, **moving)
+        metrics |= {f"tapo/theta/{name}": thresholds.theta_N[n] for n, name in enumerate(adaptive["tools"])}
+    return result, thresholds, metrics
+
+
+def compared(
+    outcome: Outcome,
+    reward_PxG: jax.Array,
+    advantage_PxG: jax.Array,
+    transfer: CreditTransfer,
+    *,
+    discount: float,
+    omega: float,
+) -> CreditTransfer:
+    """GiGPO's step advantages in the place of TAPO's; nothing counts as corrected."""
+    valid_PxS = outcome.steps.valid_PxS[:, : outcome.anchor_PxS.shape[1]]
+    return_PxS = gigpo_lib.step_returns(reward_PxG, valid_PxS, discount)
+    step_PxS = gigpo_lib.step_advantages(return_PxS, outcome.anchor_PxS, valid_PxS, advantage_PxG, omega=omega)
+    step_PxS = jnp.where(valid_PxS, step_PxS, transfer.advantage_PxS)
+    return dataclasses.replace(transfer, advantage_PxS=step_PxS, corrected_PxS=jnp.zeros_like(transfer.corrected_PxS))

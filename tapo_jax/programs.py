@@ -54,6 +54,10 @@ def make_programs(
         "control",
     )
     transfer = {name: t[name] for name in fields} | {"text": "cosine" if t.text == "embedding" else t.text}
+    adaptive = {"tools": list(agent.runner.tools), "quantile": t.adaptive_quantile, "rate": t.adaptive_rate}
+    gigpo = {"discount": t.gigpo_discount, "omega": t.gigpo_omega}
+    if t.control == "gigpo":
+        transfer["control"] = "none"
     model_config = agent.sampler.config
     forbidden_V = agent.chat.forbidden_V(model_config.vocab)
     longest = config.rollout.max_length
@@ -67,9 +71,8 @@ def make_programs(
             overlong_buffer=a.overlong_buffer,
             max_length=longest,
             transfer=transfer if t.enabled else None,
-            tools=list(agent.runner.tools),
-            quantile=t.adaptive_quantile,
-            rate=t.adaptive_rate,
+            adaptive=adaptive if state.thresholds is not None else None,
+            gigpo=gigpo if t.enabled and t.control == "gigpo" else None,
         ),
         update=train_step.make_update(graphdef, optimizer, schedule, objective, forbidden_V, state, mesh),
         index_U=[sharding.put_replicated(np.int32(u), mesh) for u in range(objective.updates_per_batch)],

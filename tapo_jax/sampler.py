@@ -268,17 +268,7 @@ def generate(
         going = list(range(len(batch)))
         while going:
             draws = [
-                Draw(
-                    slot=slot,
-                    length=len(batch[slot][0].token_T) + len(written[first + slot]),
-                    position=batch[slot][1] + len(written[first + slot]),
-                    allowance=max_new_tokens - len(written[first + slot]),
-                    drawn=len(written[first + slot]),
-                    prompt=first + slot,
-                    sample=0,
-                    turn=0,
-                )
-                for slot in going
+                _next_draw(slot, first, *batch[slot], len(written[first + slot]), max_new_tokens) for slot in going
             ]
             plan = sampler.plan(extensions, [], draws, more=True)
             sampler.extend(params, plan, extensions)
@@ -292,6 +282,20 @@ def generate(
                 if len(ids) < max_new_tokens and ids[-1] not in sampler.stop_ids
             ]
     return written
+
+
+def _next_draw(slot: int, first: int, row: Row, position: int, written: int, max_new_tokens: int) -> Draw:
+    """The draw of prompt number first + slot, which goes on at `position` and has `written` tokens already."""
+    return Draw(
+        slot=slot,
+        length=len(row.token_T) + written,
+        position=position + written,
+        allowance=max_new_tokens - written,
+        drawn=written,
+        prompt=first + slot,
+        sample=0,
+        turn=0,
+    )
 
 
 def _prompt_row(

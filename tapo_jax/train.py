@@ -27,7 +27,7 @@ from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
 from tapo_jax.inputs import bucket, pack, sizes
 from tapo_jax.metrics import Clock, MetricWriter, compile_count, throughput
-from tapo_jax.models import hf
+from tapo_jax.models import hf, lora
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.optimizer import make_optimizer
 from tapo_jax.outcome import Outcome, Outcomes
@@ -69,9 +69,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         total_steps=total,
         updates_per_step=config.train.updates_per_batch,
         train_vision=config.model.train_vision,
+        lora=config.model.lora_rank > 0,
     )
     tools = list(agent.runner.tools)
-    thresholds = tapo_adaptive.init(tools, config.tapo.theta) if config.tapo.adaptive_theta else None
+    adaptive = config.tapo.enabled and config.tapo.adaptive_theta
+    thresholds = tapo_adaptive.init(tools, config.tapo.theta) if adaptive else None
     state = train_step.init_state(params, logical_axes(model_config), optimizer, mesh, thresholds)
     outcomes = make_outcomes(config, agent, params)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -190,20 +192,10 @@ def warm_up(run: Run, state: TrainState) -> TrainState:
     kept = jax.device_get((state.update, state.skipped, state.skipped_in_a_row))
     nothing = np.zeros(0, np.int32)
     for length, patches in itertools.product(programs.length_buckets, programs.patch_buckets):
-        prompt = Prompt("", "", (), ())
         empty = Episode(
-            prompt,
-            0,
-            nothing,
-            nothing.astype(bool),
-            nothing.astype(np.float32),
-            [],
-            [],
-            [],
-            None,
-            "length",
-            {"accuracy": 0.0},
-        )
+            Prompt("", "", (), ()), 0, nothing, nothing.astype(bool), nothing.astype(np.float32), [], [], [], None,
+            "length", {"accuracy": 0.0},
+        )  # fmt: skip
         batch, outcome = to_device(run, [empty] * (len(run.local) * config.rollout.group_size), length, patches, step=0)
         batch, _, _, _ = with_advantages(run, state, batch, outcome, step=0)
         batch, reference_BxT = with_log_probs(run, state, batch)
@@ -244,11 +236,8 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
             each = jax.device_get(each)
         with clock("record"):
             remember(run, episodes, credit, step)
-            if (
-                step == 1
-                or step % config.log.episodes_every == 0
-                or not np.isfinite([m["loss/total"] for m in each]).all()
-            ):
+            odd = not np.isfinite([metrics["loss/total"] for metrics in each]).all()
+            if odd or step == 1 or step % config.log.episodes_every == 0:
                 record_episodes(run, episodes, credit, step)
     values = reward_means(episodes) | played | clock.take() | {"perf/compiles": compile_count() - compiled}
     values |= throughput(
@@ -349,8 +338,13 @@ def raise_if_broken(metrics: dict[str, float], step: int, config: ConfigDict, wo
 
 
 def leave_results(run: Run, model: nnx.Module, directory: Path) -> None:
-    """The trained model as a directory in Hugging Face form, the curve, and the page of recorded episodes."""
+    """The trained model as a directory in Hugging Face form (low-rank updates merged, and beside it as an adapter that
+    peft reads), the curve, and the page of recorded episodes."""
     export, part = run.workdir / "export", run.workdir / "export.part"
+    if run.config.model.lora_rank:
+        if jax.process_index() == 0:
+            lora.save_adapter(model, run.agent.sampler.config, run.workdir / "adapter", base=str(directory))
+        model = lora.merged(model)
     hf.save(model, run.agent.sampler.config, part, assets=directory)
     if jax.process_index() > 0:
         return

@@ -20,7 +20,7 @@ from tapo_jax import losses, sharding
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.logprobs import token_logp
 from tapo_jax.models import qwen3_vl
-from tapo_jax.optimizer import is_vision
+from tapo_jax.optimizer import is_trained
 from tapo_jax.tapo_adaptive import AdaptiveTheta
 
 
@@ -62,6 +62,7 @@ class Objective:
     remat: str = "none"
     logp_chunk: int = 128
     train_vision: bool = True
+    lora: bool = False
 
 
 def make_objective(config: Any) -> Objective:
@@ -84,6 +85,7 @@ def make_objective(config: Any) -> Objective:
         remat=config.model.remat,
         logp_chunk=config.model.logp_chunk,
         train_vision=config.model.train_vision,
+        lora=config.model.lora_rank > 0,
     )
 
 
@@ -175,10 +177,14 @@ def accumulate(loss_fn: Callable, params: Any, rows: Any, micro_batches: int) ->
     return loss, metrics, gradient
 
 
-def freeze_vision(params: Any) -> Any:
-    """The same parameters with no gradient through the vision tower, so that its backward pass is not even compiled."""
-    stop = lambda path, leaf: jax.lax.stop_gradient(leaf) if is_vision(sharding.path_name(path)) else leaf  # noqa: E731
-    return jax.tree_util.tree_map_with_path(stop, params)
+def freeze(params: Any, *, train_vision: bool, lora: bool) -> Any:
+    """The same parameters with no gradient through those that are not trained, so that it is not even compiled."""
+
+    def leaf(path: tuple, array: jax.Array) -> jax.Array:
+        trained = is_trained(sharding.path_name(path), train_vision=train_vision, lora=lora)
+        return array if trained else jax.lax.stop_gradient(array)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def row_logp(
@@ -252,7 +258,7 @@ def make_update(
         denominator = losses.count(rows[0].mask_BxT, aggregation)
 
         def loss_fn(params: Any, piece: tuple[TrainBatch, jax.Array | None]) -> tuple[jax.Array, dict]:
-            params = params if objective.train_vision else freeze_vision(params)
+            params = freeze(params, train_vision=objective.train_vision, lora=objective.lora)
             return piece_loss(
                 graphdef, params, *piece, objective, aggregation, denominator, jnp.asarray(forbidden_V), mesh
             )

@@ -12,13 +12,14 @@ import jax  # noqa: E402
 import rollout_world as world  # noqa: E402
 import test_rollout  # noqa: E402
 
-from tapo_jax import episode, metrics, sharding  # noqa: E402
+from tapo_jax import episode as episode_module  # noqa: E402
+from tapo_jax import sharding  # noqa: E402
 from tapo_jax.schedule import Shapes  # noqa: E402
 
 
 def main(port: str, rank: int, first: int, stop: int, out: str) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
-    episode.parse_turn = world.read_turn
+    episode_module.parse_turn = world.read_turn
     mesh = sharding.make_mesh(data=4, fsdp=2)
     shapes = Shapes(
         extend_rows=(1,), decode_rows=(1,), lengths=(192,), patches=(128,), windows=(192,), chunk=5, merge=2
@@ -27,14 +28,7 @@ def main(port: str, rank: int, first: int, stop: int, out: str) -> None:
     params = sharding.put_replicated(jax.device_get(world.params()), mesh)
     questions = world.prompts(4)[first:stop]
     episodes, _ = test_rollout.play(sampler, params, prompts=questions, first_prompt=first)
-    compiled = metrics.compile_count()
-    again, _ = test_rollout.play(sampler, params, prompts=questions, first_prompt=first)
-    result = {
-        "slots": sampler.slots,
-        "tokens": [e.token_T.tolist() for e in episodes],
-        "again": [e.token_T.tolist() for e in again],
-        "compiled": metrics.compile_count() - compiled,
-    }
+    result = {"slots": sampler.slots, "tokens": [episode.token_T.tolist() for episode in episodes]}
     with open(out, "w") as file:
         json.dump(result, file)
 

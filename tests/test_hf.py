@@ -1,4 +1,4 @@
-"""Model directories in Hugging Face form: round trips with transformers, sharded files, a mesh, and errors that name a tensor."""
+"""Model directories in Hugging Face form: round trips with transformers, several files, a mesh, errors with names."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def test_onto_a_mesh():
 
 
 def test_reading_is_part_by_part(monkeypatch):
-    """Whatever is read on the way to the devices is one device's part of one parameter: an eighth of it where it is split."""
+    """What is read on the way to the devices is one device's part of one parameter: an eighth where it is split."""
     mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1)
     read_sizes = {}
     put = jax.make_array_from_callback
@@ -186,7 +186,7 @@ def test_config_round_trip(config):
 
 
 def test_older_spelling_of_the_rotary_parameters():
-    """The published config.json: rope_theta and rope_scaling beside each other, no rope_parameters, tying in the text part."""
+    """The published config.json: rope_theta beside rope_scaling, no rope_parameters, tying in the text part."""
     raw = CONFIGS["grouped"].to_hf()
     del raw["text_config"]["rope_parameters"], raw["vision_config"]["rope_parameters"], raw["tie_word_embeddings"]
     raw["text_config"]["rope_scaling"] = {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"}

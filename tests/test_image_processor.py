@@ -1,4 +1,4 @@
-"""The image processor gives what transformers' PIL processor gives, bit for bit; placeholders expand as in its processor."""
+"""The image processor gives what transformers' PIL processor gives, bit for bit; placeholders expand as there."""
 
 import json
 from pathlib import Path
@@ -17,11 +17,20 @@ from tapo_jax.models.image_processor import ImageProcessor
 TOKENIZER = Path(__file__).parents[2] / "shared" / "data" / "qwen3_tokenizer"
 PUBLISHED = ImageProcessor()
 SMALL = ImageProcessor(patch=8, merge=2, temporal=2, min_pixels=32 * 32, max_pixels=96 * 96)
-ODD = ImageProcessor(patch=7, merge=3, temporal=1, min_pixels=21 * 21, max_pixels=200 * 200, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+ODD = ImageProcessor(
+    patch=7,
+    merge=3,
+    temporal=1,
+    min_pixels=21 * 21,
+    max_pixels=200 * 200,
+    mean=(0.48, 0.46, 0.41),
+    std=(0.27, 0.26, 0.28),
+)
 
 
 def reference(processor: ImageProcessor) -> Qwen2VLImageProcessorPil:
-    return Qwen2VLImageProcessorPil(**{k: v for k, v in processor.to_hf().items() if not k.endswith(("_type", "_class"))})
+    settings = {k: v for k, v in processor.to_hf().items() if not k.endswith(("_type", "_class"))}
+    return Qwen2VLImageProcessorPil(**settings)
 
 
 def picture(height, width, seed=0):

@@ -1,4 +1,4 @@
-"""Attention backends agree where they can run here: XLA's blocks, splash step by step, cuDNN's call in jax.nn's XLA form."""
+"""Attention backends agree where they run here: XLA's blocks, splash step by step, cuDNN's call in its XLA form."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_equals_definition(backend, causal):
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_gradients_agree(causal):
-    """The backward passes written by hand, XLA's and the kernel's, against jax's differentiation of jax.nn's attention."""
+    """The backward passes written by hand, XLA's and the kernel's, against jax differentiating jax.nn's attention."""
     q, k, v, segment = case(T=128)
     w = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
     ours = {}

@@ -1,4 +1,4 @@
-"""The gradient of one loss with respect to every parameter is transformers' own: 1e-3 of the largest entry (seen: 1e-5)."""
+"""The gradient of one loss for every parameter is transformers' own: 1e-3 of its largest entry (seen: 1e-5)."""
 
 import functools
 

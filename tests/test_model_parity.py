@@ -24,7 +24,7 @@ def grids(config, *blocks):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_vision_tower(name):
-    """Patch embedding, interpolated positions, rotation, blocks, merger and deepstack mergers, on two images in one row."""
+    """Patch embedding, interpolated positions, rotation, blocks, merger, deepstack mergers; two images in one row."""
     reference, model = models(name)
     config = model.config
     tokens, pixels, grid = conversation(config, grids(config, (2, 3), (4, 1)))
@@ -84,7 +84,12 @@ def test_far_positions():
         position_BxTx3=jnp.asarray(np.repeat(far[None, :, None], 3, axis=2)),
     )  # fmt: skip
     graph, state = nnx.split(model)
-    run = jax.jit(lambda state: qwen3_vl.logits(nnx.merge(graph, state), qwen3_vl.hidden_states(nnx.merge(graph, state), inputs)))
+
+    @jax.jit
+    def run(state):
+        model = nnx.merge(graph, state)
+        return qwen3_vl.logits(model, qwen3_vl.hidden_states(model, inputs))
+
     ours = run(state)
     np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
 
@@ -98,20 +103,25 @@ def _extend(graph, state, cache, inputs):
 
 def _text(token, position):
     ones = jnp.ones((1, 1), jnp.int32)
-    return ModelInputs(token_BxT=token * ones, segment_BxT=ones, position_BxTx3=jnp.full((1, 1, 3), position, jnp.int32))
+    return ModelInputs(token * ones, ones, jnp.full((1, 1, 3), position, jnp.int32))
 
 
 @pytest.mark.parametrize("name", ["biased", "deep_stacked"])
 def test_greedy_generation_with_images(name):
-    """Prefill with two images, then one token at a time through the cache: token for token what transformers generates."""
+    """Prefill with two images, then a token at a time through the cache: transformers' own tokens, every one."""
     reference, model = models(name)
     config, new = model.config, 8
     tokens, pixels, grid = conversation(config, grids(config, (2, 3), (1, 2)), text=4)
     with torch.no_grad():
         expected = reference.generate(
-            input_ids=torch.tensor(tokens, dtype=torch.long), pixel_values=torch.tensor(pixels), image_grid_thw=torch.tensor(grid),
-            mm_token_type_ids=(torch.tensor(tokens) == IMAGE).int(), max_new_tokens=new, do_sample=False, eos_token_id=None,
-        )[0, tokens.shape[1] :].tolist()  # fmt: skip
+            input_ids=torch.tensor(tokens, dtype=torch.long),
+            pixel_values=torch.tensor(pixels),
+            image_grid_thw=torch.tensor(grid),
+            mm_token_type_ids=(torch.tensor(tokens) == IMAGE).int(),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+        )[0, tokens.shape[1] :].tolist()
     graph, state = nnx.split(model)
     fields = positions.row_inputs(tokens, pixels, grid, None, config)
     _, position = positions.rope_positions(tokens[0], grid, config)

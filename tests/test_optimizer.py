@@ -97,6 +97,13 @@ def test_clipping_is_by_the_norm_of_all_trained_parameters():
         assert np.allclose(second["decoder"]["q"], -0.5, rtol=1e-3) == same
 
 
+def test_with_low_rank_parameters_nothing_else_is_trained():
+    names = ["embedding", "decoder/q", "decoder/q_lora_a", "vision/blocks/qkv_lora_b", "vision/patch"]
+    trained = [name for name in names if optimizer.is_trained(name, train_vision=True, lora=True)]
+    assert trained == ["decoder/q_lora_a", "vision/blocks/qkv_lora_b"]
+    assert [name for name in names if not optimizer.is_trained(name, train_vision=False, lora=False)] == names[3:]
+
+
 def test_a_frozen_tower_gets_no_update_no_decay_and_no_moments():
     config = settings(weight_decay=0.2, grad_clip=1.0)
     chain, _ = optimizer.make_optimizer(config, total_steps=10, train_vision=False)

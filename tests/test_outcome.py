@@ -81,3 +81,14 @@ def test_without_a_memory_nothing_is_kept():
     groups = [[episode("p", ["a"], 1.0)]]
     made.remember(groups, 1, np.ones((1, 1), np.float32))
     assert made.get_state() == {}
+
+
+def test_steps_that_saw_the_same_have_the_same_anchor():
+    """Both rollouts begin with the question and see "" after call a; the error of "bad" is an observation, but no step.
+    """
+    made = outcomes().encode(
+        [[episode("p", ["a", "b"], 1.0), episode("p", ["a", "bad"], 0.0), episode("p", [], 0.0)]], step=1
+    )
+    first, second, *rest = made.anchor_PxS[0].tolist()
+    assert first != second and 0 not in (first, second)
+    assert rest == [first, 0, 0, 0]

@@ -12,8 +12,8 @@ CONFIG = CONFIGS["grouped"]
 
 
 def test_by_hand():
-    """Text 0, 1 and the opening mark 2; the image's 2 × 3 blocks start at 3: time stays 3, rows 3-4, columns 3-5; the text goes
-    on at 3 + max(2, 3) = 6 with the closing mark."""
+    """Text 0, 1 and the opening mark 2; the image's 2 × 3 blocks start at 3: time stays 3, rows 3-4, columns 3-5; the
+    text goes on at 3 + max(2, 3) = 6 with the closing mark."""
     tokens = np.array([5, 6, START, *[IMAGE] * 6, END, 7])
     place, following = positions.rope_positions(tokens, np.array([[1, 4, 6]]), CONFIG)
     assert place[:, 0].tolist() == [0, 1, 2, 3, 3, 3, 3, 3, 3, 6, 7]
@@ -64,7 +64,7 @@ def test_mismatch_is_an_error(ids, grids, message):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_vision_inputs_equal_transformers(name):
     vision = CONFIGS[name].vision
-    grid = np.array([(1, 2 * vision.merge, 3 * vision.merge), (1, 5 * vision.merge, vision.merge), (1, vision.merge, vision.merge)])
+    grid = np.array([(1, 2, 3), (1, 5, 1), (1, 1, 1)]) * np.array([1, vision.merge, vision.merge])
     ours = positions.vision_inputs(grid, CONFIGS[name])
     theirs = torch.tensor(grid)
     np.testing.assert_array_equal(ours["patch_rowcol_Nx2"], get_vision_position_ids(theirs, vision.merge))
@@ -75,7 +75,7 @@ def test_vision_inputs_equal_transformers(name):
     # An entry of weight 0 (past the table's edge) may be another one.
     used = weight.numpy() > 1e-6
     np.testing.assert_array_equal(ours["patch_corner_Nx4"][used], corner.numpy()[used])
-    assert ours["patch_image_N"].tolist() == [1] * (6 * vision.merge**2) + [2] * (5 * vision.merge**2) + [3] * vision.merge**2
+    assert ours["patch_image_N"].tolist() == np.repeat([1, 2, 3], np.array([6, 5, 1]) * vision.merge**2).tolist()
 
 
 def test_row_inputs():

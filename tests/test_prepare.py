@@ -29,7 +29,8 @@ def run(reward_PxG, success_PxG, calls, *, mesh_data=1, transfer=TRANSFER, thres
     success_PxM, advantage_PxM, weight_PxM = past or (np.zeros((P, 0), bool), *[np.zeros((P, 0), np.float32)] * 2)
     outcome = Outcome(
         reward_PxG=np.array(reward_PxG, np.float32), success_PxG=np.array(success_PxG),
-        steps=tapo.encode_steps(calls, steps=K, features=16), remembered_success_PxM=success_PxM,
+        steps=tapo.encode_steps(calls, steps=K, features=16), anchor_PxS=np.full((P, G * K), 7, np.int32),
+        remembered_success_PxM=success_PxM,
         remembered_advantage_PxM=advantage_PxM, remembered_weight_PxM=weight_PxM,
     )  # fmt: skip
     settings = (
@@ -111,8 +112,21 @@ def test_adaptive_thresholds_follow_the_witnesses_and_are_used_before_they_move(
     to 1.3, cut to 1."""
     calls = [[[call("a")], [call("a")], [call("a")], []], [[], [], [], []]]
     start = tapo_adaptive.init(["tool", "other"], 0.9)
+    adaptive = {"tools": ["tool", "other"], "quantile": 0.8, "rate": 0.5}
     reward, success = [[1, 1, 0, 0], [1] * 4], [[True, True, False, False], [True] * 4]
-    _, _, credit, moved, metrics = run(reward, success, calls, thresholds=start, tools=["tool", "other"], rate=0.5)
+    _, _, credit, moved, metrics = run(reward, success, calls, thresholds=start, adaptive=adaptive)
     np.testing.assert_allclose(moved.theta_N, [1.0, 0.9])
     np.testing.assert_allclose([metrics["tapo/theta/tool"], metrics["tapo/theta/other"]], [1.0, 0.9])
     assert credit.transfer.corrected_PxS[0, 2 * K]
+
+
+def test_the_comparator_puts_its_step_advantages_in_the_place_of_tapos():
+    """All steps of prompt 0 saw the same: returns 1, 0, 0, mean 1/3, std √(1/3): the success's step gets (2/3) / √(1/3)
+    = 1.1547 more than 0.75, the failure's two steps 0.57735 less than -0.25. The answer's token keeps the trajectory's
+    advantage."""
+    gigpo = {"discount": 1.0, "omega": 1.0}
+    advantage_BxT, _, credit, _, metrics = run(REWARD, SUCCESS, CALLS, gigpo=gigpo)
+    np.testing.assert_allclose(advantage_BxT[0], [0, 1.90470, 1.90470, 0.75, 0.75, 0.75], atol=1e-4)
+    np.testing.assert_allclose(advantage_BxT[1], [0, -0.82735, -0.82735, -0.82735, -0.82735, -0.25], atol=1e-4)
+    assert not credit.transfer.corrected_PxS.any()
+    assert metrics["tapo/correctable_actions"] == 0.5  # still diagnosed

@@ -25,26 +25,41 @@ def _config(text: dict, vision: dict) -> Qwen3VLConfig:
     )  # fmt: skip
 
 
-# Grouped queries 4:2, tied, one deepstack layer; equal heads, untied, biases, two deepstack layers, merge 3, one frame a patch;
-# one key/value head, untied, no deepstack, no merging, and both halves deep enough (> 8 layers) to be scanned.
+# "grouped": query heads 4:2, tied, one deepstack layer. "biased": equal heads, untied, biases, two deepstack layers,
+# merge 3, one frame in a patch. "deep": one key/value head, no deepstack, no merging, both halves deep enough (more
+# than 8 layers) to be scanned. "deep_stacked": a scanned decoder with deepstack layers.
+# fmt: off
 CONFIGS = {
     "grouped": _config(
-        dict(hidden=48, mlp=64, layers=2, heads=4, kv_heads=2, head_dim=16, mrope_section=(4, 2, 2), attention_bias=False, tied=True),
+        dict(
+            hidden=48, mlp=64, layers=2, heads=4, kv_heads=2, head_dim=16, mrope_section=(4, 2, 2),
+            attention_bias=False, tied=True,
+        ),
         dict(depth=2, hidden=32, mlp=48, heads=2, patch=4, merge=2, temporal=2, positions=16, deepstack=(0,)),
     ),
     "biased": _config(
-        dict(hidden=32, mlp=40, layers=3, heads=2, kv_heads=2, head_dim=12, mrope_section=(2, 2, 2), attention_bias=True, tied=False),
+        dict(
+            hidden=32, mlp=40, layers=3, heads=2, kv_heads=2, head_dim=12, mrope_section=(2, 2, 2),
+            attention_bias=True, tied=False,
+        ),
         dict(depth=3, hidden=24, mlp=32, heads=3, patch=2, merge=3, temporal=1, positions=25, deepstack=(0, 2)),
     ),
     "deep": _config(
-        dict(hidden=24, mlp=32, layers=9, heads=3, kv_heads=1, head_dim=8, mrope_section=(2, 1, 1), attention_bias=False, tied=False),
+        dict(
+            hidden=24, mlp=32, layers=9, heads=3, kv_heads=1, head_dim=8, mrope_section=(2, 1, 1),
+            attention_bias=False, tied=False,
+        ),
         dict(depth=10, hidden=16, mlp=24, heads=1, patch=3, merge=1, temporal=2, positions=9, deepstack=()),
     ),
     "deep_stacked": _config(
-        dict(hidden=24, mlp=32, layers=9, heads=3, kv_heads=1, head_dim=8, mrope_section=(2, 1, 1), attention_bias=False, tied=False),
+        dict(
+            hidden=24, mlp=32, layers=9, heads=3, kv_heads=1, head_dim=8, mrope_section=(2, 1, 1),
+            attention_bias=False, tied=False,
+        ),
         dict(depth=3, hidden=16, mlp=24, heads=1, patch=2, merge=2, temporal=2, positions=49, deepstack=(1, 2)),
     ),
 }
+# fmt: on
 
 
 @functools.cache
@@ -81,7 +96,8 @@ def conversation(config: Qwen3VLConfig, grids: list[tuple[int, int, int]], text:
         places = int(np.prod(grid)) // config.vision.merge**2
         ids += [START, *[IMAGE] * places, END, *rng.integers(0, 90, text).tolist()]
     patches = sum(int(np.prod(grid)) for grid in grids)
-    return np.array([ids], np.int32), rng.standard_normal((patches, config.vision.patch_features), np.float32), np.array(grids)
+    pixels = rng.standard_normal((patches, config.vision.patch_features), np.float32)
+    return np.array([ids], np.int32), pixels, np.array(grids)
 
 
 def torch_logits(model: Qwen3VLForConditionalGeneration, tokens, pixels=None, grids=None, mask=None, **more):

@@ -59,7 +59,7 @@ def cudnn_attention(
     causal: bool,
     implementation: str = "cudnn",
 ) -> jax.Array:
-    """The fused kernel of NVIDIA GPUs through jax.nn; implementation "xla" is the same call on any backend, for tests."""
+    """NVIDIA's fused kernel through jax.nn; implementation "xla" is the same call on any backend, for tests."""
     mask_Bx1xTxS = (q_segment_BxT[:, :, None] == kv_segment_BxS[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q_BxTxHxA, k_BxSxKxA, v_BxSxKxA, mask=mask_Bx1xTxS, is_causal=causal, implementation=implementation
@@ -143,7 +143,8 @@ def _softmax_product_forward(q_BxKxRxA, k_BxKxSxA, v_BxKxSxA, mask_Bx1xRxS):
         "bkrs,bksa->bkra", weight_BxKxRxS.astype(v_BxKxSxA.dtype), v_BxKxSxA, preferred_element_type=jnp.float32
     )
     out_BxKxRxA = (out32_BxKxRxA / total_BxKxRx1).astype(q_BxKxRxA.dtype)
-    return out_BxKxRxA, (q_BxKxRxA, k_BxKxSxA, v_BxKxSxA, mask_Bx1xRxS, out_BxKxRxA, top_BxKxRx1 + jnp.log(total_BxKxRx1))
+    lse_BxKxRx1 = top_BxKxRx1 + jnp.log(total_BxKxRx1)
+    return out_BxKxRxA, (q_BxKxRxA, k_BxKxSxA, v_BxKxSxA, mask_Bx1xRxS, out_BxKxRxA, lse_BxKxRx1)
 
 
 def _softmax_product_backward(kept, dout_BxKxRxA):

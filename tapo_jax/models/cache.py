@@ -65,7 +65,7 @@ def put_head(cache: Cache, small: Cache) -> Cache:
 def write(
     x_LxBxKxSxA: jax.Array, new_RxKxTxA: jax.Array, layer: int | jax.Array, slot_R: jax.Array, place_R: jax.Array
 ) -> jax.Array:
-    """Puts T new places at (layer, slot_R, :, place_R …). A slot past the last one, and places past the end, are left out."""
+    """Puts T new places at (layer, slot_R, :, place_R …). Slots past the last and places past the end are left out."""
     T, S = new_RxKxTxA.shape[2], x_LxBxKxSxA.shape[3]
     new_RxKxTxA = new_RxKxTxA.astype(x_LxBxKxSxA.dtype)
     index_Rx3 = jnp.stack([jnp.full_like(slot_R, layer), slot_R, place_R], axis=-1)
@@ -73,7 +73,9 @@ def write(
         # A window has to lie inside: one that would not is moved to the left, and begins with what is there already.
         index_Rx3 = index_Rx3.at[:, 2].min(S - T)
         moved_R = place_R - index_Rx3[:, 2]
-        numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2, 3), collapsed_slice_dims=(0, 1), start_index_map=(0, 1, 3))
+        numbers = jax.lax.GatherDimensionNumbers(
+            offset_dims=(1, 2, 3), collapsed_slice_dims=(0, 1), start_index_map=(0, 1, 3)
+        )
         size = (1, 1, new_RxKxTxA.shape[1], T, new_RxKxTxA.shape[3])
         old_RxKxTxA = jax.lax.gather(x_LxBxKxSxA, index_Rx3, numbers, size, mode=jax.lax.GatherScatterMode.CLIP)
         source_RxT = jnp.arange(T)[None] - moved_R[:, None]

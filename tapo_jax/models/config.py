@@ -8,7 +8,7 @@ ACTIVATIONS = {"text": "silu", "vision": "gelu_pytorch_tanh"}
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. `deepstack` are the indices of the blocks whose output also feeds the decoder's first layers."""
+    """The vision tower. deepstack: the indices of the blocks whose output also feeds the decoder's first layers."""
 
     depth: int
     hidden: int
@@ -174,7 +174,7 @@ def _vision_from_hf(raw: dict[str, Any], text_hidden: int) -> VisionConfig:
     if rope.get("rope_type", "axial") != "axial":
         raise ValueError(f'vision_config rope_type is "{rope["rope_type"]}"; only "axial" is covered')
     if raw["out_hidden_size"] != text_hidden:
-        raise ValueError(f"vision_config.out_hidden_size {raw['out_hidden_size']} is not text hidden_size {text_hidden}")
+        raise ValueError(f"vision_config.out_hidden_size {raw['out_hidden_size']} is not the text's {text_hidden}")
     deepstack = tuple(raw["deepstack_visual_indexes"])
     if list(deepstack) != sorted(set(deepstack)) or (deepstack and deepstack[-1] >= raw["depth"]):
         raise ValueError(f"deepstack_visual_indexes {deepstack} must increase and stay below depth {raw['depth']}")

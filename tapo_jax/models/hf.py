@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from tapo_jax import sharding
 from tapo_jax.models import parameters, safetensors_files
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.qwen3_vl import Qwen3VL
@@ -115,11 +116,11 @@ def load(
     table = parameters.specs(config)
     _check(tensors, table, config)
     model = abstract(config, param_dtype=dtype, dtype=compute_dtype or dtype)
-    shardings = _shardings(config, mesh)
+    layouts = dict.fromkeys(table) if mesh is None else sharding.param_shardings(config, mesh)
     values = {}
     for place, spec in table.items():
         parts = [as_ours(tensors[name], place, spec) for name in tensor_names(place, spec)]
-        values[place] = _put(parts, spec, jnp.dtype(dtype), shardings[place])
+        values[place] = _put(parts, spec, jnp.dtype(dtype), layouts[place])
     return fill(model, values), config
 
 
@@ -155,10 +156,10 @@ def save(
     Every process of a run must call it; the first one writes.
     """
     if model.lora_rank is not None:
-        raise ValueError("the model has low-rank parameters: save lora.merged(model), or the adapter by lora.save_adapter")
+        raise ValueError("the model has low-rank parameters: save lora.merged(model), or use lora.save_adapter")
     path = Path(path)
     table = parameters.specs(config)
-    arrays = {place: leaf for place, leaf in nnx.traversals.flatten_mapping(model.arrays()).items()}
+    arrays = nnx.traversals.flatten_mapping(model.arrays())
     first = jax.process_index() == 0
     out = np.dtype(jnp.dtype(dtype or arrays[("embedding",)].dtype))
     source = {name: (place, i) for place, spec in table.items() for i, name in enumerate(tensor_names(place, spec))}
@@ -207,7 +208,7 @@ def as_theirs(array: np.ndarray, path: parameters.Path, shape: tuple[int, ...]) 
     return (array.reshape(-1, shape[0]).T if path[-1] in _KERNELS else array).reshape(shape)
 
 
-def _put(parts: list[np.ndarray], spec: parameters.Spec, dtype: jnp.dtype, sharding: object) -> jax.Array:
+def _put(parts: list[np.ndarray], spec: parameters.Spec, dtype: jnp.dtype, layout: object) -> jax.Array:
     """Device array of a parameter: each device's part is read from the files when it is its turn."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -219,17 +220,9 @@ def _put(parts: list[np.ndarray], spec: parameters.Spec, dtype: jnp.dtype, shard
             out[i] = part[index[1:]]
         return out
 
-    if sharding is None:
+    if layout is None:
         return jnp.asarray(read((slice(None),) * len(spec.shape)))
-    return jax.make_array_from_callback(spec.shape, sharding, read)
-
-
-def _shardings(config: Qwen3VLConfig, mesh: jax.sharding.Mesh | None) -> dict[parameters.Path, object]:
-    if mesh is None:
-        return dict.fromkeys(parameters.specs(config))
-    from tapo_jax import sharding  # noqa: PLC0415 - only a mesh needs the rules
-
-    return sharding.param_shardings(config, mesh)
+    return jax.make_array_from_callback(spec.shape, layout, read)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

@@ -53,6 +53,6 @@ def rotate(x_BxTxHxA: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array
 
 
 def frequencies(pairs: int, theta: float) -> np.ndarray:
-    """theta^(-p / pairs) of each pair, rounded in float32 step by step as in PyTorch: far positions show the difference."""
+    """theta^(-p / pairs) of each pair, rounded in float32 step by step as in PyTorch: far positions show it."""
     power_P = np.arange(0, 2 * pairs, 2, dtype=np.float32) / np.float32(2 * pairs)
     return np.float32(1) / np.float32(theta) ** power_P

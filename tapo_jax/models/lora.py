@@ -1,7 +1,7 @@
 """Low-rank updates of chosen kernels: kernel + scale · A·B, with A and B trained instead of the kernel.
 
-They are ordinary parameters beside the kernel they change ("q_lora_a", "q_lora_b" in the stack of "q"), with the leading
-layers axis; `layers.project` applies them. Source: Hu et al., LoRA, arXiv 2106.09685; the scale is alpha / rank there.
+They are ordinary parameters beside the kernel they change ("q_lora_a", "q_lora_b" in the stack of "q"), with its layers
+axis in front; `layers.project` applies them. Source: Hu et al., LoRA, arXiv 2106.09685; the scale is alpha / rank.
 """
 
 import json
@@ -27,7 +27,9 @@ def is_lora(path: tuple, value: object = None) -> bool:
     return bool(path) and str(path[-1]).endswith(("_lora_a", "_lora_b"))
 
 
-def add(model: Qwen3VL, rank: int, *, modules: Sequence[str] = DECODER, alpha: float | None = None, seed: int = 0) -> None:
+def add(
+    model: Qwen3VL, rank: int, *, modules: Sequence[str] = DECODER, alpha: float | None = None, seed: int = 0
+) -> None:
     """Gives the model low-rank parameters for `modules` (names of DECODER and VISION), in place.
 
     A starts random and B at 0, so the function does not change. alpha: None is rank, a scale of 1.
@@ -37,7 +39,7 @@ def add(model: Qwen3VL, rank: int, *, modules: Sequence[str] = DECODER, alpha: f
         raise ValueError("the model has low-rank parameters already")
     for module in modules:
         if module not in (*DECODER, *VISION):
-            raise ValueError(f'"{module}" is no module for low-rank updates; there are {", ".join((*DECODER, *VISION))}')
+            raise ValueError(f'"{module}" is no module for low-rank updates; take {", ".join((*DECODER, *VISION))}')
     for i, module in enumerate(modules):
         stack, name = (model.vision.blocks, module[7:]) if module in VISION else (model.decoder, module)
         kernel = stack.arrays()[name]
@@ -77,7 +79,9 @@ def delta(arrays: dict[parameters.Path, jax.Array], path: parameters.Path) -> ja
 
 
 def save_adapter(model: Qwen3VL, config: Qwen3VLConfig, path: str | Path, *, base: str = "") -> None:
-    """Writes adapter_config.json and adapter_model.safetensors as peft reads them. base: name or path of the base model.
+    """Writes adapter_config.json and adapter_model.safetensors as peft reads them.
+
+    base: name or path of the base model.
 
     Raises ValueError where the model has no low-rank parameters.
     """
@@ -92,8 +96,9 @@ def save_adapter(model: Qwen3VL, config: Qwen3VLConfig, path: str | Path, *, bas
         names = [name.removesuffix(".weight") for name in hf.tensor_names(kernel, table[kernel])]
         targets.append(names[0].replace(".", r"\.").replace(r"\.0\.", r"\.\d+\."))
         for i, name in enumerate(names):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = np.asarray(a[i], np.float32).reshape(-1, model.lora_rank).T
-            tensors[f"base_model.model.{name}.lora_B.weight"] = np.asarray(b[i], np.float32).reshape(model.lora_rank, -1).T
+            a_i, b_i = (np.asarray(x[i], np.float32) for x in (a, b))
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a_i.reshape(-1, model.lora_rank).T
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b_i.reshape(model.lora_rank, -1).T
     path.mkdir(parents=True, exist_ok=True)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     safetensors_files.write(path / "adapter_model.safetensors", shapes, np.dtype(np.float32), tensors.__getitem__)

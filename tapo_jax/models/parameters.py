@@ -1,7 +1,7 @@
 """Every parameter of the model in one table: its path, shape, logical axes and how it starts.
 
 The modules are built from this table, `hf.py` loads and saves by it, and the sharding rules read its logical axes.
-A kernel is stored [inputs…, outputs…] with heads as an axis of their own; a stack of layers has a leading axis "layers".
+A kernel is stored [inputs…, outputs…] with heads as an axis of their own; stacked layers have a leading axis "layers".
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Positions, worked out on the host: M-RoPE for the tokens, row/column and table entries for the patches. numpy only."""
+"""Positions, worked out on the host: M-RoPE of tokens; row, column and table entries of patches. numpy only."""
 
 import numpy as np
 
@@ -51,8 +51,8 @@ def rope_positions(
 def vision_inputs(grid_thw_Ix3: np.ndarray, config: Qwen3VLConfig) -> dict[str, np.ndarray]:
     """What the vision tower needs besides pixels, for the patches of I images in the processor's order.
 
-    Patches come block by block (merge × merge patches make one image token), blocks in raster order. Every frame attends
-    to itself only. Returns the arrays of `batch.ModelInputs` without its batch axis:
+    Patches come block by block (merge × merge patches make one image token), blocks in raster order. Every frame
+    attends to itself only. Returns the arrays of `batch.ModelInputs` without its batch axis:
     patch_image_N (1, 2, … by frame), patch_rowcol_Nx2, patch_corner_Nx4 and patch_weight_Nx4 (the learned square table
     resampled to each image's grid, bilinear with aligned corners).
     """

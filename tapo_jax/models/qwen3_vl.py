@@ -44,7 +44,7 @@ class Qwen3VL(Stack):
         self.lora_scale = 1.0
 
     def arrays(self) -> dict:
-        """The parameters as a nested dictionary of arrays, the scale of low-rank updates worked into their second half."""
+        """The parameters as a nested dictionary of arrays; the scale of low-rank updates is worked into their B."""
         scale = lambda path, x: x * self.lora_scale if path[-1].key.endswith("_lora_b") else x  # noqa: E731
         return super().arrays() if self.lora_rank is None else jax.tree_util.tree_map_with_path(scale, super().arrays())
 
@@ -102,7 +102,7 @@ def extend(
     (and the window); padding needs no room.
     """
     config, params = model.config, model.arrays()
-    R, T = inputs.token_BxT.shape
+    R = inputs.token_BxT.shape[0]
     count_R = jnp.sum(inputs.segment_BxT > 0, axis=1, dtype=jnp.int32)
     row_R = jnp.arange(R, dtype=jnp.int32) if slot_R is None else slot_R
     length_R = cache.length_B if slot_R is None else cache.length_B[slot_R]
@@ -175,8 +175,8 @@ def _forward(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.
 
 
 def rotary(position_BxTx3: jax.Array, config: Qwen3VLConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, 1, A/2]. The pairs are dealt to time, height, width in turn (interleaved M-RoPE): height and width
-    get every third one up to 3 · their section, time all the others."""
+    """cos and sin, float32 [B, T, 1, A/2]. The pairs are dealt to time, height, width in turn (interleaved M-RoPE):
+    height and width get every third one up to 3 · their section, time all the others."""
     pairs = config.head_dim // 2
     axis_P = np.zeros(pairs, np.int32)
     for axis in (1, 2):

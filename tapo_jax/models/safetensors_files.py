@@ -80,9 +80,7 @@ def write_all(
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write(
-    file: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, read: Callable[[str], np.ndarray]
-) -> None:
+def write(file: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, read: Callable[[str], np.ndarray]) -> None:
     """One safetensors file of the tensors of `shapes`, all in `dtype`."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
     header, offset = {"__metadata__": {"format": "pt"}}, 0

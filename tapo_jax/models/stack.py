@@ -1,4 +1,4 @@
-"""Runs a stack of equal layers: scanned, so that compile time does not grow with depth, or unrolled where it is shallow."""
+"""Runs a stack of equal layers: scanned, so that compile time does not grow with depth, or unrolled if shallow."""
 
 from collections.abc import Callable
 
