@@ -177,17 +177,18 @@ def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
     of two fused loops, a similarity may round differently, and then no slot equals the maximum.
     """
     S = sim_PxSxS.shape[1]
-    slot_1xS = jnp.arange(S, dtype=jnp.int32)[None, :]
+    slot_1xS, none = tapo_clusters.narrow_slots(S)
     key_PxS = label_PxS * S + slot_1xS
     ahead_PxSxS = (sup_PxS[:, None, :] > sup_PxS[:, :, None]) | (
         (sup_PxS[:, None, :] == sup_PxS[:, :, None]) & (key_PxS[:, None, :] < key_PxS[:, :, None])
     )
-    rank_PxS = ahead_PxSxS.sum(axis=2, dtype=jnp.int32)
+    rank_PxS = ahead_PxSxS.sum(axis=2, dtype=slot_1xS.dtype)
     masked_PxSxS = jax.lax.optimization_barrier(jnp.where(witness_PxS[:, None, :], sim_PxSxS, -1))
     best_PxS = masked_PxSxS.max(axis=2)
-    best_rank_PxS = jnp.where(masked_PxSxS == best_PxS[:, :, None], rank_PxS[:, None, :], S).min(axis=2)
+    best_rank_PxS = jnp.where(masked_PxSxS == best_PxS[:, :, None], rank_PxS[:, None, :], none).min(axis=2)
     chosen_PxSxS = best_rank_PxS[:, :, None] == rank_PxS[:, None, :]
-    return best_PxS, jnp.where(chosen_PxSxS, slot_1xS[:, None, :], 0).sum(axis=2, dtype=jnp.int32)
+    nearest_PxS = jnp.where(chosen_PxSxS, slot_1xS[:, None, :], 0).max(axis=2)
+    return best_PxS, nearest_PxS.astype(jnp.int32)
 
 
 def transfer_credit(

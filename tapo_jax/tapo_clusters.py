@@ -5,11 +5,19 @@ Both functions return label_PxS int32: the lowest slot of the witness's cluster,
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def membership(trajectory_PxS, group: int):
     """own_PxSxG bool: whether slot s belongs to trajectory g. A slot with a number outside 0..G-1 belongs to none."""
     return trajectory_PxS[:, :, None] == jnp.arange(group, dtype=jnp.int32)[None, None, :]
+
+
+def narrow_slots(S: int):
+    """(0 .. S-1 as [1, S], S itself) in the narrowest unsigned type: reductions over pairs of slots are bound by the
+    bytes they read, and a byte holds a slot of most groups."""
+    dtype = np.min_scalar_type(S)
+    return np.arange(S, dtype=dtype)[None, :], dtype.type(S)
 
 
 def components(sim_PxSxS, witness_PxS, theta_Px1x1):
@@ -20,19 +28,21 @@ def components(sim_PxSxS, witness_PxS, theta_Px1x1):
     similarity of 0 never links, so that tools stay apart at theta 0 too.
     """
     S = sim_PxSxS.shape[1]
+    slot_1xS, none = narrow_slots(S)
     both_PxSxS = witness_PxS[:, :, None] & witness_PxS[:, None, :]
     link_PxSxS = both_PxSxS & (sim_PxSxS >= theta_Px1x1) & (sim_PxSxS > 0)
-    start_PxS = jnp.where(witness_PxS, jnp.arange(S, dtype=jnp.int32)[None, :], S)
+    start_PxS = jnp.where(witness_PxS, slot_1xS, none)
 
     def spread(carry):
         label_PxS, _ = carry
-        near_PxS = jnp.where(link_PxSxS, label_PxS[:, None, :], S).min(axis=2)
+        near_PxS = jnp.where(link_PxSxS, label_PxS[:, None, :], none).min(axis=2)
         new_PxS = jnp.minimum(label_PxS, near_PxS)
-        jump_PxS = jnp.take_along_axis(new_PxS, jnp.minimum(new_PxS, S - 1), axis=1)
-        new_PxS = jnp.where(witness_PxS, jnp.minimum(new_PxS, jump_PxS), S)
+        jump_PxS = jnp.take_along_axis(new_PxS, jnp.minimum(new_PxS, S - 1).astype(jnp.int32), axis=1)
+        new_PxS = jnp.where(witness_PxS, jnp.minimum(new_PxS, jump_PxS), none)
         return new_PxS, (new_PxS != label_PxS).any()
 
-    return jax.lax.while_loop(lambda carry: carry[1], spread, (start_PxS, jnp.bool_(True)))[0]
+    label_PxS = jax.lax.while_loop(lambda carry: carry[1], spread, (start_PxS, jnp.bool_(True)))[0]
+    return label_PxS.astype(jnp.int32)
 
 
 def leaders(sim_PxSxS, witness_PxS, theta_Px1x1):

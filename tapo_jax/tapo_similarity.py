@@ -70,6 +70,7 @@ def _number(steps: Steps, i: int):
 
 def _text(steps: Steps, i: int, measure: str):
     text_PxSxF = steps.text_PxSxXxF[:, :, i]
+    P, S = text_PxSxF.shape[:2]
     equal_PxSxS = _equal(steps.text_hash_PxSxX[:, :, i])
     if measure == "exact":
         return equal_PxSxS.astype(jnp.float32), steps.has_text_PxSxX[:, :, i]
@@ -78,14 +79,14 @@ def _text(steps: Steps, i: int, measure: str):
     else:
         if text_PxSxF.dtype != jnp.uint8:
             raise ValueError(f"{measure} compares uint8 counts, the features are {text_PxSxF.dtype}: use text='cosine'")
-        shared_PxSxS = shared_counts(text_PxSxF).astype(jnp.float32)
-        size_PxS = text_PxSxF.sum(axis=-1, dtype=jnp.int32).astype(jnp.float32)
+        shared_PxSxS = shared_counts(text_PxSxF)
+        size_PxS = shared_PxSxS.reshape(P, S * S)[:, :: S + 1]  # the diagonal: Σ min(a, a) = Σ a
         total_PxSxS = size_PxS[:, :, None] + size_PxS[:, None, :]
         if measure == "dice":
             shared_PxSxS = 2 * shared_PxSxS
         else:
             total_PxSxS = total_PxSxS - shared_PxSxS
-        sim_PxSxS = shared_PxSxS / jnp.maximum(total_PxSxS, 1)
+        sim_PxSxS = shared_PxSxS.astype(jnp.float32) / jnp.maximum(total_PxSxS, 1).astype(jnp.float32)
     return jnp.where(equal_PxSxS, 1, sim_PxSxS), steps.has_text_PxSxX[:, :, i]
 
 
