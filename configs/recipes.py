@@ -24,6 +24,7 @@ def apply(c: ConfigDict, size: str) -> None:
         max_new_tokens=2048,
         max_length=16384,
         decode_chunk=64,
+        max_image_tokens=0,
         max_pixels=1024 * 1024,  # 1,024 tokens an image
     )
     c.tapo.steps = 10

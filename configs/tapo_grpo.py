@@ -1,11 +1,12 @@
 """TAPO on GRPO. The complete config: every field that the program reads is here.
 
-    python launch/train.py --config=configs/tapo_grpo.py --workdir=/tmp/tapo python launch/train.py
-    --config=configs/tapo_grpo.py:steps=20,seed=1 --workdir=/tmp/tapo_1 python launch/train.py
-    --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=DIR --workdir=…      # on every host of a pod
+    python launch/train.py --config=configs/tapo_grpo.py --workdir=/tmp/tapo
+    python launch/train.py --config=configs/tapo_grpo.py:steps=20,seed=1 --workdir=/tmp/tapo_1
+    python launch/train.py --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=DIR --workdir=…  # on every host
 
 Without an argument: Atlas (the embedded world) and the tiny model that ships with the package; runs on any machine.
-Arguments: `steps=…`, `seed=…`, `test` (a setting of seconds, for tests), `qwen3_vl_4b` (the paper's recipe, for pods).
+Arguments: `steps=…`, `seed=…`, `test` (a setting of seconds, for tests), `qwen3_vl_2b`, `_4b`, `_8b`, `_32b` (the
+paper's recipe, for pods: recipes.py).
 Any field can be set on the command line: `--config.tapo.beta=0.4`.
 """
 
@@ -50,6 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
         max_turns=6,
         max_new_tokens=96,  # of one turn
         max_length=640,  # of a conversation, images and tool responses included
+        max_image_tokens=144,  # of all images of a conversation; 0: as many as max_length
         max_pixels=0,  # height · width of an image at most; 0: what the model directory says
         temperature=1.0, top_p=1.0,
         decode_chunk=16,  # tokens between two looks at who has finished
@@ -95,8 +97,8 @@ def get_config(arg: str = "") -> ConfigDict:
         updates_per_batch=2, micro_batches=1,
         max_nonfinite=5,  # updates in a row without a finite loss and gradient, after which the run ends
         # Sizes that batches are padded to; the largest possible is added.
-        length_buckets=(384, 512), patch_buckets=(320, 448, 640),
-        warm_up=False,  # compile every such size before the first step
+        length_buckets=(448,), patch_buckets=(384,),
+        warm_up=True,  # compile every such size, and every call of the sampler, before the first step
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
     c.checkpoint = ConfigDict(dict(every=10, keep=2))
@@ -105,9 +107,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
     if a.test:
         c.data.update(prompts_per_step=4, sizes=(32, 16), outlines=2)
-        c.rollout.update(group_size=4, slots=16, max_turns=4, max_new_tokens=48, max_length=320, decode_chunk=8)
+        c.rollout.update(group_size=4, slots=16, max_turns=4, max_new_tokens=48, max_length=320, max_image_tokens=0, decode_chunk=8)
         c.tapo.steps = 4
-        c.train.update(length_buckets=(), patch_buckets=(320,))
+        c.train.update(length_buckets=(), patch_buckets=(320,), warm_up=False)
         c.optimizer.warmup_steps = 0
         c.checkpoint.every = 2
         c.log.update(episodes_every=2, tensorboard=False)

@@ -21,6 +21,7 @@ from tapo_jax import flops, sharding, slots, train_step
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.check import check, check_rows
 from tapo_jax.config import check_choice
+from tapo_jax.inputs import most_patches
 from tapo_jax.models import hf
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
@@ -174,6 +175,7 @@ def abstract_slots(run: Abstract) -> Slots:
         chunk=config.rollout.decode_chunk,
         merge=model_config.vision.merge,
         image_patches=image_patches(config, model_config),
+        most_patches=most_patches(config.rollout, model_config.vision.merge),
     )
     with jax.set_mesh(run.mesh):
         empty = slots.init_slots.lower(model_config, shards, **sizes, dtype=jnp.dtype(config.model.dtype))

@@ -16,7 +16,7 @@ from tapo_jax.chat import Chat
 from tapo_jax.config import UserError
 from tapo_jax.data import tiny_model
 from tapo_jax.episode import Limits
-from tapo_jax.inputs import PixelStore
+from tapo_jax.inputs import PixelStore, most_patches
 from tapo_jax.models import hf, lora
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
@@ -129,11 +129,17 @@ def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Seque
         capacity=rollout_config.max_length,
         chunk=rollout_config.decode_chunk,
         image_patches=pixels.max_patches,
+        most_patches=most_patches(rollout_config, model.config.vision.merge),
         stop_ids=chat.stop_ids,
         forbidden_V=chat.forbidden_V(model.config.vocab),
     )
     runner = ToolRunner(
         tools, workers=config.tools.workers, timeout_s=config.tools.timeout_s, retries=config.tools.retries
     )
-    limits = Limits(rollout_config.max_turns, rollout_config.max_new_tokens, rollout_config.max_length)
+    limits = Limits(
+        rollout_config.max_turns,
+        rollout_config.max_new_tokens,
+        rollout_config.max_length,
+        rollout_config.max_image_tokens or None,
+    )
     return Agent(sampler, chat, pixels, runner, limits, dict(config.reward), rollout_config.tool_wait_s)

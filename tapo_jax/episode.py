@@ -17,11 +17,13 @@ from tapo_jax.types import Episode, Image, Prompt, ToolCall, ToolResult, Turn
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Budgets. max_turns: assistant turns of an episode; max_new_tokens: tokens of one turn, its stop token included;
-    max_length: tokens of the whole episode, prompt and tool responses included."""
+    max_length: tokens of the whole episode, prompt and tool responses included; max_image_tokens: those of its images
+    among them, None: as many as max_length."""
 
     max_turns: int
     max_new_tokens: int
     max_length: int
+    max_image_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Conversation:
         self._mask: list[bool] = []
         self._logp: list[float] = []
         self._turn_start = 0
-        if len(opening.token_T) < limits.max_length:
+        self._image_count = 0
+        if self._fits(opening.token_T, opening.image_tokens):
             self._append(opening.token_T.tolist(), opening.images, opening.image_tokens)
             self._turn_start = len(self.token)
         else:
@@ -114,11 +117,16 @@ class Conversation:
         self.turns[-1].call = call
         self.turns[-1].result = result
         response = self._chat.tool_response_ids(result.text, counts)
-        if len(self.token) + len(response) >= self.limits.max_length:
+        if not self._fits(response, counts):
             self.finish = "length"
             return
         self._append(response, result.images, counts)
         self._turn_start = len(self.token)
+
+    def _fits(self, tokens: Sequence[int], counts: Sequence[int]) -> bool:
+        """Whether tokens that the policy did not write, `counts` of them for images, leave room for one that it does."""
+        most = self.limits.max_length if self.limits.max_image_tokens is None else self.limits.max_image_tokens
+        return len(self.token) + len(tokens) < self.limits.max_length and self._image_count + sum(counts) <= most
 
     def _append(self, tokens: Sequence[int], images: Sequence[Image], counts: Sequence[int]) -> None:
         """Tokens that the policy did not write."""
@@ -129,6 +137,7 @@ class Conversation:
             )
         firsts = np.cumsum([0, *counts])[:-1]
         self.image_start.extend(len(self.token) + places[first] for first in firsts)
+        self._image_count += sum(counts)
         self.images.extend(images)
         self.token.extend(tokens)
         self._mask.extend([False] * len(tokens))

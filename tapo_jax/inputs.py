@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.models.config import Qwen3VLConfig
@@ -34,6 +35,11 @@ def bucket(size: int, rungs: Sequence[int]) -> int:
         if size <= rung:
             return rung
     raise ValueError(f"size {size} is larger than the largest bucket of {tuple(rungs)}")
+
+
+def most_patches(rollout: ConfigDict, merge: int) -> int:
+    """Patches that a conversation can have: rollout.max_image_tokens tokens of merge² each, 0: rollout.max_length."""
+    return (rollout.max_image_tokens or rollout.max_length) * merge**2
 
 
 class PixelStore:

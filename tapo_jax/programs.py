@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from tapo_jax import prepare, sharding, tapo, tapo_embedding, train_step
 from tapo_jax.agent import Agent
+from tapo_jax.inputs import most_patches
 from tapo_jax.outcome import Outcomes
 from tapo_jax.train_step import TrainState
 
@@ -61,7 +62,7 @@ def make_programs(
     model_config = agent.sampler.config
     forbidden_V = agent.chat.forbidden_V(model_config.vocab)
     longest = config.rollout.max_length
-    most_patches = longest * model_config.vision.merge**2
+    most = most_patches(config.rollout, model_config.vision.merge)
     return Programs(
         log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh),
         prepare=prepare.make_prepare(
@@ -77,7 +78,7 @@ def make_programs(
         update=train_step.make_update(graphdef, optimizer, schedule, objective, forbidden_V, state, mesh),
         index_U=[sharding.put_replicated(np.int32(u), mesh) for u in range(objective.updates_per_batch)],
         length_buckets=(*(n for n in config.train.length_buckets if n < longest), longest),
-        patch_buckets=(*(n for n in config.train.patch_buckets if n < most_patches), most_patches),
+        patch_buckets=(*(n for n in config.train.patch_buckets if n < most), most),
     )
 
 

@@ -64,7 +64,7 @@ class Sampler:
 
     model: for its structure, config and dtype; its weights are not kept. slots: over all devices; capacity: places of a
     slot; chunk: tokens of a decoding call at most; image_patches: patches of the largest image
-    (`PixelStore.max_patches`). stop_ids: the tokens that end a turn. forbidden_V: bool, tokens that are never drawn.
+    (`PixelStore.max_patches`); most_patches: of a conversation. stop_ids: the tokens that end a turn. forbidden_V: bool, tokens that are never drawn.
     mesh: None is one device. shapes: the shapes that calls may have; None makes ladders from the arguments above.
     Raises UserError where the mesh does not divide the slots.
     """
@@ -79,6 +79,7 @@ class Sampler:
         image_patches: int,
         stop_ids: Sequence[int],
         forbidden_V: np.ndarray,
+        most_patches: int,
         mesh: Mesh | None = None,
         shapes: Shapes | None = None,
     ):
@@ -100,6 +101,7 @@ class Sampler:
             chunk=chunk,
             merge=self.config.vision.merge,
             image_patches=image_patches,
+            most_patches=most_patches,
         )
         with self._on_mesh():
             self._state = init_slots(self.config, self._shards, self.slots_per_shard, self.shapes.capacity, model.dtype)
@@ -255,6 +257,7 @@ def generate(
         capacity=shapes.capacity,
         chunk=shapes.chunk,
         image_patches=patches,
+        most_patches=patches,
         stop_ids=stop_ids,
         forbidden_V=forbidden_V,
         shapes=shapes,

@@ -13,6 +13,9 @@ import numpy as np
 from tapo_jax.inputs import Row, bucket
 
 
+WHOLE_WINDOW = 1024  # a slot of no more places is always worked on as a whole: half of it would save little
+
+
 @dataclasses.dataclass(frozen=True)
 class Shapes:
     """The sizes that calls may have, ascending. Every combination is a program to compile, so there are few of them.
@@ -34,16 +37,20 @@ class Shapes:
     tokens_per_call: int = 4096
 
     @classmethod
-    def make(cls, *, slots: int, capacity: int, chunk: int, merge: int, image_patches: int) -> "Shapes":
-        """Ladders for `slots` slots a shard of `capacity` places and images of at most `image_patches` patches."""
+    def make(
+        cls, *, slots: int, capacity: int, chunk: int, merge: int, image_patches: int, most_patches: int
+    ) -> "Shapes":
+        """Ladders for `slots` slots a shard of `capacity` places, images of at most `image_patches` patches and
+        conversations of at most `most_patches`."""
         lengths = tuple(length for length in (64, 128, 256, 1024, 4096) if length < capacity)
-        patches = {min(size, capacity * merge**2) for size in (image_patches, 2 * image_patches, capacity * merge**2)}
+        patches = {size for size in (image_patches, 2 * image_patches) if 2 * size <= most_patches}
+        windows = (-(-capacity // 2), capacity) if capacity > WHOLE_WINDOW else (capacity,)
         return cls(
             extend_rows=tuple(sorted({min(8, slots), slots})),
             decode_rows=tuple(sorted({min(8, slots), -(-slots // 2), slots})),
             lengths=(*lengths, capacity),
-            patches=tuple(sorted(patches)),
-            windows=tuple(sorted({-(-capacity // 2), capacity})),
+            patches=(*sorted(patches), most_patches),
+            windows=windows,
             chunk=chunk,
             merge=merge,
         )
@@ -65,10 +72,6 @@ class Shapes:
         fitting = tuple(r for r in self.extend_rows if r * tokens <= self.tokens_per_call)
         return fitting or (max(1, min(self.extend_rows[0], self.tokens_per_call // tokens)),)
 
-    def windows_of(self, length: int) -> tuple[int, ...]:
-        """Places that an extension may work on. Its padding is written too, past the capacity if need be."""
-        return (*(window for window in self.windows[:-1] if window >= length), self.capacity + length)
-
     def decode_window(self, longest: int) -> int:
         return next((window for window in self.windows if window >= longest + self.chunk), self.capacity)
 
@@ -77,8 +80,7 @@ class Shapes:
         for length in self.lengths:
             for patches in self.patches_of(length):
                 for rows in self.rows_of(length, patches):
-                    for window in self.windows_of(length):
-                        yield Piece(rows, length, patches, window)
+                    yield from (Piece(rows, length, patches, window) for window in self.windows if window >= length)
 
     def decode_calls(self) -> Iterator[tuple[int, int]]:
         """Every (R, window) that can occur."""
@@ -160,7 +162,7 @@ def plan(
     (more_any, copy_rows, draw_rows, longest), rows_K, before_K = np.split(agreed, [4, 4 + len(kinds)])
     pieces = []
     for (length, patches), rows, before in zip(kinds, rows_K.tolist(), before_K.tolist(), strict=True):
-        window = bucket(before + length, shapes.windows_of(length))
+        window = bucket(min(before + length, shapes.capacity), shapes.windows)  # padding past the end is not written
         pieces.extend(Piece(r, length, patches, window) for r in cover(rows, shapes.rows_of(length, patches)))
     return Round(
         more=bool(more_any),

@@ -52,28 +52,21 @@ def _pin(state: SlotState) -> SlotState:
 
 
 def _take_kv(x_ZxLxCxKxSxA: jax.Array, slot_ZxR: jax.Array, window: int) -> jax.Array:
-    """The first `window` places of the named slots as the model's cache array [L, Z·R, K, window, A]; zeros past the
-    capacity."""
-    shards, _, slots, _, capacity, _ = x_ZxLxCxKxSxA.shape
+    """The first `window` places of the named slots as the model's cache array [L, Z·R, K, window, A]."""
+    shards, _, slots = x_ZxLxCxKxSxA.shape[:3]
     rows_ZxLxRxKxWxA = x_ZxLxCxKxSxA[:, :, :, :, :window]
     if slot_ZxR.shape[1] < slots:
         clipped_ZxR = jnp.minimum(slot_ZxR, slots - 1)
         rows_ZxLxRxKxWxA = jax.vmap(lambda x, slot_R: x[:, slot_R])(rows_ZxLxRxKxWxA, clipped_ZxR)
-    if window > capacity:
-        rows_ZxLxRxKxWxA = jnp.pad(rows_ZxLxRxKxWxA, [(0, 0)] * 4 + [(0, window - capacity), (0, 0)])
     rows = jnp.moveaxis(rows_ZxLxRxKxWxA, 0, 1)
     return rows.reshape(rows.shape[0], shards * rows.shape[2], *rows.shape[3:])
 
 
 def _put_kv(x_ZxLxCxKxSxA: jax.Array, rows_LxBxKxWxA: jax.Array, slot_ZxR: jax.Array) -> jax.Array:
     """Writes the rows of `_take_kv` back. Rows whose slot is C are left out."""
-    shards, layers, slots, _, capacity, _ = x_ZxLxCxKxSxA.shape
-    R = slot_ZxR.shape[1]
-    rows = rows_LxBxKxWxA[:, :, :, :capacity].reshape(
-        layers, shards, R, rows_LxBxKxWxA.shape[2], -1, rows_LxBxKxWxA.shape[4]
-    )
-    rows_ZxLxRxKxWxA = jnp.moveaxis(rows, 1, 0)
-    window = rows_ZxLxRxKxWxA.shape[4]
+    shards, layers, slots = x_ZxLxCxKxSxA.shape[:3]
+    R, window = slot_ZxR.shape[1], rows_LxBxKxWxA.shape[3]
+    rows_ZxLxRxKxWxA = jnp.moveaxis(rows_LxBxKxWxA.reshape(layers, shards, R, *rows_LxBxKxWxA.shape[2:]), 1, 0)
     if slots == R:  # rows are the slots in order, and rows without tokens were not changed
         return jax.lax.dynamic_update_slice_in_dim(x_ZxLxCxKxSxA, rows_ZxLxRxKxWxA, 0, 4)
     return jax.vmap(lambda x, slot_R, new: x.at[:, slot_R, :, :window].set(new, mode="drop"))(
@@ -121,10 +114,8 @@ def extend_slots(
     """request: slot, tokens that the slot holds, whether this is a prompt."""
     model = nnx.merge(graphdef, params)
     slot_ZxR, before_ZxR, fresh_ZxR = (request_ZxRx3[..., i] for i in range(3))
-    capacity = state.k[0].shape[4]
     cache = _take_cache(state, slot_ZxR, before_ZxR, window)
-    # Places past the capacity only catch the writes of padding: nobody reads them.
-    hidden_BxTxD, cache = qwen3_vl.extend(model, cache, inputs, window=capacity if window > capacity else None)
+    hidden_BxTxD, cache = qwen3_vl.extend(model, cache, inputs)
     state = _put_cache(state, cache, slot_ZxR)
     count_B = jnp.sum(inputs.segment_BxT > 0, axis=1, dtype=jnp.int32)
     last_BxD = jnp.take_along_axis(hidden_BxTxD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]

@@ -21,12 +21,13 @@ def ids(text: str, stop: bool = True) -> list[int]:
     return CHAT.tokenizer.encode(text, add_special_tokens=False).ids + [STOP] * stop
 
 
-def begin(*, turns=4, new=200, length=1000, images=1) -> Conversation:
+def begin(*, turns=4, new=200, length=1000, images=1, image_tokens=None) -> Conversation:
     shown = tuple(root_image(world.picture(i)) for i in range(images))
     counts = tuple(PIXELS.tokens(image) for image in shown)
     prompt = Prompt("q", "where?", tuple(image.pixels for image in shown), ("Peru",))
     opening = Opening(prompt, np.array(CHAT.prompt_ids("where?", counts, []), np.int32), shown, counts)
-    return Conversation(opening, 3, limits=Limits(turns, new, length), chat=CHAT, image_tokens=PIXELS.tokens)
+    limits = Limits(turns, new, length, image_tokens)
+    return Conversation(opening, 3, limits=limits, chat=CHAT, image_tokens=PIXELS.tokens)
 
 
 def write(conversation: Conversation, text: str, stop: bool = True) -> ToolCall | None:
@@ -140,6 +141,19 @@ def test_a_response_that_does_not_fit_is_left_out_as_a_whole():
         assert len(conversation.images) == (2 if finish is None else 1)
         assert conversation.turns[0].is_step  # it was executed in both cases
     assert conversation.episode().finish == "length"
+
+
+def test_images_have_a_budget_of_their_own():
+    """Twice the prompt's image fits exactly; one token less ends the episode at the response, and less than the
+    prompt's image ends it before it starts."""
+    count = PIXELS.tokens(begin().images[0])
+    for budget, finish in ((count + 4, None), (count + 3, "length")):
+        conversation = begin(image_tokens=budget)
+        conversation.add_result(write(conversation, CALL), crop(conversation, 16))
+        assert conversation.finish == finish
+        assert len(conversation.images) == (2 if finish is None else 1)
+    assert begin(image_tokens=count).finish is None
+    assert begin(image_tokens=count - 1).finish == "length"
 
 
 def test_allowance_is_the_smaller_of_the_turns_and_the_episodes_budget():

@@ -43,8 +43,8 @@ def random_text_means_something(monkeypatch):
 
 def make_sampler(cls=Sampler, *, slots=6, shapes=SHAPES, mesh=None):
     return cls(
-        world.model(), slots=slots, capacity=CAPACITY, chunk=CHUNK, image_patches=36, stop_ids=CHAT.stop_ids,
-        forbidden_V=CHAT.forbidden_V(272), mesh=mesh, shapes=shapes,
+        world.model(), slots=slots, capacity=CAPACITY, chunk=CHUNK, image_patches=36, most_patches=4 * CAPACITY,
+        stop_ids=CHAT.stop_ids, forbidden_V=CHAT.forbidden_V(272), mesh=mesh, shapes=shapes,
     )  # fmt: skip
 
 

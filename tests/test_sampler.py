@@ -118,7 +118,7 @@ SHAPES = Shapes(extend_rows=(1, 3), decode_rows=(2, 3), lengths=(32,), patches=(
 @pytest.fixture(scope="module")
 def sampler():
     return Sampler(
-        world.model(), slots=3, capacity=64, chunk=4, image_patches=36, stop_ids=[],
+        world.model(), slots=3, capacity=64, chunk=4, image_patches=36, most_patches=256, stop_ids=[],
         forbidden_V=world.chat().forbidden_V(272), shapes=SHAPES,
     )  # fmt: skip
 
@@ -191,8 +191,8 @@ def test_an_extension_of_padding_past_the_capacity_keeps_every_token(sampler):
     last, after = make_row(ids[40:], [], CONFIG, world.pixels(), far)
     turn(sampler, [Extension(1, 0, straight, fresh=True)], [], [])
     turn(sampler, [Extension(1, 32, more, fresh=False)], [], [])
-    plan_window = sampler.plan([Extension(1, 40, last, fresh=False)], [], [], more=True).pieces[0].window
-    assert plan_window == 96
+    piece = sampler.plan([Extension(1, 40, last, fresh=False)], [], [], more=True).pieces[0]
+    assert (piece.length, piece.window) == (32, 64)
     found = turn(sampler, [Extension(1, 40, last, fresh=False)], [], [Draw(1, 60, after, 4, 0, 0, 0, 0)])[0]
     assert found == generate(world.model(), CONFIG, [ids.tolist()], max_new_tokens=4, temperature=0.0)[0]
 

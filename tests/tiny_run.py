@@ -39,9 +39,9 @@ def read_turn(text: str) -> ParsedTurn:
     return ParsedTurn(call=ToolCall("fly", {})) if kind == 5 else ParsedTurn(answer="x")
 
 
-def config(model: Path, **fields) -> ConfigDict:
-    """The test setting of tapo_grpo.py, smaller still; `fields` by their dotted names."""
-    c = beside(str(Path(__file__).parents[1] / "configs" / "x"), "tapo_grpo.py")("test,steps=4")
+def config(model: Path, name: str = "tapo_grpo.py", **fields) -> ConfigDict:
+    """The test setting of a config file, smaller still; `fields` by their dotted names."""
+    c = beside(str(Path(__file__).parents[1] / "configs" / "x"), name)("test,steps=4")
     c.model.path = str(model)
     c.data.prompts_per_step = 4
     c.rollout.update(group_size=4, slots=8, max_turns=3, max_new_tokens=24, max_length=112, decode_chunk=8)
@@ -50,8 +50,8 @@ def config(model: Path, **fields) -> ConfigDict:
     c.train.update(length_buckets=(), patch_buckets=())
     c.checkpoint.every = 2
     c.eval.update(prompts=6, split="held_out")
-    for name, value in fields.items():
-        section, _, field = name.replace("__", ".").rpartition(".")
+    for path, value in fields.items():
+        section, _, field = path.replace("__", ".").rpartition(".")
         (c[section] if section else c)[field] = value
     return c
 

@@ -26,16 +26,16 @@ Script = Generator[str, str, None]  # yields a turn's text, is sent the tool's r
 class Flaws:
     """Probabilities of the deliberate mistakes, each where the occasion arises."""
 
-    skip_zoom: float = 0.20  # searches with the whole scene
-    wrong_outline: float = 0.10  # looks at another country of the scene
-    sloppy_box: float = 0.40  # a box far from the outline
+    skip_zoom: float = 0.45  # searches with the whole scene
+    wrong_outline: float = 0.08  # looks at another country of the scene
+    sloppy_box: float = 0.15  # a box far from the outline
     bad_call: float = 0.03  # a call that is an error; it is then made right
-    wrong_image: float = 0.05  # searches with the scene after zooming
+    wrong_image: float = 0.15  # searches with the scene after zooming
     wrong_title: float = 0.14  # takes the second title
-    wrong_attribute: float = 0.25  # looks up something else
-    skip_hop: float = 0.35  # asks about a country one hop too early
+    wrong_attribute: float = 0.30  # looks up something else
+    skip_hop: float = 0.45  # asks about a country one hop too early
     wrong_relation: float = 0.20  # largest for smallest
-    early_answer: float = 0.08  # answers with a title
+    early_answer: float = 0.20  # answers with a title
     wrong_line: float = 0.10  # answers with the value of another line
 
 
