@@ -16,7 +16,7 @@ SLOTS = {"2b": 256, "4b": 256, "8b": 512, "32b": 768}
 def apply(c: ConfigDict, size: str) -> None:
     """Changes the complete config `c` to the recipe of a size: "2b", "4b" (v5e:8x8), "8b" (v6e:8x8), "32b" (v5p:4x4x4)."""
     c.data.prompts_per_step = 128
-    c.model.update(shape=f"Qwen3-VL-{size.upper()}", dtype="bfloat16", remat="full", logp_chunk=512)
+    c.model.update(shape=f"Qwen3-VL-{size.upper()}", dtype="bfloat16", remat="full", logp_chunk=512, train_vision=True)
     c.rollout.update(
         group_size=8,
         slots=SLOTS[size],

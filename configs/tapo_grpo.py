@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
         param_dtype="float32",
         remat="none",  # what the backward pass computes again: "none", "dots", "full"
         logp_chunk=128,  # places of a row whose logits exist at one time
-        train_vision=True,
+        train_vision=False,
         # > 0: low-rank updates of these kernels of the decoder (or "vision/qkv", …) are trained, and nothing else.
         lora_rank=0, lora_modules=("q", "k", "v", "o", "gate", "up", "down"), lora_alpha=placeholder(float),
     ))  # fmt: skip
@@ -97,7 +97,7 @@ def get_config(arg: str = "") -> ConfigDict:
         updates_per_batch=2, micro_batches=1,
         max_nonfinite=5,  # updates in a row without a finite loss and gradient, after which the run ends
         # Sizes that batches are padded to; the largest possible is added.
-        length_buckets=(448,), patch_buckets=(384,),
+        length_buckets=(448,), patch_buckets=(),
         warm_up=True,  # compile every such size, and every call of the sampler, before the first step
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices

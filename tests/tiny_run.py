@@ -42,7 +42,7 @@ def read_turn(text: str) -> ParsedTurn:
 def config(model: Path, name: str = "tapo_grpo.py", **fields) -> ConfigDict:
     """The test setting of a config file, smaller still; `fields` by their dotted names."""
     c = beside(str(Path(__file__).parents[1] / "configs" / "x"), name)("test,steps=4")
-    c.model.path = str(model)
+    c.model.update(path=str(model), train_vision=True)
     c.data.prompts_per_step = 4
     c.rollout.update(group_size=4, slots=8, max_turns=3, max_new_tokens=24, max_length=112, decode_chunk=8)
     c.tapo.update(steps=3, features=32, theta=0.3, alpha_min=0.1)
