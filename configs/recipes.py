@@ -24,13 +24,13 @@ def apply(c: ConfigDict, size: str) -> None:
         max_new_tokens=2048,
         max_length=16384,
         decode_chunk=64,
-        max_image_tokens=0,
+        max_image_tokens=8192,
         max_pixels=1024 * 1024,  # 1,024 tokens an image
     )
     c.tapo.steps = 10
     c.optimizer.update(lr=1e-6, warmup_steps=0)
     c.train.update(
-        updates_per_batch=1, micro_batches=16, length_buckets=(8192,), patch_buckets=(16384, 32768), warm_up=True
+        updates_per_batch=1, micro_batches=16, length_buckets=(8192,), patch_buckets=(8192, 16384), warm_up=True
     )
     c.mesh.update(data=1, fsdp=-1, tensor=1)
     c.log.episodes_every = 10

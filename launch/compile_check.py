@@ -21,6 +21,7 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Chips and their arrangement: v5e:8x8, v6e:8x8, v5p:4x4x4, tpu7x:4x4x4."
 )
 PROGRAMS = flags.DEFINE_list("programs", ["train", "extend", "decode"], "Which programs: train, extend, decode.")
+SHORT = flags.DEFINE_bool("short", False, "Fewer columns and nothing beside the table.")
 OUT = flags.DEFINE_string("out", "", "A JSON file for the numbers.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -30,7 +31,9 @@ def main(argv: list[str]) -> None:
     prepare_environment()
     from tapo_jax.compile_check import run_check  # noqa: PLC0415 - jax reads the environment when it is imported
 
-    if not run_check(CONFIG.value, TOPOLOGY.value, tuple(PROGRAMS.value), OUT.value):
+    if not run_check(
+        CONFIG.value, TOPOLOGY.value, tuple(PROGRAMS.value), out=OUT.value, short=SHORT.value
+    ):
         raise UserError("A program does not fit the memory of its chips: see the table.")
 
 

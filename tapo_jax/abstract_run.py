@@ -23,6 +23,7 @@ from tapo_jax.check import check, check_rows
 from tapo_jax.config import check_choice
 from tapo_jax.inputs import most_patches
 from tapo_jax.models import hf
+from tapo_jax.models.attention import decodes_in_place
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.parameters import logical_axes
@@ -111,8 +112,8 @@ def bytes_of_one(tree: Any) -> float:
 
 
 def train_program(run: Abstract) -> Program:
-    """One update on the largest batch: every row as long as rollout.max_length, with the most patches of
-    train.patch_buckets."""
+    """One update on the largest batch: every row as long as rollout.max_length, with as many patches as
+    it can have."""
     config, mesh = run.config, run.mesh
     scalar = _array((), jnp.int32, sharding.replicated(mesh))
     state = train_step.TrainState(scalar, run.params, run.opt_state, scalar, scalar)
@@ -121,8 +122,8 @@ def train_program(run: Abstract) -> Program:
     update = train_step.make_update(run.graphdef, run.optimizer, run.schedule, objective, forbidden_V, state, mesh)
 
     B, T = config.data.prompts_per_step * config.rollout.group_size, config.rollout.max_length
-    patches = max(config.train.patch_buckets, default=0)
-    shapes = jax.eval_shape(lambda: _batch(B, T, patches, run.model_config))
+    patches = most_patches(config.rollout, run.model_config.vision.merge)
+    shapes = jax.eval_shape(lambda: _batch(B, T, patches, run))
     batch = placed(shapes, jax.tree.map(lambda _: sharding.rows(mesh), shapes))
     old_logp = batch.sampler_logp_BxT if objective.updates_per_batch > 1 else None
     batch = dataclasses.replace(batch, old_logp_BxT=old_logp)
@@ -131,9 +132,9 @@ def train_program(run: Abstract) -> Program:
     return Program("train", lambda: update.lower(state, batch, None, scalar), count)
 
 
-def _batch(B: int, T: int, patches: int, config: Qwen3VLConfig) -> TrainBatch:
+def _batch(B: int, T: int, patches: int, run: Abstract) -> TrainBatch:
     return TrainBatch(
-        inputs=_inputs(B, T, patches, config),
+        inputs=_inputs(B, T, patches, run),
         mask_BxT=jnp.zeros((B, T), bool),
         step_BxT=jnp.zeros((B, T), jnp.int32),
         sampler_logp_BxT=jnp.zeros((B, T)),
@@ -141,15 +142,15 @@ def _batch(B: int, T: int, patches: int, config: Qwen3VLConfig) -> TrainBatch:
     )
 
 
-def _inputs(B: int, T: int, N: int, config: Qwen3VLConfig) -> ModelInputs:
-    i32 = jnp.int32
+def _inputs(B: int, T: int, N: int, run: Abstract) -> ModelInputs:
+    i32, features = jnp.int32, run.model_config.vision.patch_features
     text = ModelInputs(jnp.zeros((B, T), i32), jnp.zeros((B, T), i32), jnp.zeros((B, T, 3), i32))
     if N == 0:
         return text
     return dataclasses.replace(
         text,
         feature_BxT=jnp.zeros((B, T), i32),
-        pixels_BxNxF=jnp.zeros((B, N, config.vision.patch_features)),
+        pixels_BxNxF=jnp.zeros((B, N, features), run.config.model.dtype),
         patch_image_BxN=jnp.zeros((B, N), i32),
         patch_rowcol_BxNx2=jnp.zeros((B, N, 2), i32),
         patch_corner_BxNx4=jnp.zeros((B, N, 4), i32),
@@ -170,12 +171,16 @@ def abstract_slots(run: Abstract) -> Slots:
     config, model_config = run.config, run.model_config
     shards = sharding.batch_shards(run.mesh)
     sizes = dict(slots=config.rollout.slots // shards, capacity=config.rollout.max_length)
+    with jax.set_mesh(run.mesh):
+        cache = {"capacity": sizes["capacity"], "kv_heads": model_config.kv_heads, "head_dim": model_config.head_dim}
+        in_place = decodes_in_place(**cache)
     shapes = Shapes.make(
         **sizes,
         chunk=config.rollout.decode_chunk,
         merge=model_config.vision.merge,
         image_patches=image_patches(config, model_config),
         most_patches=most_patches(config.rollout, model_config.vision.merge),
+        in_place=in_place,
     )
     with jax.set_mesh(run.mesh):
         empty = slots.init_slots.lower(model_config, shards, **sizes, dtype=jnp.dtype(config.model.dtype))
@@ -214,7 +219,7 @@ def extend_program(run: Abstract) -> Program:
     piece = max(found.shapes.extend_calls(), key=lambda p: (p.rows * p.length, p.rows * p.patches, p.window))
     rows = sharding.rows(run.mesh)
     B = found.shards * piece.rows
-    inputs = jax.eval_shape(lambda: _inputs(B, piece.length, piece.patches, run.model_config))
+    inputs = jax.eval_shape(lambda: _inputs(B, piece.length, piece.patches, run))
     inputs = placed(inputs, jax.tree.map(lambda _: rows, inputs))
 
     def lower() -> Any:

@@ -107,6 +107,7 @@ class Agent:
             tool_wait_s=self.tool_wait_s,
             first_prompt=first_prompt,
         )
+        self.sampler.release()
         for episode in episodes:
             episode.rewards = rewards.score(episode)
             episode.reward = rewards.total(episode.rewards, self.weights)
@@ -121,7 +122,7 @@ def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Seque
     processor = ImageProcessor.from_dir(directory)
     if rollout_config.max_pixels:
         processor = dataclasses.replace(processor, max_pixels=min(processor.max_pixels, rollout_config.max_pixels))
-    pixels = PixelStore(processor)
+    pixels = PixelStore(processor, dtype=model.dtype)
     sampler = Sampler(
         model,
         mesh=mesh,

@@ -8,8 +8,9 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -19,7 +20,8 @@ from tapo_jax import flops, hlo_costs
 from tapo_jax.abstract_run import PROGRAMS, Abstract, Program, abstract_run
 from tapo_jax.config import UserError, check_choice
 from tapo_jax.flops import GIB, Chip
-from tapo_jax.models import splash
+from tapo_jax.inputs import most_patches
+from tapo_jax.models import decode_kernel, splash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +55,16 @@ class Report:
 
 
 def run_check(
-    config: ConfigDict, topology: str, programs: tuple[str, ...], out: str = "", say: Callable[[str], None] = print
+    config: ConfigDict,
+    topology: str,
+    programs: tuple[str, ...],
+    *,
+    out: str = "",
+    short: bool = False,
+    say: Callable[[str], None] = print,
 ) -> bool:
-    """Compiles the programs for the topology, prints the table, writes JSON to `out`, and says whether all fit."""
+    """Compiles the programs for the topology, prints the table, writes JSON to `out`, and says whether all fit. short:
+    prints nothing but a table of fewer columns, with lines that can stand below those of other checks."""
     for name in programs:
         check_choice("--programs", name, tuple(PROGRAMS))
     devices = topology_devices(topology)
@@ -63,12 +72,17 @@ def run_check(
     if chip is None:
         raise UserError(f"--topology={topology} has chips ({devices[0].device_kind}) that tapo_jax/flops.py lacks.")
     run = abstract_run(config, devices)
-    say(summary(run, chip))
+    if not short:
+        say(summary(run, chip))
     reports = []
     for name in programs:
         reports.append(report(run, PROGRAMS[name](run), chip))
-        say(f"{name}: compiled in {reports[-1].compile_seconds:.0f} s")
-    say(markdown([row(found) for found in reports]))
+        if not short:
+            say(f"{name}: compiled in {reports[-1].compile_seconds:.0f} s")
+    if short:
+        say(markdown(SHORT, [short_row(found, run, chip) for found in reports]))
+    else:
+        say(markdown(COLUMNS, [row(found) for found in reports]))
     if out:
         record = {"topology": topology, "chip": dataclasses.asdict(chip), "summary": summary(run, chip)}
         record["programs"] = [dataclasses.asdict(found) for found in reports]
@@ -103,7 +117,8 @@ def report(run: Abstract, program: Program, chip: Chip) -> Report:
         flops_per_s=chip.flops,
         bytes_per_s=chip.bandwidth,
         loops=program.loops,
-        kernel_flops=splash.kernel_flops,
+        kernel_flops=lambda *kernel: splash.kernel_flops(*kernel) + decode_kernel.kernel_flops(*kernel),
+        kernel_numbers=decode_kernel.kernel_numbers,
     )
     network = sum(size for _, _, size in found.collectives) / chip.interconnect if chip.interconnect else 0.0
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + program.beside
@@ -135,16 +150,19 @@ def needed(message: str) -> str:
 def summary(run: Abstract, chip: Chip) -> str:
     """What is checked, in two lines."""
     config, mesh = run.config, run.mesh
-    sizes = jax.tree.map(lambda x: x.size, run.params)
-    total, tower = sum(jax.tree.leaves(sizes)), sum(jax.tree.leaves(sizes["vision"]))
+    total, tower = count(run.params), count(run.params["vision"])
     rows = config.data.prompts_per_step * config.rollout.group_size
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
         f"{total / 1e9:.2f} B parameters ({tower / 1e9:.2f} B vision) on {mesh.size} {chip.name} "
         f"({chip.memory / GIB:.0f} GiB each), mesh {shape}\nbatch of {rows} rows × {config.rollout.max_length} tokens and up to "
-        f"{max(config.train.patch_buckets, default=0)} patches, in {config.train.updates_per_batch} × "
+        f"{most_patches(config.rollout, run.model_config.vision.merge)} patches, in {config.train.updates_per_batch} × "
         f"{config.train.micro_batches} pieces; {config.rollout.slots} slots"
     )
+
+
+def count(params: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 COLUMNS = (
@@ -172,6 +190,27 @@ def row(found: Report) -> list[str]:
     ]
 
 
-def markdown(rows: list[list[str]]) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+SHORT = ("model", "chips", "program", "arguments", "temporaries", "peak, GiB", "Tflop", "model's", "GB received", "bound")
+
+
+def short_row(found: Report, run: Abstract, chip: Chip) -> list[str]:
+    """As `row`; arguments with what lies beside them, collectives of all kinds together."""
+    model = run.config.model.shape or Path(run.config.model.path).name
+    head = [f"{model}, {count(run.params) / 1e9:.2f} B", f"{run.mesh.size} {chip.name}", found.program]
+    if found.error:
+        return [*head, "", "", f"does not fit: {found.error}", *[""] * (len(SHORT) - 6)]
+    return [
+        *head,
+        f"{(found.arguments + found.beside) / GIB:.2f}",
+        f"{found.temporaries / GIB:.2f}",
+        f"{found.peak / GIB:.2f} of {found.capacity / GIB:.0f}" + ("" if found.fits else ": does not fit"),
+        f"{found.flops / 1e12:.4g}",
+        f"× {found.flops / found.model_flops:.2f}",
+        f"{sum(entry['bytes'] for entry in found.collectives.values()) / 1e9:.3g}",
+        f"{found.seconds:.3g} s",
+    ]
+
+
+def markdown(columns: Sequence[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -50,21 +50,36 @@ class Costs:
 
 
 def costs(
-    text: str, *, flops_per_s: float, bytes_per_s: float, loops: int = 1, kernel_flops: Callable | None = None
+    text: str,
+    *,
+    flops_per_s: float,
+    bytes_per_s: float,
+    loops: int = 1,
+    kernel_flops: Callable | None = None,
+    kernel_numbers: Callable | None = None,
 ) -> Costs:
     """Of the module in `text` (`compiled.as_text()`). loops: turns of loops whose number of turns only the data decide.
 
     kernel_flops(op_name, dims of its operands) -> flops of a Pallas kernel; None counts kernels as 0.
+    kernel_numbers(the same) -> numbers, of the kind of its first result, that a kernel moves; None where it moves
+    all of its operands and results.
     """
-    reader = _Reader(read(text), flops_per_s, bytes_per_s, loops, kernel_flops)
+    reader = _Reader(read(text), flops_per_s, bytes_per_s, loops, kernel_flops, kernel_numbers)
     return reader.computation(reader.module.entry)
 
 
 class _Reader:
     def __init__(
-        self, module: Module, flops_per_s: float, bytes_per_s: float, loops: int, kernel_flops: Callable | None
+        self,
+        module: Module,
+        flops_per_s: float,
+        bytes_per_s: float,
+        loops: int,
+        kernel_flops: Callable | None,
+        kernel_numbers: Callable | None,
     ):
-        self.module, self.loops, self.kernel_flops = module, loops, kernel_flops
+        self.module, self.loops = module, loops
+        self.kernel_flops, self.kernel_numbers = kernel_flops, kernel_numbers
         self.flops_per_s, self.bytes_per_s = flops_per_s, bytes_per_s
         self.computation = functools.cache(self._computation)
         self.inside = functools.cache(self._inside)
@@ -151,14 +166,8 @@ class _Reader:
             return 2.0 * i.shapes[0].size * contracted
         if i.opcode == "convolution":
             return _convolution(i, computation.operand_shapes(i, 0)[0], computation.operand_shapes(i, 1)[0])
-        if (
-            i.opcode == "custom-call"
-            and self.kernel_flops is not None
-            and 'custom_call_target="tpu_custom_call"' in i.rest
-        ):
-            return self.kernel_flops(
-                i.op_name, [s.dims for k in range(len(i.operands)) for s in computation.operand_shapes(i, k)]
-            )
+        if self.kernel_flops is not None and _is_kernel(i):
+            return self.kernel_flops(i.op_name, _operand_dims(computation, i))
         return 0.0
 
     # Memory.
@@ -175,6 +184,10 @@ class _Reader:
             return target.bytes * (target.main + first[0].main)
         if i.opcode.endswith("-start"):
             return 2 * _main_bytes(first)
+        if self.kernel_numbers is not None and _is_kernel(i):
+            numbers = self.kernel_numbers(i.op_name, _operand_dims(computation, i))
+            if numbers is not None:
+                return numbers * i.shapes[0].bytes / i.shapes[0].size
         return _main_bytes(i.shapes) + sum(
             _main_bytes(computation.operand_shapes(i, k)) for k in range(len(i.operands))
         )
@@ -209,6 +222,14 @@ class _Reader:
             "collective-permute": operands,
         }.get(kind, operands * share)
         return Costs(collectives=((kind, 1.0, received),)) if received else Costs()
+
+
+def _is_kernel(i: Instruction) -> bool:
+    return i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.rest
+
+
+def _operand_dims(computation: Computation, i: Instruction) -> list[tuple[int, ...]]:
+    return [shape.dims for k in range(len(i.operands)) for shape in computation.operand_shapes(i, k)]
 
 
 def _numbers(rest: str, key: str) -> list[int]:

@@ -45,25 +45,26 @@ def most_patches(rollout: ConfigDict, merge: int) -> int:
 class PixelStore:
     """Patches of images: each distinct image is processed once, for the sampler and the trainer together.
 
-    Keeps the most recently used patches up to `max_bytes`.
+    Keeps the most recently used patches up to `max_bytes`. dtype: of the patches, that of the model's computation: it
+    would round them first of all anyway.
     """
 
-    def __init__(self, processor: ImageProcessor, max_bytes: int = 1 << 30):
-        self.processor = processor
+    def __init__(self, processor: ImageProcessor, max_bytes: int = 1 << 30, dtype: np.dtype | type = np.float32):
+        self.processor, self.dtype = processor, dtype
         self._max_bytes = max_bytes
         self._bytes = 0
         self._kept: collections.OrderedDict[bytes, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
 
     def __call__(self, image: Image) -> tuple[np.ndarray, np.ndarray]:
-        """(pixels_NxF float32, grid_thw int32 [3])."""
+        """(pixels_NxF, grid_thw int32 [3])."""
         key = hashlib.blake2b(image.pixels.tobytes(), digest_size=16, salt=_salt(image.pixels.shape)).digest()
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         pixels_NxF, grid = self.processor(image.pixels)
-        value = (pixels_NxF, np.asarray(grid, np.int32))
+        value = (pixels_NxF.astype(self.dtype, copy=False), np.asarray(grid, np.int32))
         self._kept[key] = value
-        self._bytes += pixels_NxF.nbytes
+        self._bytes += value[0].nbytes
         while self._bytes > self._max_bytes and len(self._kept) > 1:
             _, (oldest_NxF, _) = self._kept.popitem(last=False)
             self._bytes -= oldest_NxF.nbytes
@@ -117,9 +118,16 @@ def make_row(
     )
 
 
-def model_inputs(rows: Sequence[Row | None], *, length: int, patches: int, config: Qwen3VLConfig) -> ModelInputs:
+def model_inputs(
+    rows: Sequence[Row | None],
+    *,
+    length: int,
+    patches: int,
+    config: Qwen3VLConfig,
+    dtype: np.dtype | type = np.float32,
+) -> ModelInputs:
     """Numpy ModelInputs of len(rows) rows × `length` tokens × `patches` patches (0: no image fields). None: a row of
-    padding.
+    padding. dtype: of the pixels.
 
     Raises ValueError where a row does not fit, or where its placeholders are not as many as its image features.
     """
@@ -131,7 +139,7 @@ def model_inputs(rows: Sequence[Row | None], *, length: int, patches: int, confi
     }
     vision = {
         "feature_BxT": np.full((B, length), -1, np.int32),
-        "pixels_BxNxF": np.zeros((B, N, F), np.float32),
+        "pixels_BxNxF": np.zeros((B, N, F), dtype),
         "patch_image_BxN": np.zeros((B, N), np.int32),
         "patch_rowcol_BxNx2": np.zeros((B, N, 2), np.int32),
         "patch_corner_BxNx4": np.zeros((B, N, 4), np.int32),
@@ -210,7 +218,7 @@ def pack(
         logp_BxT[b, :count] = episode.sampler_logp_T
         for k, turn in enumerate(tool_steps(episode, steps)):
             step_BxT[b, turn.start : turn.stop] = k
-    inputs = model_inputs(rows, length=length, patches=patches, config=config)
+    inputs = model_inputs(rows, length=length, patches=patches, config=config, dtype=pixels.dtype)
     return TrainBatch(inputs=inputs, mask_BxT=mask_BxT, step_BxT=step_BxT, sampler_logp_BxT=logp_BxT)
 
 

@@ -19,10 +19,11 @@ from tapo_jax import schedule, sharding
 from tapo_jax.config import UserError
 from tapo_jax.inputs import PixelStore, Row, make_row, model_inputs
 from tapo_jax.models import qwen3_vl
+from tapo_jax.models.attention import decodes_in_place
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.schedule import Draw, Extension, Round, Shapes
-from tapo_jax.slots import copy_slots, decode_slots, extend_slots, init_slots
+from tapo_jax.slots import SlotState, copy_slots, decode_slots, extend_slots, init_slots
 from tapo_jax.types import root_image
 
 
@@ -102,9 +103,10 @@ class Sampler:
             merge=self.config.vision.merge,
             image_patches=image_patches,
             most_patches=most_patches,
+            in_place=self._in_place(capacity),
         )
-        with self._on_mesh():
-            self._state = init_slots(self.config, self._shards, self.slots_per_shard, self.shapes.capacity, model.dtype)
+        self._dtype = model.dtype
+        self._state: SlotState | None = None
         self._constants = self._everywhere((np.asarray(forbidden_V, bool), np.array(sorted(self.stop_ids), np.int32)))
 
     def plan(
@@ -123,12 +125,13 @@ class Sampler:
             index_ZxR = self._place([extension.slot for extension in queue], piece.rows)
             rows = [queue[index].row if index >= 0 else None for index in index_ZxR.flat]
             fields = [(self._inside(extension.slot), extension.before, int(extension.fresh)) for extension in queue]
-            inputs = model_inputs(rows, length=piece.length, patches=piece.patches, config=self.config)
+            sizes = {"length": piece.length, "patches": piece.patches}
+            inputs = model_inputs(rows, **sizes, config=self.config, dtype=self._dtype)
             with self._on_mesh():
                 self._state = extend_slots(
                     self._graphdef,
                     params,
-                    self._state,
+                    self._slots(),
                     self._rows(inputs, piece.rows),
                     self._rows(self._request(fields, index_ZxR, 3), 1),
                     window=piece.window,
@@ -142,7 +145,7 @@ class Sampler:
             index_ZxR = self._place([target for _, target in copies], plan.copy_rows)
             fields = [(self._inside(source), self._inside(target)) for source, target in copies]
             with self._on_mesh():
-                self._state = copy_slots(self._state, self._rows(self._request(fields, index_ZxR, 2), 1))
+                self._state = copy_slots(self._slots(), self._rows(self._request(fields, index_ZxR, 2), 1))
 
     def decode(
         self, params: Any, plan: Round, draws: Sequence[Draw], *, temperature: float, top_p: float, seed: int, step: int
@@ -155,7 +158,7 @@ class Sampler:
             self._state, drawn = decode_slots(
                 self._graphdef,
                 params,
-                self._state,
+                self._slots(),
                 self._rows(self._request(fields, index_ZxR, 8), 1),
                 *self._everywhere(numbers),
                 *self._constants,
@@ -166,7 +169,11 @@ class Sampler:
 
     def wait(self) -> None:
         """Until the calls made so far have ended."""
-        jax.block_until_ready(self._state.hidden_ZxCxD)
+        jax.block_until_ready(self._state)
+
+    def release(self) -> None:
+        """Frees the memory of the slots, for the updates between two rollouts. The next call begins with empty ones."""
+        self._state = None
 
     def warm_up(self, params: Any) -> None:
         """Compiles every call that can occur, by running each on empty rows."""
@@ -178,6 +185,18 @@ class Sampler:
             plan = Round(decode_rows=rows, decode_window=window)
             self.decode(params, plan, [], temperature=1.0, top_p=1.0, seed=0, step=0)
         self.wait()
+
+    def _slots(self) -> SlotState:
+        """Call inside `_on_mesh`."""
+        if self._state is None:
+            sizes = (self._shards, self.slots_per_shard, self.shapes.capacity)
+            self._state = init_slots(self.config, *sizes, self._dtype)
+        return self._state
+
+    def _in_place(self, capacity: int) -> bool:
+        config = self.config
+        with self._on_mesh():
+            return decodes_in_place(kv_heads=config.kv_heads, capacity=capacity, head_dim=config.head_dim)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -38,16 +38,28 @@ class Shapes:
 
     @classmethod
     def make(
-        cls, *, slots: int, capacity: int, chunk: int, merge: int, image_patches: int, most_patches: int
+        cls,
+        *,
+        slots: int,
+        capacity: int,
+        chunk: int,
+        merge: int,
+        image_patches: int,
+        most_patches: int,
+        in_place: bool = False,
     ) -> "Shapes":
         """Ladders for `slots` slots a shard of `capacity` places, images of at most `image_patches` patches and
-        conversations of at most `most_patches`."""
+        conversations of at most `most_patches`.
+
+        in_place: decoding reads only the filled places of the slots that are active, where they lie. Then fewer rows or
+        places than all would save nothing, and cost a copy of them.
+        """
         lengths = tuple(length for length in (64, 128, 256, 1024, 4096) if length < capacity)
         patches = {size for size in (image_patches, 2 * image_patches) if 2 * size <= most_patches}
-        windows = (-(-capacity // 2), capacity) if capacity > WHOLE_WINDOW else (capacity,)
+        windows = (-(-capacity // 2), capacity) if capacity > WHOLE_WINDOW and not in_place else (capacity,)
         return cls(
             extend_rows=tuple(sorted({min(8, slots), slots})),
-            decode_rows=tuple(sorted({min(8, slots), -(-slots // 2), slots})),
+            decode_rows=(slots,) if in_place else tuple(sorted({min(8, slots), -(-slots // 2), slots})),
             lengths=(*lengths, capacity),
             patches=(*sorted(patches), most_patches),
             windows=windows,

@@ -189,6 +189,7 @@ def warm_up(run: Run, state: TrainState) -> TrainState:
     nothing."""
     config, programs = run.config, run.programs
     run.agent.sampler.warm_up(state.params)
+    run.agent.sampler.release()
     kept = jax.device_get((state.update, state.skipped, state.skipped_in_a_row))
     nothing = np.zeros(0, np.int32)
     for length, patches in itertools.product(programs.length_buckets, programs.patch_buckets):

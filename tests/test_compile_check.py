@@ -82,7 +82,7 @@ def test_what_the_compiler_cannot_place_does_not_fit():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.51G of 15.75G hbm. Exceeded by 6.76G."
     found = report(Compiled(error=message))
     assert (found.fits, found.error) == (False, "Used 22.51G of 15.75G hbm")
-    assert "| no |" in compile_check.markdown([compile_check.row(found)])
+    assert "| no |" in compile_check.markdown(compile_check.COLUMNS, [compile_check.row(found)])
 
 
 def test_other_errors_of_the_compiler_are_not_swallowed():

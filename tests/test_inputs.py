@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import rollout_world as world
@@ -189,6 +190,18 @@ def test_an_image_is_processed_once():
     assert processor.calls == 1 and again is first
     store(Image(image.pixels.reshape(12, 48, 3), image.root))  # the same bytes in another shape
     assert processor.calls == 2
+
+
+def test_patches_in_the_dtype_of_the_computation():
+    """The same rounding that the model would do, half the bytes; a row without images has pixels of that kind too."""
+    narrow, image = PixelStore(Counting(), dtype=jnp.bfloat16), root_image(world.picture(1))
+    (pixels_NxF, _), (exact_NxF, _) = narrow(image), PixelStore(Counting())(image)
+    np.testing.assert_array_equal(pixels_NxF, jnp.asarray(exact_NxF).astype(jnp.bfloat16))
+    row, _ = make_row(np.array([CONFIG.image_token] * 9, np.int32), [image], CONFIG, narrow)
+    for rows in ([row, None], [None]):
+        inputs = model_inputs(rows, length=16, patches=64, config=CONFIG, dtype=narrow.dtype)
+        assert inputs.pixels_BxNxF.dtype == jnp.bfloat16
+    assert model_inputs([row], length=16, patches=64, config=CONFIG).pixels_BxNxF.dtype == np.float32
 
 
 def test_old_patches_make_room():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tapo_jax.models import attention as lib
+from tapo_jax.models import splash
 from tapo_jax.models.splash import splash_attention
 
 
@@ -116,3 +117,16 @@ def test_bfloat16_stays_close_and_keeps_its_dtype():
     assert out.dtype == jnp.bfloat16
     expected = reference(*(np.asarray(x, np.float32) for x in narrow), segment, True)
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.03)  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize("rows, batch", [(1, ()), (3, (3,))])
+def test_flops_of_the_compiled_kernels(rows, batch):
+    """Operands as the TPU compiler writes them, of 8 heads, 4 key heads, 1,024 places of 128 numbers in blocks of 512:
+    of 2 × 2 blocks the causal kernel visits 3. Forward 2 products of a block, backward 3 and 4; 2 flops each."""
+    q, k, tables, segments = (*batch, 8, 1024, 128), (*batch, 4, 1024, 128), [(1, 2, 2)] * 2, [(*batch, 1024, 128)]
+    one = 2 * rows * 8 * 1024 * 1024 * 128
+    for name, products in (("fwd", 2), ("dq", 3), ("dkv", 4)):
+        for scope, share in ((splash.CAUSAL, 0.75), (splash.FULL, 1.0)):
+            dims = [*tables, q, k, k, *segments, (*batch, 8, 1024)]
+            assert splash.kernel_flops(f"jit(f)/{scope}/splash_mha_{name}_x", dims) == products * share * one
+    assert splash.kernel_flops("jit(f)/cache_attend", []) == 0

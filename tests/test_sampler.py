@@ -1,6 +1,7 @@
 """The slots themselves, and `generate`: equal to a model without a cache, whatever the shapes of the calls."""
 
 import dataclasses
+import weakref
 
 import jax
 import numpy as np
@@ -199,4 +200,17 @@ def test_an_extension_of_padding_past_the_capacity_keeps_every_token(sampler):
 
 def test_a_round_without_needs_is_no_round(sampler):
     assert sampler.plan([], [], [], more=False) == Round(more=False, decode_window=64)
-    assert jax.tree.leaves(sampler._state)[0].shape[0] == 1  # one shard
+    assert jax.tree.leaves(sampler._slots())[0].shape[0] == 1  # one shard
+
+
+def test_released_slots_leave_the_device_and_begin_empty(sampler):
+    row, end = prompt_row("a", [world.picture(4, 16, 16)])
+    needs = [Extension(0, 0, row, fresh=True)], [], [drawing(0, row, end)]
+    first = turn(sampler, *needs)
+    held = jax.tree.leaves(sampler._state)
+    references = [weakref.ref(part) for part in held]
+    del held
+    sampler.release()
+    assert references and not any(reference() for reference in references)
+    assert not any(np.any(part) for part in jax.tree.leaves(sampler._slots()))
+    assert turn(sampler, *needs) == first

@@ -112,6 +112,11 @@ def test_made_shapes_fit_the_numbers_that_they_are_made_from():
     assert shapes.windows == (768,) and Shapes.make(
         slots=4, capacity=4096, chunk=16, merge=2, image_patches=256, most_patches=1024
     ).windows == (2048, 4096)
+    # Where decoding reads the slots in place, every call is on all slots and all places.
+    sizes = {"slots": 12, "capacity": 4096, "chunk": 16, "merge": 2, "image_patches": 256, "most_patches": 1024}
+    in_place = Shapes.make(**sizes, in_place=True)
+    assert Shapes.make(**sizes).decode_rows == (6, 8, 12)
+    assert (in_place.decode_rows, in_place.windows, in_place.extend_rows) == ((12,), (4096,), (8, 12))
     one = Shapes.make(slots=1, capacity=20, chunk=4, merge=2, image_patches=1000, most_patches=80)
     assert (one.extend_rows, one.decode_rows, one.lengths, one.patches, one.windows) == (
         (1,),

@@ -7,6 +7,7 @@ S keys, H query heads, K key/value heads, G = H / K, A numbers of one head.
 import jax
 import jax.numpy as jnp
 
+from tapo_jax.models import decode_kernel
 from tapo_jax.models.splash import splash_attention
 
 MASKED = -1e30
@@ -47,6 +48,12 @@ def choose_backend(platform: str, dtype: jnp.dtype, head_dim: int) -> str:
         return "splash"
     narrow = dtype in (jnp.bfloat16, jnp.float16)
     return "cudnn" if platform in ("gpu", "cuda") and narrow and head_dim % 8 == 0 and head_dim <= 128 else "xla"
+
+
+def decodes_in_place(*, kv_heads: int, capacity: int, head_dim: int) -> bool:
+    """Whether decoding steps write and read such a cache where it lies (`decode_kernel`): on TPU. Elsewhere
+    `cached_attention` is as fast, if it has no more rows and places than it needs."""
+    return platform() == "tpu" and decode_kernel.suits(kv_heads, capacity, head_dim)
 
 
 def cudnn_attention(

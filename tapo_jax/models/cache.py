@@ -33,6 +33,12 @@ class Cache:
     def capacity(self) -> int:
         return self.k[0].shape[3]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of one slot's keys in one layer."""
+        kv_heads, capacity, head_dim = self.k[0].shape[2:]
+        return {"kv_heads": kv_heads, "capacity": capacity, "head_dim": head_dim}
+
 
 def init_cache(config: Qwen3VLConfig, slots: int, capacity: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     """An empty cache. slots · capacity · 2 · layers · kv_heads · head_dim numbers."""

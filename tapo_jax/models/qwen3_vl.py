@@ -14,8 +14,8 @@ from flax import nnx
 from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs
 from tapo_jax.models import cache as cache_lib
-from tapo_jax.models import positions, vision
-from tapo_jax.models.attention import attention, cached_attention
+from tapo_jax.models import decode_kernel, positions, vision
+from tapo_jax.models.attention import attention, cached_attention, decodes_in_place
 from tapo_jax.models.cache import Cache
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.layers import frequencies, project, rms_norm, rotate
@@ -111,8 +111,17 @@ def extend(
     x_RxTxD, deep = _embed(params, inputs, config, model.dtype, "none")
     turn = rotary(inputs.position_BxTx3, config)
 
+    one_each = inputs.token_BxT.shape[1] == 1 and slot_R is None and window in (None, cache.capacity)
+    in_place = one_each and decodes_in_place(**cache.sizes)
+
     def layer(x_RxTxD, k_cache, v_cache, p, index, place):
         q, k, v = _qkv(x_RxTxD, p, turn, config)
+        if in_place:
+            k_cache = decode_kernel.write(k_cache, k[:, 0], place, length_R, count_R)
+            v_cache = decode_kernel.write(v_cache, v[:, 0], place, length_R, count_R)
+            # A row without a token reads nothing: what comes out of it is not used.
+            out = decode_kernel.attend(q[:, 0], k_cache, v_cache, place, jnp.where(count_R > 0, length_R + 1, 0))
+            return _add_deep(_rest(x_RxTxD, out[:, None], p, config), deep, index), k_cache, v_cache
         k_cache = cache_lib.write(k_cache, k.swapaxes(1, 2), place, target_R, length_R)
         v_cache = cache_lib.write(v_cache, v.swapaxes(1, 2), place, target_R, length_R)
         seen = [c[place] if slot_R is None else c[place, slot_R] for c in (k_cache, v_cache)]

@@ -3,6 +3,7 @@
 Block sizes are those that other TPU trainers use; scores never leave the chip's fast memory. Axes as in `attention.py`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -83,16 +84,18 @@ def _kernel(heads: int, T: int, S: int, causal: bool, interpret: bool) -> Callab
 def kernel_flops(op_name: str, dims: Sequence[tuple[int, ...]]) -> float:
     """Flops of one of the compiled kernels, for those who read a compiled program; 0 for a kernel of another kind.
 
-    op_name: its path in the traced program; dims: the sizes of its operands, of which the first two with four axes
-    are q and k. Counted are the products of the blocks that the kernel visits: all, or those on and below the
-    diagonal.
+    op_name: its path in the traced program; dims: the sizes of its operands. Counted are the products of the blocks
+    that the kernel visits: all, or those on and below the diagonal.
     """
     products = next(
         (n for name, n in {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}.items() if name in op_name), 0
     )
     if not products:
         return 0.0
-    (B, H, T, A), (_, _, S, _) = [d for d in dims if len(d) == 4][:2]
+    # Tables of blocks come first, then q, k and v; a batch of one row has no axis of its own.
+    large = [d for d in dims if len(d) > 2 and d[-2] % LANES == 0]
+    q, k = next((q, k) for q, k, v in zip(large, large[1:], large[2:], strict=False) if k == v and q[-1] == k[-1])
+    B, (H, T, A), S = math.prod(q[:-3]), q[-3:], k[-2]
     blocks = T // _block(T)
     visited = (blocks + 1) / (2 * blocks) if CAUSAL in op_name else 1.0
     return 2.0 * products * B * H * T * S * A * visited

@@ -43,8 +43,10 @@ def features(
 def embed_patches(params: dict, inputs: ModelInputs, dtype: jnp.dtype) -> jax.Array:
     """Patch embedding plus the learned position table, read between its entries."""
     x_BxNxE = project(inputs.pixels_BxNxF.astype(dtype), params, "patch")
-    corner_BxNx4xE = params["position"][inputs.patch_corner_BxNx4]
-    position_BxNxE = jnp.sum(corner_BxNx4xE * inputs.patch_weight_BxNx4[..., None], axis=2)
+    # Whole rows on a device, and one corner after another, so that no [B, N, 4, E] array exists.
+    table_PxE = sharding.constrain(params["position"], None, None)
+    corner, weight = inputs.patch_corner_BxNx4, inputs.patch_weight_BxNx4[..., None]
+    position_BxNxE = sum(table_PxE[corner[:, :, c]] * weight[:, :, c] for c in range(4))
     return x_BxNxE + position_BxNxE.astype(dtype)
 
 

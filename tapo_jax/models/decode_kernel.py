@@ -1,0 +1,179 @@
+"""Decoding on TPU: the new token's keys and values go into the cache where it lies, and attention reads from there.
+
+The compiler alone would keep the cache in one layout for writing and copy every layer to another for reading. These
+two Pallas kernels work on the cache as it is, [L, B, K, S, A], and read only the places that a slot has filled.
+Axes: L layers, B slots, K key/value heads, G query heads of each, S places of a slot, A numbers of a head.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from tapo_jax import sharding
+
+BLOCKS = (512, 256, 128)
+ROWS = 16  # places that the smallest tile of a 16-bit array holds
+QUERIES = 8  # query rows of a head at least: what a tile of float32 holds
+LOWEST = -1e30
+WRITE, ATTEND = "cache_write", "cache_attend"  # names, by which a compiled kernel is known
+_CACHE = (None, "batch", "kv_heads", None, None)
+
+
+def suits(kv_heads: int, capacity: int, head_dim: int) -> bool:
+    """Whether the kernels take such a cache: whole blocks of places, heads of whole lanes, that the mesh divides."""
+    return capacity % BLOCKS[-1] == 0 and head_dim % 128 == 0 and kv_heads % sharding.pieces("kv_heads") == 0
+
+
+def write(
+    cache_LxBxKxSxA: jax.Array,
+    new_BxKxA: jax.Array,
+    layer: jax.Array,
+    place_B: jax.Array,
+    active_B: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """The cache with new_BxKxA at (layer, b, :, place_B[b]) of every active slot b; in place where the cache is
+    donated."""
+    layer_B = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), place_B.shape)
+    axes = (_CACHE, ("batch", "kv_heads", None), ("batch",), ("batch",), ("batch",))
+    own_part = functools.partial(_write, interpret=interpret)
+    active_B = active_B.astype(jnp.int32)
+    return sharding.on_shards(own_part, axes, cache_LxBxKxSxA, new_BxKxA, layer_B, place_B, active_B)
+
+
+def attend(
+    q_BxHxA: jax.Array,
+    k_LxBxKxSxA: jax.Array,
+    v_LxBxKxSxA: jax.Array,
+    layer: jax.Array,
+    length_B: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Softmax attention of one query a slot over the first length_B places of its layer; [B, H, A] in the dtype of q.
+
+    A slot of length 0 gives 0."""
+    layer_B = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), length_B.shape)
+    axes = (("batch", "heads", None), _CACHE, _CACHE, ("batch",), ("batch",))
+    own_part = functools.partial(_attend, interpret=interpret)
+    return sharding.on_shards(own_part, axes, q_BxHxA, k_LxBxKxSxA, v_LxBxKxSxA, layer_B, length_B)
+
+
+# On one device.
+
+
+def _write(cache, new_BxKxA, layer_B, place_B, active_B, *, interpret: bool):
+    B, K, A = new_BxKxA.shape
+    place_B = jnp.minimum(place_B, cache.shape[3] - 1)  # a full slot, which is not active, has its place past the end
+    place = lambda b, layer, place, active: (layer[b], b, 0, place[b] // ROWS, 0)  # noqa: E731
+    tile = pl.BlockSpec((None, None, K, ROWS, A), place)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(B,),
+        in_specs=[pl.BlockSpec((None, K, 1, A), lambda b, *_: (b, 0, 0, 0)), tile],
+        out_specs=tile,
+    )
+    return pl.pallas_call(
+        _write_kernel,
+        grid_spec=grid,
+        out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+        input_output_aliases={4: 0},
+        interpret=interpret,
+        name=WRITE,
+    )(layer_B, place_B, active_B, new_BxKxA[:, :, None].astype(cache.dtype), cache)
+
+
+def _write_kernel(layer_ref, place_ref, active_ref, new_ref, old_ref, out_ref):
+    del layer_ref
+    b = pl.program_id(0)
+    row = jax.lax.broadcasted_iota(jnp.int32, out_ref.shape, 1)
+    here = (row == place_ref[b] % ROWS) & (active_ref[b] > 0)
+    out_ref[...] = jnp.where(here, new_ref[...], old_ref[...])
+
+
+def _attend(q_BxHxA, k, v, layer_B, length_B, *, interpret: bool):
+    B, H, A = q_BxHxA.shape
+    K, S = k.shape[2:4]
+    size = next(block for block in BLOCKS if S % block == 0)
+    q_BxKxGxA = (q_BxHxA * A**-0.5).reshape(B, K, H // K, A)
+    q_BxKxGxA = jnp.pad(q_BxKxGxA, ((0, 0), (0, 0), (0, -(H // K) % QUERIES), (0, 0)))
+    G = q_BxKxGxA.shape[2]
+
+    def block(b, j, layer, length):  # past the end the last block is named again, so that nothing is read
+        return layer[b], b, 0, jnp.minimum(j, jnp.maximum(length[b] - 1, 0) // size), 0
+
+    query = pl.BlockSpec((None, K, G, A), lambda b, j, *_: (b, 0, 0, 0))
+    places = pl.BlockSpec((None, None, K, size, A), block)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(B, S // size),
+        in_specs=[query, places, places],
+        out_specs=query,
+        scratch_shapes=[pltpu.VMEM((K, G, 128), jnp.float32)] * 2 + [pltpu.VMEM((K, G, A), jnp.float32)],
+    )
+    out_BxKxGxA = pl.pallas_call(
+        functools.partial(_attend_kernel, size=size),
+        grid_spec=grid,
+        out_shape=jax.ShapeDtypeStruct(q_BxKxGxA.shape, q_BxHxA.dtype),
+        interpret=interpret,
+        name=ATTEND,
+    )(layer_B, length_B, q_BxKxGxA, k, v)
+    return out_BxKxGxA[:, :, : H // K].reshape(B, H, A)
+
+
+def _attend_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, sum_ref, *, size: int):
+    """One block of places: the running largest score, the sum of weights and the weighted sum of values."""
+    del layer_ref
+    b, j = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(j == 0)
+    def _():
+        top_ref[...] = jnp.full_like(top_ref, LOWEST)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(j * size < length_ref[b])
+    def _():
+        k, v = k_ref[...], v_ref[...]
+        score_KxGxS = jnp.einsum("kga,ksa->kgs", q_ref[...].astype(k.dtype), k, preferred_element_type=jnp.float32)
+        place = j * size + jax.lax.broadcasted_iota(jnp.int32, score_KxGxS.shape, 2)
+        score_KxGxS = jnp.where(place < length_ref[b], score_KxGxS, LOWEST)
+        old_KxGx1 = top_ref[:, :, :1]
+        top_KxGx1 = jnp.maximum(old_KxGx1, jnp.max(score_KxGxS, axis=2, keepdims=True))
+        weight_KxGxS = jnp.exp(score_KxGxS - top_KxGx1)
+        shrink_KxGx1 = jnp.exp(old_KxGx1 - top_KxGx1)
+        total_KxGx1 = total_ref[:, :, :1] * shrink_KxGx1 + jnp.sum(weight_KxGxS, axis=2, keepdims=True)
+        part_KxGxA = jnp.einsum("kgs,ksa->kga", weight_KxGxS.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        sum_ref[...] = sum_ref[...] * shrink_KxGx1 + part_KxGxA
+        top_ref[...] = jnp.broadcast_to(top_KxGx1, top_ref.shape)
+        total_ref[...] = jnp.broadcast_to(total_KxGx1, total_ref.shape)
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        out_ref[...] = (sum_ref[...] / jnp.maximum(total_ref[:, :, :1], 1e-30)).astype(out_ref.dtype)
+
+
+def kernel_flops(op_name: str, dims: Sequence[tuple[int, ...]]) -> float:
+    """Flops of the attention kernel over full slots, as `splash.kernel_flops`; 0 for a kernel of another name. Rows
+    that fill up a tile of queries are counted too."""
+    if ATTEND not in op_name:
+        return 0.0
+    (B, K, G, A), (_, _, _, S, _) = dims[2:4]
+    return 4.0 * B * K * G * S * A
+
+
+def kernel_numbers(op_name: str, dims: Sequence[tuple[int, ...]]) -> float | None:
+    """How many numbers one of the kernels moves between memory and core, slots being full; None for other kernels,
+    which move their operands and results."""
+    if ATTEND in op_name:
+        (B, K, G, A), (_, _, _, S, _) = dims[2:4]
+        return 2.0 * B * K * (G + S) * A
+    if WRITE in op_name:
+        B, K, _, A = dims[3]
+        return 2.0 * B * K * ROWS * A
+    return None
