@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from tapo_jax import sharding
 from tapo_jax.models.config import Qwen3VLConfig
 
 UNROLLED_LAYERS = 8
@@ -68,10 +69,26 @@ def put_head(cache: Cache, small: Cache) -> Cache:
     return Cache(k, v, small.length_B)
 
 
+def write_all(
+    x_LxBxKxSxA: jax.Array, new_BxKxTxA: jax.Array, layer: int | jax.Array, active_B: jax.Array, place_B: jax.Array
+) -> jax.Array:
+    """`write` with a row for every slot, in order; rows that are not active are left out. On a mesh every device writes
+    its own slots: the compiler would gather the rows of all devices for a scatter by slot numbers."""
+
+    def own_part(x: jax.Array, new: jax.Array, layer_B: jax.Array, active_B: jax.Array, place_B: jax.Array) -> jax.Array:
+        slots = x.shape[1]
+        return write(x, new, layer_B, jnp.where(active_B, jnp.arange(slots), slots), place_B)
+
+    axes = ((None, "batch", "kv_heads", None, None), ("batch", "kv_heads", None, None), *[("batch",)] * 3)
+    layer_B = jnp.full_like(place_B, layer)
+    return sharding.on_shards(own_part, axes, x_LxBxKxSxA, new_BxKxTxA, layer_B, active_B, place_B)
+
+
 def write(
     x_LxBxKxSxA: jax.Array, new_RxKxTxA: jax.Array, layer: int | jax.Array, slot_R: jax.Array, place_R: jax.Array
 ) -> jax.Array:
-    """Puts T new places at (layer, slot_R, :, place_R …). Slots past the last and places past the end are left out."""
+    """Puts T new places at (layer, slot_R, :, place_R …). Slots past the last and places past the end are left out.
+    layer: one for all rows, or of each row."""
     T, S = new_RxKxTxA.shape[2], x_LxBxKxSxA.shape[3]
     new_RxKxTxA = new_RxKxTxA.astype(x_LxBxKxSxA.dtype)
     index_Rx3 = jnp.stack([jnp.full_like(slot_R, layer), slot_R, place_R], axis=-1)
@@ -84,9 +101,11 @@ def write(
         )
         size = (1, 1, new_RxKxTxA.shape[1], T, new_RxKxTxA.shape[3])
         old_RxKxTxA = jax.lax.gather(x_LxBxKxSxA, index_Rx3, numbers, size, mode=jax.lax.GatherScatterMode.CLIP)
-        source_RxT = jnp.arange(T)[None] - moved_R[:, None]
-        shifted_RxKxTxA = jnp.take_along_axis(new_RxKxTxA, jnp.maximum(source_RxT, 0)[:, None, :, None], axis=2)
-        new_RxKxTxA = jnp.where((source_RxT >= 0)[:, None, :, None], shifted_RxKxTxA, old_RxKxTxA)
+        # Whole slices: with an index for every number, a TPU would need hundreds of times the room of the numbers.
+        behind_RxKx2TxA = jnp.concatenate([jnp.zeros_like(new_RxKxTxA), new_RxKxTxA], axis=2)
+        shift = jax.vmap(lambda x, moved: jax.lax.dynamic_slice_in_dim(x, T - moved, T, axis=1))
+        is_new_RxT = jnp.arange(T)[None] >= moved_R[:, None]
+        new_RxKxTxA = jnp.where(is_new_RxT[:, None, :, None], shift(behind_RxKx2TxA, moved_R), old_RxKxTxA)
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 3)
     )

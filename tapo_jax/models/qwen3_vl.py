@@ -106,8 +106,11 @@ def extend(
     count_R = jnp.sum(inputs.segment_BxT > 0, axis=1, dtype=jnp.int32)
     row_R = jnp.arange(R, dtype=jnp.int32) if slot_R is None else slot_R
     length_R = cache.length_B if slot_R is None else cache.length_B[slot_R]
-    # Rows without tokens may repeat a slot that another row fills: they write nowhere.
-    target_R = jnp.where(count_R > 0, row_R, cache.slots)
+    if slot_R is None:
+        write = functools.partial(cache_lib.write_all, active_B=count_R > 0, place_B=length_R)
+    else:  # rows without tokens may repeat a slot that another row fills: they write nowhere
+        target_R = jnp.where(count_R > 0, row_R, cache.slots)
+        write = functools.partial(cache_lib.write, slot_R=target_R, place_R=length_R)
     x_RxTxD, deep = _embed(params, inputs, config, model.dtype, "none")
     turn = rotary(inputs.position_BxTx3, config)
 
@@ -122,8 +125,8 @@ def extend(
             # A row without a token reads nothing: what comes out of it is not used.
             out = decode_kernel.attend(q[:, 0], k_cache, v_cache, place, jnp.where(count_R > 0, length_R + 1, 0))
             return _add_deep(_rest(x_RxTxD, out[:, None], p, config), deep, index), k_cache, v_cache
-        k_cache = cache_lib.write(k_cache, k.swapaxes(1, 2), place, target_R, length_R)
-        v_cache = cache_lib.write(v_cache, v.swapaxes(1, 2), place, target_R, length_R)
+        k_cache = write(k_cache, k.swapaxes(1, 2), place)
+        v_cache = write(v_cache, v.swapaxes(1, 2), place)
         seen = [c[place] if slot_R is None else c[place, slot_R] for c in (k_cache, v_cache)]
         seen = [c[:, :, :window].astype(q.dtype) for c in seen]
         out = cached_attention(q, *seen, length_R)
