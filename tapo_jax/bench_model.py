@@ -10,6 +10,7 @@ gradient's norm. MiB: what a call needs at most beside what lay there before it.
 chips of known peak. Without a PyTorch for this device, or with --no-torch, what concerns it stays empty.
 """
 
+import ctypes
 import dataclasses
 import importlib.util
 import os
@@ -182,7 +183,10 @@ def written_mask(token_BxT: np.ndarray, patches: int, config: Qwen3VLConfig) -> 
 
 def added_mib(call) -> tuple[float | None, Any]:
     """(MiB that the process needs at most beside what it has now, the call's value); None where the system does not
-    tell."""
+    tell. What earlier calls freed is given back to the system first: a call that takes it again needs it too."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to what is resident
         before = _resident("VmRSS")

@@ -204,11 +204,15 @@ def short_row(found: Report, run: Abstract, chip: Chip) -> list[str]:
         f"{(found.arguments + found.beside) / GIB:.2f}",
         f"{found.temporaries / GIB:.2f}",
         f"{found.peak / GIB:.2f} of {found.capacity / GIB:.0f}" + ("" if found.fits else ": does not fit"),
-        f"{found.flops / 1e12:.4g}",
+        _few_digits(found.flops / 1e12),
         f"× {found.flops / found.model_flops:.2f}",
-        f"{sum(entry['bytes'] for entry in found.collectives.values()) / 1e9:.3g}",
+        _few_digits(sum(entry["bytes"] for entry in found.collectives.values()) / 1e9),
         f"{found.seconds:.3g} s",
     ]
+
+
+def _few_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
 
 
 def markdown(columns: Sequence[str], rows: list[list[str]]) -> str:

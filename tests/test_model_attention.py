@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tapo_jax import sharding
 from tapo_jax.models import attention as lib
 from tapo_jax.models import splash
 from tapo_jax.models.splash import splash_attention
@@ -94,6 +95,15 @@ def test_cached(T):
     spoiled = [np.where(np.arange(S)[None, None, :, None] >= length[:, None, None, None] + T, 1e9, x) for x in (k, v)]
     again = lib.cached_attention(q, *(jnp.asarray(x, jnp.float32) for x in spoiled), jnp.asarray(length))
     np.testing.assert_array_equal(again, out)
+
+
+def test_blocks_of_queries_bound_the_scores():
+    """16,384 places, 32 heads: 256 queries of one row are 2^27 scores; 4 rows go in blocks of 64, unless 4 devices share
+    them. Never fewer than 32."""
+    assert [lib.query_block(rows, 32, 16384) for rows in (1, 4, 64)] == [256, 64, 32]
+    assert lib.query_block(64, 4, 340) == 256
+    with sharding.on(sharding.make_mesh(4, 1, 2)):
+        assert lib.query_block(4, 64, 16384) == 256
 
 
 def test_choice_of_backend():

@@ -7,11 +7,13 @@ S keys, H query heads, K key/value heads, G = H / K, A numbers of one head.
 import jax
 import jax.numpy as jnp
 
+from tapo_jax import sharding
 from tapo_jax.models import decode_kernel
 from tapo_jax.models.splash import splash_attention
 
 MASKED = -1e30
 QUERY_BLOCK = 256
+SCORES = 2**27  # scores that exist at one time on a device where queries are many
 
 
 def attention(
@@ -112,13 +114,21 @@ def cached_attention(
         last_Bxt = length_B[:, None] + start + jnp.arange(q_BxtxHxA.shape[1])[None]
         return _block(q_BxtxHxA, k_BxKxSxA, v_BxKxSxA, place_S[None, None] <= last_Bxt[:, :, None])
 
-    if T <= QUERY_BLOCK:
+    size = query_block(B, H, k_BxKxSxA.shape[2])
+    if T <= size:
         return block(q_BxTxHxA, 0)
-    blocks = -(-T // QUERY_BLOCK)
-    padded = jnp.pad(q_BxTxHxA, ((0, 0), (0, blocks * QUERY_BLOCK - T), (0, 0), (0, 0)))
-    split = jnp.moveaxis(padded.reshape(B, blocks, QUERY_BLOCK, H, A), 1, 0)
-    out = jax.lax.map(lambda xs: block(*xs), (split, jnp.arange(blocks) * QUERY_BLOCK))
-    return jnp.moveaxis(out, 0, 1).reshape(B, blocks * QUERY_BLOCK, H, A)[:, :T]
+    blocks = -(-T // size)
+    padded = jnp.pad(q_BxTxHxA, ((0, 0), (0, blocks * size - T), (0, 0), (0, 0)))
+    split = jnp.moveaxis(padded.reshape(B, blocks, size, H, A), 1, 0)
+    out = jax.lax.map(lambda xs: block(*xs), (split, jnp.arange(blocks) * size))
+    return jnp.moveaxis(out, 0, 1).reshape(B, blocks * size, H, A)[:, :T]
+
+
+def query_block(rows: int, heads: int, places: int) -> int:
+    """Queries of a block of `cached_attention`: at most QUERY_BLOCK, a multiple of 32, and no more scores than SCORES
+    on a device if 32 queries allow that."""
+    of_one = max(1, rows // sharding.pieces("batch")) * max(1, heads // sharding.pieces("heads")) * places
+    return min(QUERY_BLOCK, max(32, SCORES // of_one // 32 * 32))
 
 
 def _block(q_BxtxHxA: jax.Array, k_BxKxSxA: jax.Array, v_BxKxSxA: jax.Array, mask_BxtxS: jax.Array) -> jax.Array:
