@@ -9,7 +9,7 @@ import pytest
 import synthetic
 
 from tapo_jax import records, report, report_credit, report_figures, report_statistics, report_sweep, report_tables
-from tapo_jax.config import UserError
+from tapo_jax.config import UserError, flat
 from tapo_jax.records import RecordedEpisode, RecordedTurn
 from tapo_jax.report_plots import series, smooth
 
@@ -133,7 +133,7 @@ def test_interpolation_between_evaluations():
 
 
 def config(enabled, **tapo):
-    return report_sweep.flat(
+    return flat(
         {"seed": 3, "algorithm": {"loss": "grpo"}, "tapo": {"enabled": enabled, "beta": 0.8, "theta": 0.7} | tapo}
     )
 
