@@ -4,7 +4,7 @@
 
 A row's name stands for one config in all sweeps, so sweeps that are run into one folder share their base rows.
 `base`: the same config with TAPO off; `reference`: TAPO as published, which the row changes in one thing. Both are
-compared with the row, paired by seed. Arguments: `row=…`, `seed=…`, `steps=…`, `test` (a setting of seconds, for tests).
+compared with the row, paired by seed. Arguments: `row=…`, `seed=…`, `steps=…`, `test` (a setting of seconds).
 """
 
 from ml_collections import ConfigDict

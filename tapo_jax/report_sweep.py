@@ -145,10 +145,9 @@ def load(directory: Path) -> Sweep:
     results = {row: results[row] for row in [*rows, *(row for row in results if row not in rows)]}
     configs = {row: next(iter(seeds.values())).config for row, seeds in results.items()}
     base, reference = bases(configs)
-    known = lambda pairs: {row: other for row, other in pairs.items() if row in results and other in results}  # noqa: E731
-    return Sweep(
-        results, failed, unfinished, base | known(given.get("base", {})), reference | known(given.get("reference", {}))
-    )
+    for pairs, name in ((base, "base"), (reference, "reference")):
+        pairs |= {row: other for row, other in given.get(name, {}).items() if row in results and other in results}
+    return Sweep(results, failed, unfinished, base, reference)
 
 
 def _result(folder: Path, row: str, seed: int) -> Result | None:

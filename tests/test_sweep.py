@@ -12,7 +12,7 @@ import pytest
 import tiny_run
 from rich.console import Console
 
-from tapo_jax import metrics, report_sweep, report_tables, sweep, sweep_processes
+from tapo_jax import metrics, records, report, report_sweep, report_tables, sweep, sweep_processes
 from tapo_jax.config import UserError
 from tapo_jax.sweep import Run
 from tapo_jax.sweep_table import Progress
@@ -65,7 +65,8 @@ def test_seeds_and_sweeps():
 
 
 def test_a_plan_grows_with_every_sweep_into_the_same_folder(tmp_path):
-    rows = {"a": {"base": "", "reference": ""}, "b": {"base": "a", "reference": ""}, "c": {"base": "a", "reference": "b"}}
+    partners = {"a": ("", ""), "b": ("a", ""), "c": ("a", "b")}
+    rows = {row: {"base": base, "reference": reference} for row, (base, reference) in partners.items()}
     sweep.save_plan(tmp_path, rows, ["a", "c"], [0, 1])
     assert json.loads((tmp_path / "sweep.json").read_text())["reference"] == {}
     sweep.save_plan(tmp_path, rows, ["b"], [1])
@@ -115,7 +116,8 @@ def test_runs_end_in_order_and_failures_are_kept(tmp_path):
     kept = report_sweep.load(tmp_path / "out")
     assert kept.results["good"][1].evals[-1] == (2.0, 3.0, 0.2)
     assert ("bad", 0, "The disk is full.") in kept.failed
-    assert [sentence for row, _, sentence in kept.failed if row == "shot"][0].startswith("The process was ended by SIGKILL")
+    (shot,) = [sentence for row, _, sentence in kept.failed if row == "shot"]
+    assert shot.startswith("The process was ended by SIGKILL")
 
 
 def test_finished_and_failed_runs_are_left_alone(tmp_path):
@@ -212,8 +214,11 @@ def test_a_sweep_that_is_stopped_goes_on_and_ends_with_a_report(tmp_path):
     }
     sweep.save_plan(tmp_path / "out", rows, list(rows), [0])
 
+    stopped = []
+
     def stop(run, state):
-        if state == "running" and sweep_processes.progress(run)[0] >= 1:
+        if not stopped and sweep_processes.progress(run)[0] >= 1:
+            stopped.append(run.row)
             signal.raise_signal(signal.SIGTERM)
 
     assert work(runs, tmp_path, watch=stop) == ["waiting"] * 3
@@ -229,3 +234,8 @@ def test_a_sweep_that_is_stopped_goes_on_and_ends_with_a_report(tmp_path):
     text = report_tables.write_sweep(tmp_path / "out")
     assert "**Failed:** broken, seed 0: The checkpoint" in text and "| broken | 0 + 1 failed |" in text
     assert "| TAPO improves grpo | **not decided** |" in text
+    # Without TAPO the steps are recorded with what they resemble, so that misplaced credit can be counted.
+    report.main(["credit", str(runs[0].workdir)])
+    turns = [turn for path in report.recordings(runs[0].workdir) for e in records.load(path) for turn in e.turns]
+    assert any(turn.slot >= 0 and turn.correctable for turn in turns) and not any(turn.corrected for turn in turns)
+    assert all(turn.adv_after == turn.adv_before for turn in turns)
