@@ -298,11 +298,12 @@ def record_episodes(run: Run, episodes: Sequence[Episode], credit: prepare.Credi
     if jax.process_index() > 0:
         return
     K, G = run.config.tapo.steps, run.config.rollout.group_size
-    layout = {"steps": K, "rollouts": G + run.outcomes.remembered, "pooled": run.config.tapo.scope == "batch"}
+    pooled = run.config.tapo.enabled and run.config.tapo.scope == "batch"
+    layout = {"steps": K, "rollouts": G + run.outcomes.remembered, "pooled": pooled}
     recorded = []
     for row, episode in enumerate(episodes):
         p, g = run.local[row // G], row % G
-        fields = [] if credit.transfer is None else records.credit_fields(credit.transfer, p, g, **layout)
+        fields = records.credit_fields(credit.transfer, p, g, **layout)
         recorded.append(
             records.record(episode, step=step, prompt=p, advantage=float(credit.advantage_PxG[p, g]), credit=fields)
         )
