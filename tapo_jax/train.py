@@ -222,7 +222,7 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
         with clock("pack"):
             tokens, patches = processes.largest(*sizes(episodes, run.agent.pixels))
             shape = bucket(tokens, run.programs.length_buckets), bucket(patches, run.programs.patch_buckets)
-            batch, outcome = to_device(run, episodes, *shape, step)
+            batch, outcome = jax.block_until_ready(to_device(run, episodes, *shape, step))
         with clock("tapo"):
             batch, state, credit, found = jax.block_until_ready(with_advantages(run, state, batch, outcome, step))
         with clock("logprobs"):
