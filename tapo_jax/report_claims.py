@@ -41,8 +41,8 @@ def claims(sweep: Sweep, step: float) -> list[dict[str, Any]]:
     accuracy = lambda result: result.at_step(step)  # noqa: E731
     found: list[dict[str, Any] | None] = []
     for base in published:
-        for unit, text in (("trajectories", "failing trajectories"), ("actions", "their tool calls")):
-            found.append(misassigned(sweep, base, unit, f"{base}: over half of the {text} could be credited"))
+        for unit, text in (("trajectories", "the failing trajectories"), ("actions", "their tool calls")):
+            found.append(misassigned(sweep, base, unit, f"{base}: over half of {text} could be credited"))
     for base, row in published.items():
         loss = configs[base].get("algorithm.loss", "")
         paper = GAINS.get(loss, "") if base == loss else ""

@@ -24,7 +24,8 @@ def execute(name: str, tmp_path: Path, **parameters):
     assert parameters.keys() <= {name.strip() for name in notebook.cells[place].source.split("=")[0].split(",")}
     given = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(given))
-    environment = os.environ | {"XLA_FLAGS": "", "MPLBACKEND": "agg", "XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path)}
+    environment["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as in a notebook
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     resources = {"metadata": {"path": str(tmp_path)}}
     client = NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources)
@@ -37,6 +38,10 @@ def printed(notebook) -> str:
     """What the cells printed, and the plain text of what they displayed."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     return "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def figures(notebook) -> int:
+    return sum("image/png" in output.get("data", {}) for cell in code_cells(notebook) for output in cell.outputs)
 
 
 def test_there_are_three():
@@ -58,19 +63,25 @@ def test_a_notebook_is_thin_and_has_no_outputs(path):
 
 def test_credit_by_hand(tmp_path):
     """g2 did the successes' zoom, g3 their search: one correction each. A theta of 1 leaves none."""
-    text = printed(execute("credit_by_hand.ipynb", tmp_path))
+    notebook = execute("credit_by_hand.ipynb", tmp_path)
+    text = printed(notebook)
+    assert figures(notebook) == 2
     assert text.count("corrected") == 2 and text.count("witness") == 4
 
 
 def test_walk_one_episode(tmp_path):
-    text = printed(execute("walk_one_episode.ipynb", tmp_path, ARG="test"))
+    notebook = execute("walk_one_episode.ipynb", tmp_path, ARG="test")
+    text = printed(notebook)
+    assert figures(notebook) >= 2  # the question, the packed row, and what the tools returned
     assert "── turn 0, tokens" in text and "ended by:" in text and "accuracy" in text
 
 
 def test_ablations(tmp_path):
     """Two rows of one seed, by the shipped programs."""
     out = tmp_path / "sweep"
-    text = printed(execute("ablations.ipynb", tmp_path, SEEDS="0", ARG="test,steps=1", OUT=str(out)))
+    notebook = execute("ablations.ipynb", tmp_path, SEEDS="0", ARG="test,steps=1", OUT=str(out))
+    text = printed(notebook)
+    assert figures(notebook) >= 4
     assert "2 done, 0 failed, 0 waiting" in text and "TAPO improves grpo" in text
     results = [json.loads((out / row / "seed_0" / "result.json").read_text()) for row in ("grpo", "tapo_grpo")]
     assert [result["config"]["tapo.enabled"] for result in results] == [False, True]

@@ -197,8 +197,9 @@ run_main(started)
 """
 
 
-def test_a_sweep_that_is_stopped_goes_on_and_ends_with_a_report(tmp_path):
+def test_a_sweep_that_is_stopped_goes_on_and_ends_with_a_report(tmp_path, monkeypatch):
     """Two rows and one whose checkpoint is damaged; SIGTERM in the first run, then the same again."""
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device
     model = tiny_run.write_model(tmp_path / "model")
     runs = []
     for row, fields in {"grpo": {"tapo__enabled": False}, "broken": {}, "tapo_grpo": {}}.items():
@@ -217,8 +218,10 @@ def test_a_sweep_that_is_stopped_goes_on_and_ends_with_a_report(tmp_path):
     stopped = []
 
     def stop(run, state):
-        if not stopped and sweep_processes.progress(run)[0] >= 1:
+        """In the first step, which compiles for seconds."""
+        if not stopped and metrics.read(run.workdir / "metrics.jsonl"):
             stopped.append(run.row)
+            time.sleep(0.2)
             signal.raise_signal(signal.SIGTERM)
 
     assert work(runs, tmp_path, watch=stop) == ["waiting"] * 3
