@@ -24,7 +24,9 @@ SETTING = {
     "log.tensorboard": False,
     "train.warm_up": False,
 }
-TEST_SETTING = SETTING | {"total_steps": 2, "eval.prompts": 8, "checkpoint.every": 1, "log.episodes_every": 2}
+TEST_SETTING = SETTING | {
+    "total_steps": 2, "eval.prompts": 8, "eval.at_start": True, "checkpoint.every": 1, "log.episodes_every": 2,
+}  # fmt: skip
 TEST_SIZES = (32, 16)  # questions, whatever the row asks for
 
 
