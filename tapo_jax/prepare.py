@@ -20,8 +20,8 @@ from tapo_jax.tapo_adaptive import AdaptiveTheta
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Credit:
-    """What every trajectory and step got. advantage_PxG: of the base algorithm; transfer: where TAPO is off it says what
-    resembles what (with the published settings), and nothing is corrected."""
+    """What every trajectory and step got. advantage_PxG: of the base algorithm; transfer: where TAPO is off it says
+    what resembles what (with the published settings), and nothing is corrected."""
 
     advantage_PxG: jax.Array
     transfer: CreditTransfer

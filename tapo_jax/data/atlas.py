@@ -97,8 +97,8 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def prepare(directory: str | pathlib.Path, *, settings: Settings, seed: int, sizes: tuple[int, int]) -> Atlas:
-    """The builder with its files in place under `directory`; made where they are not there yet (seconds), by one process
-    while others wait."""
+    """The builder with its files in place under `directory`; made where they are not there yet (seconds), by one
+    process while others wait."""
     tfds.disable_progress_bar()
     builder = Atlas(settings=settings, seed=seed, sizes=sizes, data_dir=str(directory))
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
