@@ -33,6 +33,7 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "tqdm>=4.66",
+        "rich>=13",
         "tensorboardX>=2.6.2",
         "httpx>=0.27",
     ],
@@ -46,6 +47,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "nbclient>=0.10",
+            "nbformat>=5.10",
             "ipykernel",
             "peft>=0.18",
             "torch==2.13.0",  # what depends on torch (peft) has to take this one

@@ -1,6 +1,7 @@
 """Arrays that go to the device, as pytrees: what the model reads and what the train step reads.
 
-Axes: B rows (one episode each, prompt-major: row = p·G + g), T tokens, N patches of one row's images, F = channels · temporal · patch².
+Axes: B rows (one episode each, prompt-major: row = p·G + g), T tokens, N patches of one row's images,
+F = channels · temporal · patch².
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ class ModelInputs:
     pixels_BxNxF: float, flattened patches as the image processor gives them, all images of the row one after another.
     patch_image_BxN: int32, 0 padding, else 1 + the number of the patch's image in the row.
     patch_rowcol_BxNx2: int32, the patch's row and column in its image (vision rotary embedding).
-    patch_corner_BxNx4, patch_weight_BxNx4: int32, float32: the four entries of the position table and their bilinear weights.
+    patch_corner_BxNx4, patch_weight_BxNx4: int32, float32: the four entries of the position table and their
+        bilinear weights.
     """
 
     token_BxT: jax.Array
@@ -37,7 +39,8 @@ class ModelInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """One batch of episodes. Every per-token array is aligned with the token itself: logp[t] = log p(token[t] | token[<t]).
+    """One batch of episodes. Every per-token array is aligned with the token itself:
+    logp[t] = log p(token[t] | token[<t]).
 
     inputs: ModelInputs.
     mask_BxT: bool, True where the policy wrote the token (never position 0).

@@ -90,7 +90,8 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
 
 def operations(P: int, S: int, G: int, words: int, levels: int) -> float:
     """Arithmetic of the kernel for each pair of slots: an AND, a population count and an addition a word and level, 30
-    for the region, 10 for masks and gates, 15 for three rounds of clustering, 10 for the choice, 2·G for the members."""
+    for the region, 10 for masks and gates, 15 for three rounds of clustering, 10 for the choice, 2·G for the members.
+    """
     return P * S * S * (3 * words * levels + 65 + 2 * G)
 
 

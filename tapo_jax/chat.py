@@ -114,7 +114,8 @@ class Chat:
         return found
 
     def forbidden_V(self, vocab: int) -> np.ndarray:
-        """bool [vocab]: the ids that the policy may not write: vision tokens, and rows of the embedding without a token."""
+        """bool [vocab]: the ids that the policy may not write: vision tokens, and rows of the embedding without a
+        token."""
         forbidden_V = np.arange(vocab) >= self.vocab_size
         for name in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>"):
             token = self.tokenizer.token_to_id(name)

@@ -1,7 +1,7 @@
 """GiGPO, the step-level comparator (Feng et al. 2025, arXiv 2505.10978): equal states, where TAPO has similar actions.
 
-Steps of a group that start from the same state form a step-level group: each is compared with what else was tried there.
-Axes: P prompts, G rollouts, K steps of a rollout, S = G·K slots (slot = g·K + k), as in `tapo`.
+Steps of a group that start from the same state form a step-level group: each is compared with what else was tried
+there. Axes: P prompts, G rollouts, K steps of a rollout, S = G·K slots (slot = g·K + k), as in `tapo`.
 """
 
 import jax.numpy as jnp

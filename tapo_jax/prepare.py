@@ -20,10 +20,11 @@ from tapo_jax.tapo_adaptive import AdaptiveTheta
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Credit:
-    """What every trajectory and step got. advantage_PxG: of the base algorithm; transfer: None where TAPO is off."""
+    """What every trajectory and step got. advantage_PxG: of the base algorithm; transfer: where TAPO is off it says
+    what resembles what (with the published settings), and nothing is corrected."""
 
     advantage_PxG: jax.Array
-    transfer: CreditTransfer | None
+    transfer: CreditTransfer
 
 
 def make_prepare(
@@ -57,6 +58,8 @@ def make_prepare(
         result, thresholds, metrics = transferred(outcome, advantage_PxG, thresholds, key, transfer, adaptive)
         if gigpo is not None:
             result = compared(outcome, reward_PxG, advantage_PxG, result, **gigpo)
+        if transfer is None:
+            result = dataclasses.replace(result, corrected_PxS=jnp.zeros_like(result.corrected_PxS))
         advantage_BxT = jnp.broadcast_to(advantage_PxG.reshape(P * G, 1), batch.mask_BxT.shape)
         if transfer is not None:
             advantage_BxT = tapo.token_advantages(advantage_PxG, result.advantage_PxS, batch.step_BxT)
@@ -71,8 +74,7 @@ def make_prepare(
             "advantage/groups_with_signal": signal_P.mean(dtype=jnp.float32),
             "advantage/magnitude": jnp.abs(advantage_PxG).mean(),
         }
-        credit = Credit(advantage_PxG, result if transfer is not None else None)
-        return jnp.where(mask_BxT, advantage_BxT, 0), mask_BxT, credit, thresholds, metrics
+        return jnp.where(mask_BxT, advantage_BxT, 0), mask_BxT, Credit(advantage_PxG, result), thresholds, metrics
 
     rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
     return jax.jit(prepare, out_shardings=(rows, rows, everywhere, everywhere, everywhere))

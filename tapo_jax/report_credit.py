@@ -39,8 +39,8 @@ def table(episodes: Sequence[RecordedEpisode], thresholds: Sequence[float] = cre
     called = any(turn.result is not None and turn.error is None for episode in episodes for turn in episode.turns)
     if called and not any(turn.slot >= 0 for episode in episodes for turn in episode.turns):
         raise UserError(
-            "These episodes were recorded without TAPO's similarities: record them with tapo.enabled (tapo.beta=0 "
-            "changes no advantage)."
+            "These episodes were recorded without TAPO's similarities: give the folder of a training run, whose steps "
+            "are recorded with them."
         )
     groups = {key: number for number, key in enumerate(dict.fromkeys((e.step, e.prompt) for e in episodes))}
     steps = [

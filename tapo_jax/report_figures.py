@@ -15,7 +15,7 @@ from tapo_jax.report_sweep import THRESHOLDS, Result, Sweep
 COLOURS = (BLUE, GOLD, GREEN, RED, "#7e57c2", "#00897b", "#c2185b", "#5d4037")
 DYNAMICS = (
     ("loss/entropy", "entropy, nats per token"),
-    ("rollout/length", "tokens per episode"),
+    ("rollout/written", "tokens written per episode"),
     ("tools/calls", "tool calls per episode"),
     ("tapo/correctable_actions", "failing steps with a match"),
     ("time/tapo_share", "TAPO’s share of the time"),

@@ -2,8 +2,8 @@
 
 A sweep is DIR/<row>/seed_<n>/, each with `result.json` (what `condense` gives: small enough to keep in a repository)
 or a whole run's `metrics.jsonl` and `config.json`; a run that failed has `failed.json`, {"error": …}. DIR/sweep.json
-may name the order of rows, the base and the reference of each: {"rows": [row, …], "base": {row: row}, "reference":
-{row: row}}.
+may name the order of rows, the base and the reference of each, and the seeds that were asked for: {"rows": [row, …],
+"base": {row: row}, "reference": {row: row}, "seeds": {row: [seed, …]}}.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tapo_jax.config import UserError
+from tapo_jax.config import UserError, flat
 from tapo_jax.metrics import read
 from tapo_jax.report_statistics import mean_of, student
 
@@ -22,13 +22,21 @@ CURVES = (
     "reward/accuracy",
     "loss/entropy",
     "rollout/length",
+    "rollout/written",
     "tools/calls",
     "tapo/correctable_actions",
+    "tapo/correctable_trajectories",
     "tapo/corrected_actions",
+    "optimizer/grad_norm",
 )
 THRESHOLDS = "_at_"
 POINTS = 40  # of a condensed curve
-PUBLISHED = {"tapo.beta": 0.8, "tapo.support": True, "tapo.clip": True, "tapo.control": "none"}
+# TAPO as published; what the paper leaves open is this project's default.
+PUBLISHED = {
+    "tapo.enabled": True, "tapo.beta": 0.8, "tapo.support": True, "tapo.clip": True, "tapo.control": "none",
+    "tapo.theta": 0.7, "tapo.cluster": "components", "tapo.cluster_theta": None, "tapo.aggregate": "mean",
+    "tapo.scope": "prompt", "tapo.adaptive_theta": False, "tapo.memory_steps": 0,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +72,22 @@ class Sweep:
 
 def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
     """The small result of a run, from its metrics.jsonl and config.json. Seconds are those of the steps, without
-    evaluations.
+    evaluations; a step that compiled counts as the median of the others, because a machine compiles once.
 
-    Raises UserError where the run was never evaluated after its last step.
+    Raises UserError where the run has not come to its end, or was not evaluated there.
     """
     lines = read(workdir / "metrics.jsonl")
+    path = workdir / "config.json"
+    config = flat(json.loads(path.read_text())) if path.exists() else {}
+    usual = [line["time/step"] for line in lines if line.get("time/step") and not line.get("perf/compiles")]
     seconds, evals = 0.0, []
     for line in lines:
-        seconds += line.get("time/step") or 0.0
+        compiled = bool(line.get("perf/compiles")) and usual
+        seconds += float(np.median(usual)) if compiled else line.get("time/step") or 0.0
         if line.get("eval/accuracy") is not None:
             evals.append([line["step"], round(seconds, 3), line["eval/accuracy"]])
-    if not evals or evals[-1][0] != lines[-1]["step"]:
+    asked = 0 if config.get("total_epochs") else config.get("total_steps", 0)
+    if not evals or evals[-1][0] != lines[-1]["step"] or lines[-1]["step"] < asked:
         raise UserError(f"{workdir} holds no evaluation of its last step: run it to its end with eval.at_end.")
     names = {
         name for line in lines for name in line if name in CURVES or (name.startswith("tapo/") and THRESHOLDS in name)
@@ -85,7 +98,6 @@ def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
         name: [(line["step"], line[name]) for line in lines if line.get(name) is not None] for name in sorted(names)
     }
     curves |= {"time/tapo_share": shares} if shares else {}
-    config = workdir / "config.json"
     return {
         "row": row,
         "seed": seed,
@@ -95,7 +107,7 @@ def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
         "final": {name.removeprefix("eval/"): value for name, value in lines[-1].items() if name.startswith("eval/")},
         "tapo_share": float(np.median([share for _, share in shares])) if shares else None,
         "curves": {name: _thinned(points) for name, points in curves.items() if points},
-        "config": flat(json.loads(config.read_text())) if config.exists() else {},
+        "config": config,
     }
 
 
@@ -103,14 +115,6 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[list[float]]:
     """At most POINTS points, each the mean of the points that it stands for."""
     parts = np.array_split(np.array(points, float), min(POINTS, len(points)))
     return [[float(f"{value:.5g}") for value in part.mean(axis=0)] for part in parts]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"tapo": {"beta": 0.8}} -> {"tapo.beta": 0.8}; a tree that is flat already stays as it is."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
 
 
 def load(directory: Path) -> Sweep:
@@ -134,14 +138,16 @@ def load(directory: Path) -> Sweep:
         )
     plan = directory / "sweep.json"
     given = json.loads(plan.read_text()) if plan.exists() else {}
+    seen = {(row, seed) for row, seed, _ in failed} | {(row, seed) for row in results for seed in results[row]}
+    wanted = [(row, seed) for row, seeds in given.get("seeds", {}).items() for seed in seeds]
+    unfinished = list(dict.fromkeys([*unfinished, *(run for run in wanted if run not in seen)]))
     rows = [row for row in given.get("rows", []) if row in results]
     results = {row: results[row] for row in [*rows, *(row for row in results if row not in rows)]}
     configs = {row: next(iter(seeds.values())).config for row, seeds in results.items()}
     base, reference = bases(configs)
-    known = lambda pairs: {row: other for row, other in pairs.items() if row in results and other in results}  # noqa: E731
-    return Sweep(
-        results, failed, unfinished, base | known(given.get("base", {})), reference | known(given.get("reference", {}))
-    )
+    for pairs, name in ((base, "base"), (reference, "reference")):
+        pairs |= {row: other for row, other in given.get(name, {}).items() if row in results and other in results}
+    return Sweep(results, failed, unfinished, base, reference)
 
 
 def _result(folder: Path, row: str, seed: int) -> Result | None:
@@ -179,7 +185,7 @@ def bases(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dic
             apart = {
                 row: (
                     sum(configs[row].get(name) != configs[other].get(name) for other in on for name in names),
-                    sum(name in names and configs[row].get(name) != value for name, value in PUBLISHED.items()),
+                    sum(configs[row].get(name, value) != value for name, value in PUBLISHED.items()),
                 )
                 for row in on
             }
@@ -233,6 +239,7 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
                 found[f"{kind}_at_{name}"] = difference(seeds, sweep.results[other], value) if other else None
         shares = [r.tapo_share for r in seeds.values() if r.tapo_share is not None]
         found |= {"base": sweep.base.get(row), "reference": sweep.reference.get(row)}
+        found["failed"] = sum(row == other for other, _, _ in sweep.failed)
         found |= {
             "tapo_share": float(np.median(shares)) if shares else None,
             "seconds": float(np.mean([r.evals[-1][1] for r in seeds.values()])),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tapo_jax import report_figures
+from tapo_jax import report_claims, report_figures
 from tapo_jax.report_sweep import load, summarise
 
 
@@ -13,6 +13,7 @@ def write_sweep(directory: Path) -> str:
     """Writes report.md, report.json and the figures beside the rows; returns the Markdown. Raises UserError."""
     sweep = load(directory)
     summary = summarise(sweep)
+    summary["claims"] = report_claims.claims(sweep, summary["step"])
     figures = {
         "held-out accuracy over training": ("report_curves.png", report_figures.draw_curves),
         "paired differences to the base and to the reference": (
@@ -50,7 +51,7 @@ def markdown(summary: Mapping[str, Any], name: str) -> str:
         delta, later = found["base_at_step"], found["base_at_time"]
         cells = [
             row,
-            str(len(found["seeds"])),
+            str(len(found["seeds"])) + (f" + {found['failed']} failed" if found["failed"] else ""),
             _percent(found["at_step"]),
             _percent(found["at_time"]),
             found["base"] or "–",
@@ -67,6 +68,9 @@ def markdown(summary: Mapping[str, Any], name: str) -> str:
                 delta["verdict"],
             ]
         lines.append("| " + " | ".join(cells) + " |")
+    broken = [row for row, _, _ in summary["failed"] if row not in summary["rows"]]
+    for row in dict.fromkeys(broken):
+        lines.append(f"| {row} | 0 + {broken.count(row)} failed |" + " – |" * 8)
     against = [(row, found) for row, found in summary["rows"].items() if found["reference_at_step"]]
     if against:
         lines += ["", "| row | compared with | Δ at equal steps | seeds improved | verdict |", "|---|---|---|---:|---|"]
@@ -81,6 +85,7 @@ def markdown(summary: Mapping[str, Any], name: str) -> str:
         lines += ["", f"**Failed:** {row}, seed {seed}: {' '.join(sentence.split())}"]
     if summary["unfinished"]:
         lines += ["", "Not finished: " + ", ".join(f"{row} seed {seed}" for row, seed in summary["unfinished"]) + "."]
+    lines += report_claims.markdown(summary.get("claims", ()))
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,5 @@
-"""A text search over HTTP: BM25 behind Search-R1's contract (see tools/remote_search.py), with the standard library's server."""
+"""A text search over HTTP: BM25 behind Search-R1's contract (see tools/remote_search.py), with the standard library's
+server."""
 
 import http.server
 import json
@@ -13,7 +14,8 @@ MAX_QUERIES = 256
 
 
 def read_corpus(path: str) -> list[str]:
-    """Passages of a JSON-lines file: {"contents": "Title\\ntext"} a line. Raises UserError naming the line that is none."""
+    """Passages of a JSON-lines file: {"contents": "Title\\ntext"} a line. Raises UserError naming the line that is
+    none."""
     passages = []
     file = pathlib.Path(path)
     if not file.is_file():

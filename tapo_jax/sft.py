@@ -1,7 +1,8 @@
 """The tiny model's cold start: supervised on experts in invented worlds. One file, read from top to bottom.
 
-Batches come in four kinds with a schedule: sequences to copy, text after an image search, first turns with the scene, whole
-episodes. Short contexts first. What it writes to WORKDIR/export is a model directory, the one that ships with the package.
+Batches come in four kinds with a schedule: sequences to copy, text after an image search, first turns with the scene,
+whole episodes. Short contexts first. What it writes to WORKDIR/export is a model directory, the one that ships with the
+package.
 """
 
 import json
@@ -42,9 +43,9 @@ def mixture(step: int, config: Any) -> dict[str, float]:
 def make_optimizer(lr: float, warmup: int, total: int, vision_rate: float) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Muon (Jordan et al. 2024) for the decoder's matrices, Adam for the rest, one cosine schedule.
 
-    Muon's update is scaled to a root mean square of 0.2, about Adam's, so both share a rate (Liu et al., arXiv 2502.16982).
-    vision_rate multiplies the vision tower's rate: at the full rate its features drift to one large constant before the decoder
-    has learnt to read them, and are then never read.
+    Muon's update is scaled to a root mean square of 0.2, about Adam's, so both share a rate (Liu et al., arXiv
+    2502.16982). vision_rate multiplies the vision tower's rate: at the full rate its features drift to one large
+    constant before the decoder has learnt to read them, and are then never read.
     """
     schedule = optax.warmup_cosine_decay_schedule(lr / warmup, lr, warmup, total, end_value=0.02 * lr)
 

@@ -223,7 +223,7 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
         with clock("pack"):
             tokens, patches = processes.largest(*sizes(episodes, run.agent.pixels))
             shape = bucket(tokens, run.programs.length_buckets), bucket(patches, run.programs.patch_buckets)
-            batch, outcome = to_device(run, episodes, *shape, step)
+            batch, outcome = jax.block_until_ready(to_device(run, episodes, *shape, step))
         with clock("tapo"):
             batch, state, credit, found = jax.block_until_ready(with_advantages(run, state, batch, outcome, step))
         with clock("logprobs"):
@@ -299,11 +299,12 @@ def record_episodes(run: Run, episodes: Sequence[Episode], credit: prepare.Credi
     if jax.process_index() > 0:
         return
     K, G = run.config.tapo.steps, run.config.rollout.group_size
-    layout = {"steps": K, "rollouts": G + run.outcomes.remembered, "pooled": run.config.tapo.scope == "batch"}
+    pooled = run.config.tapo.enabled and run.config.tapo.scope == "batch"
+    layout = {"steps": K, "rollouts": G + run.outcomes.remembered, "pooled": pooled}
     recorded = []
     for row, episode in enumerate(episodes):
         p, g = run.local[row // G], row % G
-        fields = [] if credit.transfer is None else records.credit_fields(credit.transfer, p, g, **layout)
+        fields = records.credit_fields(credit.transfer, p, g, **layout)
         recorded.append(
             records.record(episode, step=step, prompt=p, advantage=float(credit.advantage_PxG[p, g]), credit=fields)
         )

@@ -75,8 +75,11 @@ def test_a_failures_matching_step_gets_credit_and_nothing_else_changes(mesh_data
 def test_tapo_off_changes_no_advantage_but_is_still_diagnosed():
     advantage_BxT, mask_BxT, credit, _, metrics = run(REWARD, SUCCESS, CALLS, transfer=None)
     np.testing.assert_allclose(advantage_BxT[1][mask_BxT[1]], -0.25, atol=1e-6)
-    assert credit.transfer is None
     assert metrics["tapo/correctable_actions"] == 0.5 and metrics["tapo/mean_compensation"] == 0
+    # What is recorded: rollout 1's first step (slot 2) is like slot 0, and keeps its advantage.
+    assert credit.transfer.sim_PxS[0, 2] == 1 and credit.transfer.witness_PxS[0, 2] == 0
+    assert credit.transfer.correctable_PxS[0, 2] and not credit.transfer.corrected_PxS.any()
+    np.testing.assert_allclose(credit.transfer.advantage_PxS[0, 2:4], -0.25, atol=1e-6)
 
 
 def test_dynamic_sampling_takes_groups_without_signal_out_of_the_loss():

@@ -9,7 +9,7 @@ import pytest
 import synthetic
 
 from tapo_jax import records, report, report_credit, report_figures, report_statistics, report_sweep, report_tables
-from tapo_jax.config import UserError
+from tapo_jax.config import UserError, flat
 from tapo_jax.records import RecordedEpisode, RecordedTurn
 from tapo_jax.report_plots import series, smooth
 
@@ -133,7 +133,7 @@ def test_interpolation_between_evaluations():
 
 
 def config(enabled, **tapo):
-    return report_sweep.flat(
+    return flat(
         {"seed": 3, "algorithm": {"loss": "grpo"}, "tapo": {"enabled": enabled, "beta": 0.8, "theta": 0.7} | tapo}
     )
 
@@ -236,6 +236,32 @@ def test_run_without_a_last_evaluation_is_not_finished(tmp_path):
     synthetic.write(tmp_path / "metrics.jsonl", synthetic.lines(20)[:-1])
     with pytest.raises(UserError, match="no evaluation of its last step"):
         report_sweep.condense(tmp_path, "row", 0)
+
+
+def test_run_that_has_only_begun_is_not_finished(tmp_path):
+    """Its evaluation at the start is no result, where the config says how many steps there are."""
+    synthetic.write(tmp_path / "a" / "seed_0" / "metrics.jsonl", synthetic.lines(20)[:11])
+    (tmp_path / "a" / "seed_0" / "config.json").write_text(json.dumps({"total_steps": 20, "total_epochs": 0.0}))
+    with pytest.raises(UserError, match="no evaluation of its last step"):
+        report_sweep.condense(tmp_path / "a" / "seed_0", "a", 0)
+
+
+def test_steps_that_compile_count_as_the_others(tmp_path):
+    """20 steps of 2 s, the first of which took 62 s because it compiled."""
+    lines = synthetic.lines(20)
+    lines[1] |= {"time/step": 62.0, "perf/compiles": 9}
+    synthetic.write(tmp_path / "metrics.jsonl", lines)
+    assert report_sweep.condense(tmp_path, "row", 0)["seconds"] == 40.0
+
+
+def test_runs_that_were_asked_for_and_rows_that_failed_are_not_left_out(tmp_path):
+    synthetic.write(tmp_path / "a" / "seed_0" / "metrics.jsonl", synthetic.lines(20))
+    (tmp_path / "b" / "seed_0").mkdir(parents=True)
+    (tmp_path / "b" / "seed_0" / "failed.json").write_text('{"error": "No disk."}')
+    (tmp_path / "sweep.json").write_text(json.dumps({"rows": ["a", "b"], "seeds": {"a": [0, 1], "b": [0]}}))
+    assert report_sweep.load(tmp_path).unfinished == [("a", 1)]
+    text = report_tables.write_sweep(tmp_path)
+    assert "| b | 0 + 1 failed | – |" in text and "Not finished: a seed 1." in text
 
 
 # Credit of recorded episodes.

@@ -11,7 +11,6 @@ import pytest
 from tapo_jax import tapo, tapo_adaptive, tapo_embedding, tapo_memory
 from tapo_jax.types import Identity, Number, Region, Text
 
-
 pairwise = jax.jit(tapo.pairwise_similarity, static_argnames="text")
 transfer = jax.jit(tapo.transfer_credit)
 update = jax.jit(tapo_adaptive.update, static_argnames=("quantile", "rate"))

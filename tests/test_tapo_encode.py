@@ -11,7 +11,6 @@ import reference_tapo
 from tapo_jax import tapo, tapo_encode, tapo_similarity
 from tapo_jax.types import Identity, Number, Region, Text
 
-
 pairwise = jax.jit(tapo.pairwise_similarity, static_argnames="text")
 
 

@@ -3,6 +3,7 @@
 The builder writes array_record files without TensorFlow; the same settings and seed give the same bytes.
 """
 
+import fcntl
 import io
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -96,10 +97,14 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def prepare(directory: str | pathlib.Path, *, settings: Settings, seed: int, sizes: tuple[int, int]) -> Atlas:
-    """The builder with its files in place under `directory`; made where they are not there yet (seconds)."""
+    """The builder with its files in place under `directory`; made where they are not there yet (seconds), by one
+    process while others wait."""
     tfds.disable_progress_bar()
     builder = Atlas(settings=settings, seed=seed, sizes=sizes, data_dir=str(directory))
-    builder.download_and_prepare()
+    pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+    with open(pathlib.Path(directory) / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        builder.download_and_prepare()
     return builder
 
 

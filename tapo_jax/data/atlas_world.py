@@ -19,8 +19,9 @@ from tapo_jax.types import Prompt, root_image
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Size and difficulty. hops: the numbers of look-ups that are asked for, equally often. outlines: countries of a scene.
-    size: the scene's side in pixels. outline: smallest and largest long side of an outline, as a share of the scene."""
+    """Size and difficulty. hops: the numbers of look-ups that are asked for, equally often. outlines: countries of a
+    scene. size: the scene's side in pixels. outline: smallest and largest long side of an outline, as a share of the
+    scene."""
 
     hops: tuple[int, ...] = (1, 2)
     outlines: int = 2

@@ -40,7 +40,8 @@ class ColdStart:
         self._world_number, self._game, self._uses = -1, None, 0
 
     def _draw(self, rng: np.random.Generator, outlines: int | None = None):
-        """A question in an invented world; a new world after every 256. outlines: another number of them in the scene."""
+        """A question in an invented world; a new world after every 256. outlines: another number of them in the scene.
+        """
         if self._uses % 256 == 0:
             self._world_number += 1
             self._game = atlas_world.Game.fictional(self._seed * 1_000_003 + self._world_number, self._settings)
@@ -67,8 +68,8 @@ class ColdStart:
         return self._batch(kept, length, patches, pixels)
 
     def find(self, rng: np.random.Generator, rows: int, patches: int) -> Batch:
-        """Scenes of one outline, the question and the first turn of its answer: finding something comes before finding the
-        right one."""
+        """Scenes of one outline, the question and the first turn of its answer: finding something comes before finding
+        the right one."""
         return self._look(rng, rows, patches, outlines=1)
 
     def where(self, rng: np.random.Generator, rows: int, patches: int) -> Batch:
@@ -113,8 +114,9 @@ class ColdStart:
         return self._batch(kept, length, 0, PixelStore(self._processor))
 
     def copy(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """A few invented words of several random tokens, in random order again and again. The weight is on what follows the
-        first token of a word that was seen before: the smallest problem whose solution is to look back and carry on."""
+        """A few invented words of several random tokens, in random order again and again. The weight is on what follows
+        the first token of a word that was seen before: the smallest problem whose solution is to look back and carry
+        on."""
         ordinary = np.setdiff1d(np.arange(self._chat.vocab_size), self._special())
         token_BxT = np.zeros((rows, length), np.int32)
         weight_BxT = np.zeros((rows, length), np.float32)

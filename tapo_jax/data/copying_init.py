@@ -1,9 +1,10 @@
 """Initial weights that can already copy, for models too small to discover it soon.
 
-Copying what followed an earlier occurrence of the present token takes two heads (Olsson et al., "In-context learning and induction
-heads", 2022): one writes each token's predecessor beside it, a later one looks for the present token among the predecessors and
-brings what stands there. Both are written into the weights here, faintly enough to be trained further. From random weights a
-model of this size needs thousands of steps before the second head forms; from these the loss on copying is halved at step 0.
+Copying what followed an earlier occurrence of the present token takes two heads (Olsson et al., "In-context learning
+and induction heads", 2022): one writes each token's predecessor beside it, a later one looks for the present token
+among the predecessors and brings what stands there. Both are written into the weights here, faintly enough to be
+trained further. From random weights a model of this size needs thousands of steps before the second head forms; from
+these the loss on copying is halved at step 0.
 """
 
 import numpy as np
@@ -12,11 +13,12 @@ from tapo_jax.models.config import Qwen3VLConfig
 
 
 def write_copying_heads(params: dict, config: Qwen3VLConfig, rng: np.random.Generator, *, gain: float = 6.0, sharpness: float = 2.2) -> None:
-    """Changes numpy arrays in place: params["embedding"] [V, D] and of params["decoder"] q, k, v, o, q_norm, k_norm (stacked
-    over layers), in layers 0 and 1, heads 0 and 1 and their key/value head 0.
+    """Changes numpy arrays in place: params["embedding"] [V, D] and of params["decoder"] q, k, v, o, q_norm, k_norm
+    (stacked over layers), in layers 0 and 1, heads 0 and 1 and their key/value head 0.
 
-    The width is split: the lower half of D holds the token (its place 0 is 1 for every token), the upper half its predecessor.
-    gain: of what the second head writes. sharpness: of q_norm and k_norm, so the largest score is √A · sharpness².
+    The width is split: the lower half of D holds the token (its place 0 is 1 for every token), the upper half its
+    predecessor. gain: of what the second head writes. sharpness: of q_norm and k_norm, so the largest score is √A ·
+    sharpness².
     """
     decoder = params["decoder"]
     T, A = config.hidden // 2, config.head_dim
@@ -37,8 +39,8 @@ def write_copying_heads(params: dict, config: Qwen3VLConfig, rng: np.random.Gene
 
 
 def _predecessor_head(decoder: dict, read_TxA: np.ndarray, theta: float) -> None:
-    """Layer 0. The constant place of the embedding gives a query that is the key turned back by one place, in the three fastest
-    rotations: the score is Σ cos((distance − 1)·ω), largest at the token before."""
+    """Layer 0. The constant place of the embedding gives a query that is the key turned back by one place, in the three
+    fastest rotations: the score is Σ cos((distance − 1)·ω), largest at the token before."""
     T, A = read_TxA.shape
     half = A // 2
     for i in range(3):
@@ -50,8 +52,8 @@ def _predecessor_head(decoder: dict, read_TxA: np.ndarray, theta: float) -> None
 
 
 def _matching_head(decoder: dict, read_TxA: np.ndarray, rng: np.random.Generator, gain: float) -> None:
-    """Layer 1. The present token (lower half) against predecessors (upper half), in the slow rotations, which hardly turn over
-    the length of a conversation; brings the token that stands there."""
+    """Layer 1. The present token (lower half) against predecessors (upper half), in the slow rotations, which hardly
+    turn over the length of a conversation; brings the token that stands there."""
     T, A = read_TxA.shape
     half = A // 2
     slow = np.r_[half // 2 : half, half + half // 2 : A]

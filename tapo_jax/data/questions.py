@@ -30,8 +30,8 @@ class Question:
 
 
 def ask(world: World, name: str, colour: str, hops: int, rng: np.random.Generator) -> Question | None:
-    """A question of `hops` look-ups about the country drawn in `colour`, or None where the facts do not allow one: every
-    country of the chain must be one that the split asks about, and no two of them the same."""
+    """A question of `hops` look-ups about the country drawn in `colour`, or None where the facts do not allow one:
+    every country of the chain must be one that the split asks about, and no two of them the same."""
     chain, relations = [name], []
     for _ in range(hops - 1):
         relation = str(rng.choice(NEIGHBOURS))
@@ -57,8 +57,8 @@ def ask(world: World, name: str, colour: str, hops: int, rng: np.random.Generato
 
 
 def passages(country: Country) -> list[str]:
-    """Several short passages, "Title\ntext" each; the last ones answer no question and are there to be found by mistake. A
-    colon stands only before a value."""
+    """Several short passages, "Title\ntext" each; the last ones answer no question and are there to be found by
+    mistake. A colon stands only before a value."""
     name, found = country.name, []
     for attribute in ATTRIBUTES:
         if attribute in country.facts:

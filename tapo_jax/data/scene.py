@@ -17,7 +17,8 @@ BACKGROUND = (244, 244, 240)
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """One outline of a scene: its country's name, its colour and its box (x1, y1, x2, y2), relative to the scene, 0..1."""
+    """One outline of a scene: its country's name, its colour and its box (x1, y1, x2, y2), relative to the scene, 0..1.
+    """
 
     name: str
     colour: str

@@ -1,8 +1,8 @@
 """config.data and config.tools -> the questions of a split, and the tools that can answer them.
 
-`data.name` is "atlas" (the embedded world), "jsonl" (the folder data.dir, see `jsonl.py`), or your own "package.module:function",
-called as function(config, split) -> Sequence[Prompt]. `tools.source` is likewise "atlas" or "package.module:function", called as
-function(config) -> list[Tool].
+`data.name` is "atlas" (the embedded world), "jsonl" (the folder data.dir, see `jsonl.py`), or your own
+"package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is likewise "atlas" or
+"package.module:function", called as function(config) -> list[Tool].
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""The tiny Atlas model: a Qwen3-VL of about a million parameters in a directory of Hugging Face form, with its own tokenizer.
+"""The tiny Atlas model: a Qwen3-VL of about a million parameters in a directory of Hugging Face form, with its own
+tokenizer.
 
     python -m tapo_jax.data.tiny_model DIR        # tokenizer, template, configs and random weights
 """
@@ -33,13 +34,14 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-# A digit; a word, with the space before it if a word or digit stands there; marks with the spaces after them; white space. So
-# a name after `": "`, `. ` or a line's start is the same tokens everywhere, which makes it easy to copy.
+# A digit; a word, with the space before it if a word or digit stands there; marks with the spaces after them; white
+# space. So a name after `": "`, `. ` or a line's start is the same tokens everywhere, which makes it easy to copy.
 _SPLIT = r"\d|[A-Za-z_]+| [A-Za-z_]+|[^A-Za-z_\d\s][^A-Za-z_\d\n]*|\s"
 
 
 def train_tokenizer(vocab: int = 1024, seed: int = 0) -> Tokenizer:
-    """Byte-level BPE on invented names and on the fixed phrases of the tools, so that real names fall into trained pieces."""
+    """Byte-level BPE on invented names and on the fixed phrases of the tools, so that real names fall into trained
+    pieces."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -114,8 +116,8 @@ def create(path: str | pathlib.Path, seed: int = 0) -> None:
 
 
 def plane_waves(side: int, width: int, amplitude: float = 3.0) -> np.ndarray:
-    """float32 [side², width]: sines and cosines of rows and columns, as large as what a patch's pixels contribute. A random
-    table is a hundredth of that, and then no place in the image can be told."""
+    """float32 [side², width]: sines and cosines of rows and columns, as large as what a patch's pixels contribute. A
+    random table is a hundredth of that, and then no place in the image can be told."""
     frequency = np.pi * np.geomspace(1.0, side / 2, width // 4) / side
     angle = np.arange(side)[:, None] * frequency
     wave = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)

@@ -1,7 +1,8 @@
-"""What a tool is, and how calls are run: checked, on threads, with time-outs, retries and a cache. An error is a result.
+"""What a tool is, and how calls are run: checked, on threads, with time-outs, retries and a cache. An error is a
+result.
 
-A tool declares its parameters once, in the JSON schema that the policy sees. Each property also carries "x-kind", which is how
-TAPO compares two calls: "region" (a box in an image), "image" (a whole image), "text", "identity", "number".
+A tool declares its parameters once, in the JSON schema that the policy sees. Each property also carries "x-kind", which
+is how TAPO compares two calls: "region" (a box in an image), "image" (a whole image), "text", "identity", "number".
 """
 
 import collections
@@ -97,8 +98,9 @@ def call_parameters(schema: dict[str, Any], arguments: dict[str, Any], images: S
 class ToolRunner:
     """Runs calls on a bounded pool of threads. `submit` never raises and its future always holds a result.
 
-    timeout_s: seconds that one try may take. retries: further tries after an exception of the tool itself (not after a bad
-    call). threaded=False runs a call in its caller's thread, without a time-out (for tools that are known). Equal calls on equal images are answered from a cache of `cache` results; errors are not kept.
+    timeout_s: seconds that one try may take. retries: further tries after an exception of the tool itself (not after a
+    bad call). threaded=False runs a call in its caller's thread, without a time-out (for tools that are known). Equal
+    calls on equal images are answered from a cache of `cache` results; errors are not kept.
     """
 
     def __init__(
@@ -163,7 +165,8 @@ class ToolRunner:
 
 
 def _with_timeout(function, timeout_s: float) -> ToolResult:
-    """Runs on a daemon thread of its own, so that a call that hangs holds neither a worker nor the exit of the program."""
+    """Runs on a daemon thread of its own, so that a call that hangs holds neither a worker nor the exit of the program.
+    """
     done: concurrent.futures.Future = concurrent.futures.Future()
 
     def work() -> None:

@@ -1,8 +1,8 @@
 """image_search_tool: perceptual nearest neighbours of an image of the conversation among titled pictures.
 
-A picture is described by its silhouette: the dominant shape, cut to its bounding box and brought to a fixed grid. So a crop
-with a margin is found, and one that cuts the shape is not. A shape that is small in its picture is not told apart from the
-others in it, so a whole scene has to be zoomed into.
+A picture is described by its silhouette: the dominant shape, cut to its bounding box and brought to a fixed grid. So a
+crop with a margin is found, and one that cuts the shape is not. A shape that is small in its picture is not told apart
+from the others in it, so a whole scene has to be zoomed into.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ SPAN = 0.45  # of a picture's side: a smaller shape is not told apart from what 
 
 
 def silhouette(pixels_HxWx3: np.ndarray, *, contrast: int = 60) -> np.ndarray:
-    """float32 [GRID²+1], unit length: coverage of each cell, and the aspect ratio. The background is the median colour of the
-    image's border, the shape is what has the most frequent other colour (in 64 bins) or one near it. An image of one colour
-    gives zeros."""
+    """float32 [GRID²+1], unit length: coverage of each cell, and the aspect ratio. The background is the median colour
+    of the image's border, the shape is what has the most frequent other colour (in 64 bins) or one near it. An image of
+    one colour gives zeros."""
     pixels = pixels_HxWx3.astype(np.int16)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     differs_HxW = np.abs(pixels - np.median(border, axis=0)).sum(-1) > contrast

@@ -1,7 +1,8 @@
-"""text_search_tool over HTTP, for a corpus that does not fit one machine. The address comes from the config, never from the policy.
+"""text_search_tool over HTTP, for a corpus that does not fit one machine. The address comes from the config, never from
+the policy.
 
-The contract is Search-R1's (arXiv 2503.09516): POST {"queries": […], "topk": k, "return_scores": true} to ENDPOINT/retrieve gives
-{"result": [[{"document": {"contents": "Title\\ntext"}, "score": …}, …]]}.
+The contract is Search-R1's (arXiv 2503.09516): POST {"queries": […], "topk": k, "return_scores": true} to
+ENDPOINT/retrieve gives {"result": [[{"document": {"contents": "Title\\ntext"}, "score": …}, …]]}.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from tapo_jax.types import Image, ToolResult
 
 
 class RemoteTextSearch:
-    """endpoint: "http://host:port". A failing service raises, which the tool runner retries and then reports to the policy."""
+    """endpoint: "http://host:port". A failing service raises, which the tool runner retries and then reports to the
+    policy."""
 
     name = "text_search_tool"
     schema = SCHEMA

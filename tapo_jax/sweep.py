@@ -1,0 +1,134 @@
+"""What a sweep consists of and what is known about it, in files: rows × seeds, each a run with a folder of its own.
+
+OUT/sweep.json                      rows, their base and reference, their seeds: what `report sweep OUT` reads
+OUT/<row>/seed_<n>/result.json      of a finished run: small (`report_sweep.condense`), with the config and the model
+OUT/<row>/seed_<n>/failed.json      of a run that failed: {"error": one sentence, "config", "model"}
+WORKDIR/<row>/seed_<n>/             the run itself: asked.json, log.txt, and what `launch/train.py` leaves
+
+WORKDIR may be OUT. Every file is written whole or not at all. The processes are in `sweep_processes.py`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tapo_jax import report_sweep
+from tapo_jax.config import UserError, flat
+
+PLACES = ("data.dir", "model.path")  # where something lies is no part of what a run is
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row with one seed. command: what runs it, without its folder. asked: the flat config as JSON has it.
+    model: what the run begins with, as `fingerprint` gives it."""
+
+    row: str
+    seed: int
+    result: Path
+    workdir: Path
+    command: tuple[str, ...]
+    asked: Mapping[str, Any]
+    model: str
+
+
+def parse_seeds(text: str) -> list[int]:
+    """"0,1,2", "0-4" or both, "0-2,7". Raises UserError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise UserError(f"--seeds is '{text}': give numbers and ranges, such as 0,1,2 or 0-4.")
+        seeds += range(int(first), int(last or first) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def parse_sweeps(text: str, sweeps: Mapping[str, Sequence[str]]) -> list[str]:
+    """The rows of one or several sweeps, "beta,support", each once. Raises UserError for one that does not exist."""
+    names = text.split(",")
+    for name in names:
+        if name not in sweeps:
+            raise UserError(f"--sweep is '{name}': the sweeps of configs/ablations.py are {', '.join(sweeps)}.")
+    return list(dict.fromkeys(row for name in names for row in sweeps[name]))
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """The flat config as it is read back from a file: lists for tuples."""
+    return flat(json.loads(config.to_json_best_effort()))
+
+
+def fingerprint(directory: Path) -> str:
+    """Of a model directory: changes when a file of it does."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for path in directory.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+# The state of a run.
+
+
+def state(run: Run) -> str:
+    """"done", "failed" or "waiting" (an interrupted run waits too: it goes on from its checkpoint)."""
+    if (run.result / "result.json").exists():
+        return "done"
+    return "failed" if (run.result / "failed.json").exists() else "waiting"
+
+
+def check_same(run: Run) -> None:
+    """Raises UserError where the run's folders hold a run of another config or another model.
+
+    Fields that only one of the two configs has are no difference: they came or went with a version of this program.
+    """
+    for path in (run.result / "result.json", run.result / "failed.json", run.workdir / "asked.json"):
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        way = f"give another --out and --workdir, or delete {path.parent}."
+        for name, value in run.asked.items():
+            was = found.get("config", {}).get(name, value)
+            if was != value and name not in PLACES:
+                raise UserError(f"{path} is of a run with {name} {was!r}, and {value!r} is asked for: {way}")
+        if found.get("model", run.model) != run.model:
+            raise UserError(f"{path} is of a run that began with another model than the one asked for: {way}")
+
+
+def begin(run: Run) -> None:
+    """Notes what was asked for, before the run has left anything."""
+    save(run.workdir / "asked.json", {"config": dict(run.asked), "model": run.model})
+
+
+def keep_result(run: Run, cores: int) -> None:
+    """Raises UserError where the run has not come to its end."""
+    found = report_sweep.condense(run.workdir, run.row, run.seed)
+    save(run.result / "result.json", found | {"model": run.model, "cores": cores})
+
+
+def keep_failure(run: Run, sentence: str) -> None:
+    save(run.result / "failed.json", {"error": sentence, "config": dict(run.asked), "model": run.model})
+
+
+def save_plan(out: Path, rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Adds rows and seeds to OUT/sweep.json. rows: all that there are, in their order."""
+    path = out / "sweep.json"
+    known = json.loads(path.read_text()).get("seeds", {}) if path.exists() else {}
+    wanted = {row: sorted({*known.get(row, []), *(seeds if row in names else [])}) for row in rows}
+    wanted = {row: numbers for row, numbers in wanted.items() if numbers}
+    plan: dict[str, Any] = {"rows": list(wanted), "seeds": wanted}
+    for kind in ("base", "reference"):
+        plan[kind] = {row: rows[row][kind] for row in wanted if rows[row][kind] in wanted}
+    save(path, plan)
+
+
+def save(path: Path, value: Any) -> None:
+    """All or nothing: a temporary file is renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, separators=(",", ":")) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
