@@ -190,7 +190,9 @@ def row(found: Report) -> list[str]:
     ]
 
 
-SHORT = ("model", "chips", "program", "arguments", "temporaries", "peak, GiB", "Tflop", "model's", "GB received", "bound")
+SHORT = (
+    "model", "chips", "program", "arguments", "temporaries", "peak, GiB", "Tflop", "model's", "GB received", "bound",
+)  # fmt: skip
 
 
 def short_row(found: Report, run: Abstract, chip: Chip) -> list[str]:

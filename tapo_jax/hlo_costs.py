@@ -21,7 +21,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 # These move nothing by themselves.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id",
-    "opt-barrier", "domain", "add-dependency", "async-done", "async-update", "copy-done", "slice-done", "send-done",
+    "opt-barrier", "domain", "add-dependency", "async-done", "async-update", "call-done", "copy-done", "slice-done", "send-done",
     "recv-done", *(f"{name}-done" for name in COLLECTIVES),
 }  # fmt: skip
 
@@ -131,7 +131,7 @@ class _Reader:
                 else [i.called("true_computation"), i.called("false_computation")]
             )
             return max((self.computation(branch) for branch in branches), key=lambda c: (c.seconds, c.flops))
-        if i.opcode in ("call", "async-start"):
+        if i.opcode in ("call", "call-start", "async-start"):
             return self.computation(i.called("calls") or i.called("to_apply"))
         if i.opcode == "fusion":
             inner = self.inside(i.called("calls"))

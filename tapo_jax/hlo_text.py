@@ -102,7 +102,7 @@ def read(text: str) -> Module:
             if found:
                 name, lines = found.group(2), []
                 entry = name if found.group(1) else entry
-        elif line == "}":
+        elif line == "}" or line.startswith('}, execution_thread="'):  # of the chip's second kind of core
             computations[name] = Computation(name, tuple(_instruction(line) for line in lines))
             name = None
         elif line.startswith("  "):

@@ -33,7 +33,7 @@ def test_write_equals_the_scatter(dtype):
 @pytest.mark.parametrize("groups", [1, 3, 4, 8, 12])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02)])
 def test_attend_equals_cached_attention(groups, dtype, tolerance):
-    """Lengths of one place, inside a block, at its end, and all places; by groups of heads from 1 to more than a tile."""
+    """Lengths of one place, inside a block, at its end, and all places; groups of 1 head to more than a tile."""
     k, v, q = (numbers(*shape, dtype=dtype) for shape in ((L, B, K, S, A), (L, B, K, S, A), (B, K * groups, A)))
     length = jnp.array([1, 130, 256, S])
     ours = decode_kernel.attend(q, k, v, 2, length, interpret=True)

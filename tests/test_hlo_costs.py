@@ -196,3 +196,22 @@ def test_time_goes_by_what_limits_each_instruction():
 def test_a_text_without_entry_is_refused():
     with pytest.raises(ValueError, match="no entry computation"):
         costs("HloModule empty\n")
+
+
+def test_work_of_the_second_kind_of_core_is_counted():
+    """Of a TPU v6e: called asynchronously, its computations end with the name of their thread."""
+    before = (
+        "%second (x: f32[8,16], w: f32[16,16]) -> f32[8,16] {\n  %x = f32[8,16]{1,0} parameter(0)\n"
+        "  %w = f32[16,16]{1,0} parameter(1)\n"
+        "  ROOT %y = f32[8,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n"
+        '}, execution_thread="sparsecore"\n\n'
+    )
+    text = entry(
+        "%a = f32[8,16]{1,0} parameter(0)",
+        "%b = f32[16,16]{1,0} parameter(1)",
+        "%s = ((f32[8,16]{1,0}, f32[16,16]{1,0}), f32[8,16]{1,0}, u32[]{:S(8)}) call-start(%a, %b), to_apply=%second",
+        "ROOT %d = f32[8,16]{1,0} call-done(%s)",
+        before=before,
+    )
+    found = costs(text)
+    assert (found.flops, found.traffic) == (2 * 8 * 16 * 16, 4 * (8 * 16 + 16 * 16 + 8 * 16))

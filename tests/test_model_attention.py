@@ -98,8 +98,8 @@ def test_cached(T):
 
 
 def test_blocks_of_queries_bound_the_scores():
-    """16,384 places, 32 heads: 256 queries of one row are 2^27 scores; 4 rows go in blocks of 64, unless 4 devices share
-    them. Never fewer than 32."""
+    """16,384 places, 32 heads: 256 queries of one row are 2^27 scores; 4 rows go in blocks of 64, unless 4 devices
+    share them. Never fewer than 32."""
     assert [lib.query_block(rows, 32, 16384) for rows in (1, 4, 64)] == [256, 64, 32]
     assert lib.query_block(64, 4, 340) == 256
     with sharding.on(sharding.make_mesh(4, 1, 2)):

@@ -75,7 +75,7 @@ def write_all(
     """`write` with a row for every slot, in order; rows that are not active are left out. On a mesh every device writes
     its own slots: the compiler would gather the rows of all devices for a scatter by slot numbers."""
 
-    def own_part(x: jax.Array, new: jax.Array, layer_B: jax.Array, active_B: jax.Array, place_B: jax.Array) -> jax.Array:
+    def own_part(x: jax.Array, new: jax.Array, layer_B: jax.Array, active_B: jax.Array, place_B: jax.Array):
         slots = x.shape[1]
         return write(x, new, layer_B, jnp.where(active_B, jnp.arange(slots), slots), place_B)
 
