@@ -155,7 +155,8 @@ def summary(run: Abstract, chip: Chip) -> str:
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
         f"{total / 1e9:.2f} B parameters ({tower / 1e9:.2f} B vision) on {mesh.size} {chip.name} "
-        f"({chip.memory / GIB:.0f} GiB each), mesh {shape}\nbatch of {rows} rows × {config.rollout.max_length} tokens and up to "
+        f"({chip.memory / GIB:.0f} GiB each), mesh {shape}\n"
+        f"batch of {rows} rows × {config.rollout.max_length} tokens and up to "
         f"{most_patches(config.rollout, run.model_config.vision.merge)} patches, in {config.train.updates_per_batch} × "
         f"{config.train.micro_batches} pieces; {config.rollout.slots} slots"
     )

@@ -21,8 +21,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 # These move nothing by themselves.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id",
-    "opt-barrier", "domain", "add-dependency", "async-done", "async-update", "call-done", "copy-done", "slice-done", "send-done",
-    "recv-done", *(f"{name}-done" for name in COLLECTIVES),
+    "opt-barrier", "domain", "add-dependency", "async-done", "async-update", "call-done", "copy-done", "slice-done",
+    "send-done", "recv-done", *(f"{name}-done" for name in COLLECTIVES),
 }  # fmt: skip
 
 
