@@ -1,23 +1,32 @@
-"""The six algorithm configs, each for twenty steps of the little world."""
+"""The six algorithm configs, each for twenty steps of the little world, in a process with one device."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_run
 
-from tapo_jax import metrics, records, train
+from tapo_jax import metrics, records
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory) -> Path:
     return tiny_run.write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("name", ["tapo_grpo", "tapo_gspo", "tapo_sapo", "grpo", "gspo", "sapo"])
-def test_each_algorithm_trains_for_twenty_steps(model, tmp_path, monkeypatch, name):
+def test_each_algorithm_trains_for_twenty_steps(model, tmp_path, name):
     """Every step logs TAPO's diagnostics; what it corrects moves advantages only where it is on."""
-    tiny_run.patch(monkeypatch.setattr)
-    short = {"total_steps": 20, "log__episodes_every": 20, "checkpoint__every": 20}
-    train.train(tiny_run.config(model, f"{name}.py", **short), tmp_path)
+    fields = ["total_steps=20", "log.episodes_every=20", "checkpoint.every=20", f"name={name}.py"]
+    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(tmp_path), str(model), *fields]
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     lines = metrics.read(tmp_path / "metrics.jsonl")[1:]
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(line["optimizer/skipped"] == 0 and np.isfinite(line["loss/total"]) for line in lines)

@@ -1,7 +1,7 @@
 """Whole training runs in seconds: `train` on the model, tools and readings of `rollout_world`. Also a program, for runs
 that are killed or have several processes:
 
-    python tests/tiny_run.py WORKDIR MODEL_DIRECTORY [field=value …]
+    python tests/tiny_run.py WORKDIR MODEL_DIRECTORY [name=CONFIG_FILE] [field=number …]
 """
 
 import json
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> None:
 
     patch(setattr)
     fields = dict(item.split("=") for item in argv[3:])
-    train(config(Path(argv[2]), **{name: int(value) for name, value in fields.items()}), argv[1])
+    name = fields.pop("name", "tapo_grpo.py")
+    train(config(Path(argv[2]), name, **{field: int(value) for field, value in fields.items()}), argv[1])
 
 
 if __name__ == "__main__":
