@@ -13,6 +13,7 @@ chips of known peak. Without a PyTorch for this device, or with --no-torch, what
 import ctypes
 import dataclasses
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,41 +22,11 @@ import numpy as np
 from flax import nnx
 
 from tapo_jax import flops
-from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
+from tapo_jax.data import tiny_model
+from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.published import MODELS
 
-ATLAS = Qwen3VLConfig(
-    vocab=1024,
-    hidden=128,
-    mlp=320,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_dim=32,
-    rope_theta=10000.0,
-    mrope_section=(6, 5, 5),
-    norm_epsilon=1e-6,
-    attention_bias=False,
-    tied=True,
-    max_positions=4096,
-    image_token=5,
-    video_token=6,
-    vision_start=3,
-    vision_end=4,
-    vision=VisionConfig(
-        depth=2,
-        hidden=64,
-        mlp=128,
-        heads=2,
-        patch=8,
-        merge=2,
-        temporal=2,
-        channels=3,
-        out=128,
-        positions=256,
-        deepstack=(0,),
-    ),
-)
+ATLAS = Qwen3VLConfig.from_hf(json.loads((tiny_model.PACKAGED / "config.json").read_text()))
 
 
 @dataclasses.dataclass(frozen=True)
