@@ -1,9 +1,9 @@
 """Runs the rows of a sweep over seeds: `python launch/sweep.py --sweep=main --seeds=0-4 --out=DIR`.
 
-The sweeps are in configs/ablations.py; `--sweep=beta,support` runs two into one folder, where they share base rows. All
-rows of a seed come before the next seed, so that what is there is balanced at any time. The same command again goes on:
-finished and failed runs are left (`--retry` tries failed ones again), interrupted ones continue. Then:
-`python -m tapo_jax.report sweep DIR`.
+The sweeps are in configs/ablations.py; `--sweep=beta,support` runs two into one folder, where they share base rows, and
+`--sweep=support,beta_0.4` a sweep and a single row of another. All rows of a seed come before the next seed, so that
+what is there is balanced at any time. The same command again goes on: finished and failed runs are left (`--retry`
+tries failed ones again), interrupted ones continue. Then: `python -m tapo_jax.report sweep DIR`.
 """
 
 import sys
@@ -17,7 +17,7 @@ from tapo_jax.check import check
 from tapo_jax.config import beside, check_positive, run_main
 from tapo_jax.sweep_table import Progress
 
-SWEEP = flags.DEFINE_string("sweep", None, "A sweep of configs/ablations.py, or several: beta,support.")
+SWEEP = flags.DEFINE_string("sweep", None, "A sweep or a row of configs/ablations.py, or several: support,beta_0.4.")
 SEEDS = flags.DEFINE_string("seeds", "0-2", "Seeds: 0,1,2 or 0-4.")
 OUT = flags.DEFINE_string("out", None, "Where the small results are kept.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs themselves are kept; left out: in --out.")
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     del argv
     check_positive("--jobs", JOBS.value)
     rows, sweeps, get_config = (beside(str(CONFIG), CONFIG.name, name) for name in ("ROWS", "SWEEPS", "get_config"))
-    names, seeds = sweep.parse_sweeps(SWEEP.value, sweeps), sweep.parse_seeds(SEEDS.value)
+    names, seeds = sweep.parse_sweeps(SWEEP.value, sweeps, rows), sweep.parse_seeds(SEEDS.value)
     out = Path(OUT.value).absolute()
     workdir = Path(WORKDIR.value).absolute() if WORKDIR.value else out
     runs, models = [], {}

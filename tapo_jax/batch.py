@@ -46,7 +46,8 @@ class TrainBatch:
     mask_BxT: bool, True where the policy wrote the token (never position 0).
     step_BxT: int32, the tool step k (0..K-1) that the token belongs to, -1 elsewhere.
     sampler_logp_BxT: float32, 0 where mask is False.
-    old_logp_BxT: float32, the training model's own log-probabilities before the first update on this batch.
+    old_logp_BxT: float32, the training model's own log-probabilities before the first update on this batch,
+        for the rows of the later ones; 0 for the rows of the first.
     advantage_BxT: float32, after TAPO.
     """
 

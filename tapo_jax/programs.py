@@ -21,10 +21,13 @@ from tapo_jax.train_step import TrainState
 class Programs:
     """Signatures in `train_step.py` and `prepare.py`. index_U: the numbers of the mini-batches, on the device.
 
+    old_log_probs: of the rows of the second and later updates of a batch; log_probs: of all, for the reference model.
+
     length_buckets, patch_buckets: the sizes that batches are padded to, ascending; the last one holds any episode.
     """
 
     log_probs: Callable
+    old_log_probs: Callable
     prepare: Callable
     update: Callable
     index_U: list[jax.Array]
@@ -65,6 +68,7 @@ def make_programs(
     most = most_patches(config.rollout, model_config.vision.merge)
     return Programs(
         log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh),
+        old_log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh, later_updates=True),
         prepare=prepare.make_prepare(
             mesh,
             estimator=a.estimator,

@@ -49,13 +49,17 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def parse_sweeps(text: str, sweeps: Mapping[str, Sequence[str]]) -> list[str]:
-    """The rows of one or several sweeps, "beta,support", each once. Raises UserError for one that does not exist."""
+def parse_sweeps(text: str, sweeps: Mapping[str, Sequence[str]], rows: Mapping[str, Any]) -> list[str]:
+    """The rows of one or several sweeps or single rows, "support,beta_0.4", each once. Raises UserError for a name that
+    is neither."""
     names = text.split(",")
     for name in names:
-        if name not in sweeps:
-            raise UserError(f"--sweep is '{name}': the sweeps of configs/ablations.py are {', '.join(sweeps)}.")
-    return list(dict.fromkeys(row for name in names for row in sweeps[name]))
+        if name not in sweeps and name not in rows:
+            raise UserError(
+                f"--sweep is '{name}': the sweeps of configs/ablations.py are {', '.join(sweeps)}; "
+                f"single rows are {', '.join(rows)}."
+            )
+    return list(dict.fromkeys(row for name in names for row in sweeps.get(name, (name,))))
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:

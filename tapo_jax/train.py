@@ -279,7 +279,7 @@ def with_log_probs(run: Run, state: TrainState, batch: TrainBatch) -> tuple[Trai
     one."""
     reference_BxT = None if run.reference is None else run.programs.log_probs(run.reference, batch.inputs)
     if len(run.programs.index_U) > 1:
-        batch = dataclasses.replace(batch, old_logp_BxT=run.programs.log_probs(state.params, batch.inputs))
+        batch = dataclasses.replace(batch, old_logp_BxT=run.programs.old_log_probs(state.params, batch.inputs))
     return batch, reference_BxT
 
 

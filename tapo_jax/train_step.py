@@ -210,9 +210,16 @@ def row_logp(
 # Programs: each is made once for a run and compiled once for a shape.
 
 
-def make_log_probs(graphdef: Any, objective: Objective, forbidden_V: Any, mesh: Mesh) -> Callable:
-    """jitted (params, inputs) -> logp_BxT of the whole batch, computed in the pieces that the updates use."""
-    pieces = objective.updates_per_batch * objective.micro_batches
+def make_log_probs(
+    graphdef: Any, objective: Objective, forbidden_V: Any, mesh: Mesh, *, later_updates: bool = False
+) -> Callable:
+    """jitted (params, inputs) -> logp_BxT of the whole batch, computed in the pieces that the updates use.
+
+    later_updates: only of the rows of the second update and those after it, 0 elsewhere: the first update of a batch
+    finds the old log-probabilities among its own.
+    """
+    updates, pieces = objective.updates_per_batch, objective.updates_per_batch * objective.micro_batches
+    skipped = int(later_updates)  # piece m·U + u is micro-batch m of update u
 
     def log_probs(params: Any, inputs: ModelInputs) -> jax.Array:
         def piece(index: jax.Array) -> jax.Array:
@@ -227,7 +234,11 @@ def make_log_probs(graphdef: Any, objective: Objective, forbidden_V: Any, mesh: 
                 mesh=mesh,
             )[0]
 
-        logp_MxbxT = jax.lax.map(piece, jnp.arange(pieces))
+        index_M = np.arange(pieces).reshape(-1, updates)[:, skipped:].reshape(-1)
+        logp_MxbxT = jax.lax.map(piece, jnp.asarray(index_M))
+        logp_mxUxbxT = logp_MxbxT.reshape(-1, updates - skipped, *logp_MxbxT.shape[1:])
+        logp_mxUxbxT = jnp.pad(logp_mxUxbxT, ((0, 0), (skipped, 0), (0, 0), (0, 0)))
+        logp_MxbxT = logp_mxUxbxT.reshape(pieces, *logp_MxbxT.shape[1:])
         return jnp.swapaxes(logp_MxbxT, 0, 1).reshape(inputs.token_BxT.shape)
 
     return jax.jit(log_probs, out_shardings=sharding.rows(mesh))
@@ -246,8 +257,8 @@ def make_update(
     batch.
 
     The state is donated and keeps the layout of `state`. batch.advantage_BxT is filled; batch.old_logp_BxT where there
-    is more than one update a batch: with one, the old log-probabilities are the current ones without their gradient,
-    and no extra pass is made.
+    is more than one update a batch, for the second and later ones: in the first (index 0) the old log-probabilities are
+    the current ones without their gradient, and no extra pass is made.
     """
 
     def update(
@@ -260,7 +271,7 @@ def make_update(
         def loss_fn(params: Any, piece: tuple[TrainBatch, jax.Array | None]) -> tuple[jax.Array, dict]:
             params = freeze(params, train_vision=objective.train_vision, lora=objective.lora)
             return piece_loss(
-                graphdef, params, *piece, objective, aggregation, denominator, jnp.asarray(forbidden_V), mesh
+                graphdef, params, *piece, index == 0, objective, aggregation, denominator, jnp.asarray(forbidden_V), mesh
             )
 
         loss, metrics_M, gradient = accumulate(loss_fn, state.params, rows, objective.micro_batches)
@@ -277,13 +288,17 @@ def piece_loss(
     params: Any,
     batch: TrainBatch,
     ref_logp_BxT: jax.Array | None,
+    first: jax.Array,
     objective: Objective,
     aggregation: str,
     denominator: jax.Array,
     forbidden_V: jax.Array,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one micro-batch, divided by the count of its mini-batch, and its metrics (means over its tokens)."""
+    """The loss of one micro-batch, divided by the count of its mini-batch, and its metrics (means over its tokens).
+
+    first: bool, whether nothing was updated since the batch was played.
+    """
     mask_BxT = batch.mask_BxT
     logp_BxT, entropy_BxT = row_logp(
         graphdef,
@@ -295,7 +310,9 @@ def piece_loss(
         chunk=objective.logp_chunk,
         mesh=mesh,
     )
-    old_logp_BxT = jax.lax.stop_gradient(logp_BxT) if objective.updates_per_batch == 1 else batch.old_logp_BxT
+    old_logp_BxT = jax.lax.stop_gradient(logp_BxT)
+    if objective.updates_per_batch > 1:
+        old_logp_BxT = jnp.where(first, old_logp_BxT, batch.old_logp_BxT)
     weight_BxT, weight_metrics = None, {}
     if objective.importance_cap is not None:
         weight_BxT, weight_metrics = losses.importance_weight(

@@ -59,9 +59,11 @@ def test_seeds_and_sweeps():
     assert sweep.parse_seeds("0-2,7,1") == [0, 1, 2, 7]
     with pytest.raises(UserError, match=r"--seeds is '0\.\.3': give numbers and ranges"):
         sweep.parse_seeds("0..3")
-    assert sweep.parse_sweeps("b,a", {"a": ("x", "y"), "b": ("x", "z")}) == ["x", "z", "y"]
+    sweeps, rows = {"a": ("x", "y"), "b": ("x", "z")}, dict.fromkeys("xyzw")
+    assert sweep.parse_sweeps("b,a", sweeps, rows) == ["x", "z", "y"]
+    assert sweep.parse_sweeps("w,a,x", sweeps, rows) == ["w", "x", "y"]
     with pytest.raises(UserError, match="--sweep is 'c': the sweeps of configs/ablations.py are a, b"):
-        sweep.parse_sweeps("a,c", {"a": (), "b": ()})
+        sweep.parse_sweeps("a,c", {"a": (), "b": ()}, {"d": None})
 
 
 def test_a_plan_grows_with_every_sweep_into_the_same_folder(tmp_path):

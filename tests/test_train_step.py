@@ -99,13 +99,14 @@ def run(objective: Objective, batch: TrainBatch, *, ref_logp_BxT=None, **options
     state, update, mesh, place = setup(objective, **options)
     before = jax.device_get(state.params)
     ref = None if ref_logp_BxT is None else place(ref_logp_BxT)
-    state, metrics = update(state, place(batch), ref, index(mesh, 0))
+    last = objective.updates_per_batch - 1
+    state, metrics = update(state, place(batch), ref, index(mesh, last))
     return before, jax.device_get(state), jax.device_get(metrics)
 
 
 @functools.cache
 def plain_run(objective: Objective, *, images: bool = False, mesh_shape=(1, 1, 1)):
-    """-> (params before, state after, metrics) of one update on the first mini-batch."""
+    """-> (params before, state after, metrics) of one update on the last mini-batch."""
     return run(objective, make_batch(images=images), mesh_shape=mesh_shape)
 
 
@@ -214,6 +215,27 @@ def test_log_probs_come_back_in_the_order_of_the_rows():
     inputs = jax.tree.map(jnp.asarray, batch.inputs)
     want_BxT, _ = train_step.row_logp(graphdef, params, inputs, temperature=0.7, forbidden_V=jnp.asarray(FORBIDDEN_V))
     np.testing.assert_allclose(got_BxT, want_BxT, atol=1e-5)
+    later = train_step.make_log_probs(graphdef, objective, FORBIDDEN_V, mesh, later_updates=True)
+    got_BxT = jax.device_get(later(state.params, place(batch).inputs))
+    np.testing.assert_allclose(got_BxT[1::2], want_BxT[1::2], atol=1e-5)  # rows 1, 3, … are the second update's
+    assert not got_BxT[0::2].any()
+
+
+def test_only_the_first_update_of_a_batch_takes_its_own_log_probs_as_the_old_ones():
+    objective = Objective(updates_per_batch=2)
+    state, update, mesh, place = setup(objective)
+    batch = make_batch()
+    state, first = update(state, place(batch), None, index(mesh, 0))
+    after_first = jax.device_get(state.params)
+    _, second = update(state, place(batch), None, index(mesh, 1))
+    assert float(first["loss/ratio_max"]) == 1.0
+    assert float(second["loss/ratio_max"]) > 1.0
+    state, update, mesh, _ = setup(dataclasses.replace(objective, updates_per_batch=1))
+    rows = jax.tree.map(lambda array: array[0::2], batch)
+    state, alone = update(state, sharding.put_rows(rows, mesh, B // 2), None, index(mesh, 0))
+    for a, b in zip(jax.tree.leaves(after_first), jax.tree.leaves(jax.device_get(state.params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    np.testing.assert_allclose(first["loss/total"], alone["loss/total"], rtol=1e-6)
 
 
 def test_the_vision_tower_can_be_frozen():
