@@ -30,7 +30,7 @@ def apply(c: ConfigDict, size: str) -> None:
     c.tapo.steps = 10
     c.optimizer.update(lr=1e-6, warmup_steps=0)
     c.train.update(
-        updates_per_batch=1, micro_batches=16, length_buckets=(8192,), patch_buckets=(8192, 16384), warm_up=True
+        updates_per_batch=1, micro_batches=16, length_buckets=(), patch_buckets=(), warm_up=True
     )
     c.mesh.update(data=1, fsdp=-1, tensor=1)
     c.log.episodes_every = 10

@@ -94,11 +94,13 @@ def get_config(arg: str = "") -> ConfigDict:
         vision_lr_multiplier=1.0,
     ))  # fmt: skip
     c.train = ConfigDict(dict(
-        updates_per_batch=2, micro_batches=1,
+        updates_per_batch=2,
+        micro_batches=1,  # parts of a mini-batch that are computed one after another, at least
         max_nonfinite=5,  # updates in a row without a finite loss and gradient, after which the run ends
-        # Sizes that batches are padded to; the largest possible is added.
+        # Tokens and patches to which a part is padded, the fewest that hold its rows (shortest rows first); the largest
+        # possible is added.
         length_buckets=(448,), patch_buckets=(),
-        warm_up=True,  # compile every such size, and every call of the sampler, before the first step
+        warm_up=True,  # compile all that a step runs before the first one
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
     c.checkpoint = ConfigDict(dict(every=10, keep=2))

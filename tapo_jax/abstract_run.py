@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import flops, sharding, slots, train_step
+from tapo_jax import flops, programs, sharding, slots, train_step
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.check import check, check_rows
 from tapo_jax.config import check_choice
@@ -119,10 +119,12 @@ def train_program(run: Abstract) -> Program:
     state = train_step.TrainState(scalar, run.params, run.opt_state, scalar, scalar)
     objective = train_step.make_objective(config)
     forbidden_V = np.zeros(run.model_config.vocab, bool)
-    update = train_step.make_update(run.graphdef, run.optimizer, run.schedule, objective, forbidden_V, state, mesh)
-
+    rungs = programs.rungs(config, run.model_config)
+    update = train_step.make_update(
+        run.graphdef, run.optimizer, run.schedule, objective, forbidden_V, state, mesh, rungs=rungs
+    )
     B, T = config.data.prompts_per_step * config.rollout.group_size, config.rollout.max_length
-    patches = most_patches(config.rollout, run.model_config.vision.merge)
+    patches = rungs[-1][1]
     shapes = jax.eval_shape(lambda: _batch(B, T, patches, run))
     batch = placed(shapes, jax.tree.map(lambda _: sharding.rows(mesh), shapes))
     old_logp = batch.sampler_logp_BxT if objective.updates_per_batch > 1 else None

@@ -175,50 +175,36 @@ def tool_steps(episode: Episode, steps: int) -> list[Turn]:
     return [turn for turn in episode.turns if turn.is_step][:steps]
 
 
-def sizes(episodes: Sequence[Episode], pixels: PixelStore) -> tuple[int, int]:
-    """Tokens and patches of the largest row: (T, N)."""
-    length = max((len(episode.token_T) for episode in episodes), default=0)
-    patches = max((sum(_patches(image, pixels) for image in episode.images) for episode in episodes), default=0)
-    return length, patches
-
-
-def _patches(image: Image, pixels: PixelStore) -> int:
-    t, h, w = pixels.grid(image)
-    return t * h * w
-
-
 def pack(
     episodes: Sequence[Episode],
     config: Qwen3VLConfig,
     pixels: PixelStore,
     *,
-    length_buckets: Sequence[int],
-    patch_buckets: Sequence[int],
+    length: int,
+    patches: int,
     steps: int,
 ) -> TrainBatch:
-    """Episodes (B of them, row b is episodes[b]) -> TrainBatch of numpy arrays, without old_logp and advantage.
+    """Episodes (B of them, row b is episodes[b]) -> TrainBatch of numpy arrays of `length` tokens and `patches` patches
+    a row (0: without image fields), without old_logp and advantage.
 
-    The shape is the smallest rung of each ladder that holds the largest row; an empty `patch_buckets` means a model
-    input without image fields. Raises ValueError where a row does not fit, or where an episode's ids, mask and
-    log-probabilities do not line up.
+    Raises ValueError where a row does not fit, or where an episode's ids, mask and log-probabilities do not line up.
     """
-    longest, most_patches = sizes(episodes, pixels)
-    length = bucket(longest, length_buckets)
-    patches = bucket(most_patches, patch_buckets) if patch_buckets else 0
     B = len(episodes)
     mask_BxT = np.zeros((B, length), bool)
     step_BxT = np.full((B, length), -1, np.int32)
     logp_BxT = np.zeros((B, length), np.float32)
-    rows = []
-    for b, episode in enumerate(episodes):
+    rows: list[Row | None] = []
+    for episode in episodes:
         check_episode(episode, config)
+        empty = len(episode.token_T) == 0
+        rows.append(None if empty else make_row(episode.token_T, episode.images, config, pixels)[0])
+    inputs = model_inputs(rows, length=length, patches=patches, config=config, dtype=pixels.dtype)
+    for b, episode in enumerate(episodes):
         count = len(episode.token_T)
-        rows.append(make_row(episode.token_T, episode.images, config, pixels)[0] if count else None)
         mask_BxT[b, :count] = episode.mask_T
         logp_BxT[b, :count] = episode.sampler_logp_T
         for k, turn in enumerate(tool_steps(episode, steps)):
             step_BxT[b, turn.start : turn.stop] = k
-    inputs = model_inputs(rows, length=length, patches=patches, config=config, dtype=pixels.dtype)
     return TrainBatch(inputs=inputs, mask_BxT=mask_BxT, step_BxT=step_BxT, sampler_logp_BxT=logp_BxT)
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tapo_jax import prepare, sharding, tapo, tapo_embedding, train_step
 from tapo_jax.agent import Agent
 from tapo_jax.inputs import most_patches
+from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.outcome import Outcomes
 from tapo_jax.train_step import TrainState
 
@@ -23,7 +24,7 @@ class Programs:
 
     old_log_probs: of the rows of the second and later updates of a batch; log_probs: of all, for the reference model.
 
-    length_buckets, patch_buckets: the sizes that batches are padded to, ascending; the last one holds any episode.
+    rungs: (tokens, patches) that rows may be cut to, ascending; batches are padded to the last, which holds any episode.
     """
 
     log_probs: Callable
@@ -31,8 +32,7 @@ class Programs:
     prepare: Callable
     update: Callable
     index_U: list[jax.Array]
-    length_buckets: tuple[int, ...]
-    patch_buckets: tuple[int, ...]
+    rungs: tuple[tuple[int, int], ...]
 
 
 def make_programs(
@@ -64,26 +64,31 @@ def make_programs(
         transfer["control"] = "none"
     model_config = agent.sampler.config
     forbidden_V = agent.chat.forbidden_V(model_config.vocab)
-    longest = config.rollout.max_length
-    most = most_patches(config.rollout, model_config.vision.merge)
+    sizes = rungs(config, model_config)
     return Programs(
-        log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh),
-        old_log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh, later_updates=True),
+        log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh, rungs=sizes),
+        old_log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh, rungs=sizes, later_updates=True),
         prepare=prepare.make_prepare(
             mesh,
             estimator=a.estimator,
             dynamic_sampling=a.dynamic_sampling,
             overlong_buffer=a.overlong_buffer,
-            max_length=longest,
+            max_length=config.rollout.max_length,
             transfer=transfer if t.enabled else None,
             adaptive=adaptive if state.thresholds is not None else None,
             gigpo=gigpo if t.enabled and t.control == "gigpo" else None,
         ),
-        update=train_step.make_update(graphdef, optimizer, schedule, objective, forbidden_V, state, mesh),
+        update=train_step.make_update(graphdef, optimizer, schedule, objective, forbidden_V, state, mesh, rungs=sizes),
         index_U=[sharding.put_replicated(np.int32(u), mesh) for u in range(objective.updates_per_batch)],
-        length_buckets=(*(n for n in config.train.length_buckets if n < longest), longest),
-        patch_buckets=(*(n for n in config.train.patch_buckets if n < most), most),
+        rungs=sizes,
     )
+
+
+def rungs(config: ConfigDict, model_config: Qwen3VLConfig) -> tuple[tuple[int, int], ...]:
+    """train.length_buckets and patch_buckets with the largest that an episode can have, in pairs."""
+    longest, most = config.rollout.max_length, most_patches(config.rollout, model_config.vision.merge)
+    lengths = (*(n for n in config.train.length_buckets if n < longest), longest)
+    return train_step.make_rungs(lengths, (*(n for n in config.train.patch_buckets if n < most), most))
 
 
 def make_outcomes(config: ConfigDict, agent: Agent, params: Any) -> Outcomes:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from tapo_jax.report_claims import SHARE_OF_TIME
 from tapo_jax.report_plots import BLUE, GOLD, GREEN, INK, RED, SOFT, new_figure, title
 from tapo_jax.report_statistics import bootstrap
 from tapo_jax.report_sweep import THRESHOLDS, Result, Sweep
@@ -34,39 +35,39 @@ def draw_curves(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
         for row, colour in zip(ordered, (SOFT, *COLOURS * len(rows)), strict=False):
             results = list(sweep.results[row].values())
             at_N = sorted({step for result in results for step, _, _ in result.evals})
-            value_SxN = [[result.at_step(step) for step in at_N] for result in results]
+            value_SxN = [[100 * result.at_step(step) for step in at_N] for result in results]
             band(axes, at_N, value_SxN, colour, row, shaded=row in pair)
         axes.set_xlabel("step")
+        axes.set_ylabel("held-out accuracy, %" if axes is figure.axes[0] else "")
         axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)
     _hide(figure, len(families))
+    _same_heights(figure.axes[: len(families)])
     figure.savefig(out, dpi=150)
     return True
 
 
 def draw_differences(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    rows = [
-        (row, found) for row, found in summary["rows"].items() if found["base_at_step"] or found["reference_at_step"]
-    ]
-    if not rows:
+    """A panel for the base and one for the reference, each with the rows that have one: mean, interval, every seed."""
+    panels = {
+        kind: {row: found[f"{kind}_at_step"] for row, found in summary["rows"].items() if found[f"{kind}_at_step"]}
+        for kind in ("base", "reference")
+    }
+    panels = {kind: rows for kind, rows in panels.items() if rows}
+    if not panels:
         return False
-    figure = new_figure(1, 2, height=1.1 + 0.32 * len(rows))
-    for axes, kind in zip(figure.axes, ("base", "reference"), strict=True):
+    figure = new_figure(1, len(panels), width=5.0 * len(panels), height=1.1 + 0.32 * max(map(len, panels.values())))
+    for axes, (kind, rows) in zip(figure.axes, panels.items(), strict=True):
         title(axes, f"Δ to the {kind} at equal steps, points")
         axes.axvline(0, color=INK, linewidth=0.8)
-        for y, (_, found) in enumerate(rows):
-            delta = found[f"{kind}_at_step"]
-            if delta is None:
-                continue
+        for y, delta in enumerate(rows.values()):
             colour = {"better": GREEN, "worse": RED}.get(delta["verdict"], SOFT)
             if delta["interval"]:
-                axes.plot(
-                    [100 * v for v in delta["interval"]], [y, y], color=colour, linewidth=3, solid_capstyle="round"
-                )
-            axes.plot(
-                [100 * v for v in delta["values"]], [y] * delta["seeds"], "|", color=colour, markersize=7, alpha=0.7
-            )
+                interval_2 = [100 * value for value in delta["interval"]]
+                axes.plot(interval_2, [y, y], color=colour, linewidth=3, solid_capstyle="round")
+            value_S = [100 * value for value in delta["values"]]
+            axes.plot(value_S, [y] * len(value_S), "|", color=colour, markersize=7, alpha=0.7)
             axes.plot(100 * delta["mean"], y, "o", color=colour, markersize=6)
-        axes.set_yticks(range(len(rows)), [row for row, _ in rows])
+        axes.set_yticks(range(len(rows)), list(rows))
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(axis="x", color="#e8e5dd", linewidth=0.8)
     figure.savefig(out, dpi=150)
@@ -133,7 +134,11 @@ def draw_dynamics(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
                 if curves:
                     at_N = curves[0][:, 0]
                     band(axes, at_N, [np.interp(at_N, curve[:, 0], curve[:, 1]) for curve in curves], colour, row)
-            axes.set_ylim(bottom=0)
+            if metric == "time/tapo_share":  # the first steps compile, which takes thousands of times as long
+                axes.set_yscale("log")
+                axes.axhline(SHARE_OF_TIME, color=RED, linewidth=0.9, linestyle=":")
+            else:
+                axes.set_ylim(bottom=0)
         figure.axes[number * len(DYNAMICS)].legend(fontsize=7.5, frameon=False, labelcolor=INK)
         figure.axes[number * len(DYNAMICS)].set_ylabel(name, fontsize=9)
     figure.savefig(out, dpi=150)
@@ -141,7 +146,7 @@ def draw_dynamics(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 
 def draw_credit(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    """For each family's reference: the correctable share of failing steps and trajectories by threshold, early,
+    """Of the first family's reference: the correctable share of failing steps and trajectories by threshold, early,
     midway and late."""
     figure = new_figure(1, 2, height=3.2)
     row = _pair(sweep, next(iter(_families(sweep).values())))[-1]
@@ -217,6 +222,13 @@ def _pair(sweep: Sweep, rows: Sequence[str]) -> list[str]:
 
 def _width(panels: int) -> float:
     return {1: 5.0, 2: 8.0}.get(panels, 11.0)
+
+
+def _same_heights(panels: Sequence[Axes]) -> None:
+    """The same range of y for all panels, so that their heights can be compared."""
+    low_P, high_P = zip(*(axes.get_ylim() for axes in panels), strict=True)
+    for axes in panels:
+        axes.set_ylim(min(low_P), max(high_P))
 
 
 def _hide(figure: Any, used: int) -> None:

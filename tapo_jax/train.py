@@ -4,7 +4,6 @@ prompts → rollout (sampler × tools) → rewards → advantages → TAPO → u
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from tapo_jax.checkpoints import Checkpoints
 from tapo_jax.config import UserError, flat, total_steps
 from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
-from tapo_jax.inputs import bucket, pack, sizes
+from tapo_jax.inputs import pack
 from tapo_jax.metrics import Clock, MetricWriter, compile_count, throughput
 from tapo_jax.models import hf, lora
 from tapo_jax.models.parameters import logical_axes
@@ -85,7 +84,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     writer = MetricWriter(workdir, total_steps=total, resumed_step=resumed, tensorboard=config.log.tensorboard)
     write_config(config, workdir, resumed, writer)
     if config.train.warm_up:
-        writer.say("compiling every shape that a step can have …")
+        writer.say("compiling all that a step runs …")
         state = warm_up(run, state)
     # -------------------------------------------------------------------------------------- evaluate at start
     if resumed is None and config.eval.at_start:
@@ -185,25 +184,23 @@ def write_config(config: ConfigDict, workdir: Path, resumed: int | None, writer:
 
 
 def warm_up(run: Run, state: TrainState) -> TrainState:
-    """Compiles every shape that a step can have. The updates get an advantage that is not a number, so they change
-    nothing."""
+    """Compiles all that a step runs. The update gets an advantage that is not a number, so it changes nothing."""
     config, programs = run.config, run.programs
     run.agent.sampler.warm_up(state.params)
     run.agent.sampler.release()
     kept = jax.device_get((state.update, state.skipped, state.skipped_in_a_row))
     nothing = np.zeros(0, np.int32)
-    for length, patches in itertools.product(programs.length_buckets, programs.patch_buckets):
-        empty = Episode(
-            Prompt("", "", (), ()), 0, nothing, nothing.astype(bool), nothing.astype(np.float32), [], [], [], None,
-            "length", {"accuracy": 0.0},
-        )  # fmt: skip
-        batch, outcome = to_device(run, [empty] * (len(run.local) * config.rollout.group_size), length, patches, step=0)
-        batch, _, _, _ = with_advantages(run, state, batch, outcome, step=0)
-        batch, reference_BxT = with_log_probs(run, state, batch)
-        bad = np.full((len(run.local) * config.rollout.group_size, length), np.nan, np.float32)
-        bad_BxT, mask_BxT = sharding.put_rows((bad, np.isnan(bad)), run.mesh, batch.mask_BxT.shape[0])
-        batch = dataclasses.replace(batch, advantage_BxT=bad_BxT, mask_BxT=mask_BxT)
-        state, _ = programs.update(state, batch, reference_BxT, programs.index_U[0])
+    empty = Episode(
+        Prompt("", "", (), ()), 0, nothing, nothing.astype(bool), nothing.astype(np.float32), [], [], [], None,
+        "length", {"accuracy": 0.0},
+    )  # fmt: skip
+    batch, outcome = to_device(run, [empty] * (len(run.local) * config.rollout.group_size), step=0)
+    batch, _, _, _ = with_advantages(run, state, batch, outcome, step=0)
+    batch, reference_BxT = with_log_probs(run, state, batch)
+    bad = np.full((len(run.local) * config.rollout.group_size, batch.mask_BxT.shape[1]), np.nan, np.float32)
+    bad_BxT, mask_BxT = sharding.put_rows((bad, np.isnan(bad)), run.mesh, batch.mask_BxT.shape[0])
+    batch = dataclasses.replace(batch, advantage_BxT=bad_BxT, mask_BxT=mask_BxT)
+    state, _ = programs.update(state, batch, reference_BxT, programs.index_U[0])
     counters = sharding.put_replicated(kept, run.mesh)
     return dataclasses.replace(state, update=counters[0], skipped=counters[1], skipped_in_a_row=counters[2])
 
@@ -221,9 +218,7 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
                 top_p=config.rollout.top_p, seed=config.seed, step=step, first_prompt=run.local[0],
             )  # fmt: skip
         with clock("pack"):
-            tokens, patches = processes.largest(*sizes(episodes, run.agent.pixels))
-            shape = bucket(tokens, run.programs.length_buckets), bucket(patches, run.programs.patch_buckets)
-            batch, outcome = jax.block_until_ready(to_device(run, episodes, *shape, step))
+            batch, outcome = jax.block_until_ready(to_device(run, episodes, step))
         with clock("tapo"):
             batch, state, credit, found = jax.block_until_ready(with_advantages(run, state, batch, outcome, step))
         with clock("logprobs"):
@@ -252,13 +247,11 @@ def grouped(run: Run, episodes: Sequence[Episode]) -> list[Sequence[Episode]]:
     return [episodes[start : start + G] for start in range(0, len(episodes), G)]
 
 
-def to_device(
-    run: Run, episodes: Sequence[Episode], length: int, patches: int, step: int
-) -> tuple[TrainBatch, Outcome]:
-    """This process's episodes -> the batch of all processes, [B, length] tokens and [B, patches] patches."""
+def to_device(run: Run, episodes: Sequence[Episode], step: int) -> tuple[TrainBatch, Outcome]:
+    """This process's episodes -> the batch of all processes, of the size that holds any episode."""
     agent, P, G = run.agent, run.config.data.prompts_per_step, run.config.rollout.group_size
-    buckets = {"length_buckets": (length,), "patch_buckets": (patches,)}
-    batch = pack(episodes, agent.sampler.config, agent.pixels, steps=run.config.tapo.steps, **buckets)
+    size = dict(zip(("length", "patches"), run.programs.rungs[-1], strict=True))
+    batch = pack(episodes, agent.sampler.config, agent.pixels, steps=run.config.tapo.steps, **size)
     outcome = run.outcomes.encode(grouped(run, episodes), step)
     return sharding.put_rows(batch, run.mesh, P * G), sharding.put_rows(outcome, run.mesh, P)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rollout_world as world
 
-from tapo_jax.inputs import PixelStore, bucket, check_episode, ladder, make_row, model_inputs, pack, sizes, tool_steps
+from tapo_jax.inputs import PixelStore, bucket, check_episode, ladder, make_row, model_inputs, pack, tool_steps
 from tapo_jax.models.positions import rope_positions, vision_inputs
 from tapo_jax.types import Episode, Image, ToolCall, ToolResult, Turn, root_image
 
@@ -50,12 +50,7 @@ def test_ladder_and_bucket():
 
 def test_packed_rows_are_the_episodes_token_for_token():
     episodes = [make_episode(1), make_episode(0), make_episode(2)]
-    batch = pack(episodes, CONFIG, world.pixels(), length_buckets=(32, 128, 256), patch_buckets=(16, 64, 128), steps=2)
-    longest, patches = sizes(episodes, world.pixels())
-    assert (longest, patches) == (
-        max(len(e.token_T) for e in episodes),
-        2 * 24 + 8,
-    )  # 16 × 24 pixels are 4 × 6 patches, 8 × 16 are 2 × 4
+    batch = pack(episodes, CONFIG, world.pixels(), length=128, patches=64, steps=2)
     assert batch.inputs.token_BxT.shape == (3, 128) and batch.inputs.pixels_BxNxF.shape == (3, 64, 48)
     for b, episode in enumerate(episodes):
         count = len(episode.token_T)
@@ -72,7 +67,7 @@ def test_packed_rows_are_the_episodes_token_for_token():
 
 def test_packed_images_lie_in_order_and_their_features_at_their_placeholders():
     episode = make_episode(2)
-    batch = pack([episode], CONFIG, world.pixels(), length_buckets=(128,), patch_buckets=(64,), steps=1)
+    batch = pack([episode], CONFIG, world.pixels(), length=128, patches=64, steps=1)
     inputs = batch.inputs
     processed = [world.PROCESSOR(image.pixels) for image in episode.images]
     grids = np.array([grid for _, grid in processed])
@@ -107,7 +102,7 @@ def test_only_executed_calls_are_steps():
     episode = make_episode()
     assert tool_steps(episode, 3) == [episode.turns[0]] and tool_steps(episode, 0) == []
     failed = pack(
-        [make_episode(error="timeout")], CONFIG, world.pixels(), length_buckets=(128,), patch_buckets=(64,), steps=2
+        [make_episode(error="timeout")], CONFIG, world.pixels(), length=128, patches=64, steps=2
     )
     assert (failed.step_BxT == -1).all()
 
@@ -119,16 +114,18 @@ def test_a_batch_of_text_can_leave_the_image_fields_out():
         episode, token_T=np.arange(start, dtype=np.int32), mask_T=episode.mask_T[:start],
         sampler_logp_T=episode.sampler_logp_T[:start], images=[], image_start=[], turns=episode.turns[:1],
     )  # fmt: skip
-    batch = pack([text], CONFIG, world.pixels(), length_buckets=(128,), patch_buckets=(), steps=1)
+    batch = pack([text], CONFIG, world.pixels(), length=128, patches=0, steps=1)
     assert batch.inputs.pixels_BxNxF is None and batch.inputs.feature_BxT is None
     with pytest.raises(ValueError, match="does not fit"):
-        pack([episode], CONFIG, world.pixels(), length_buckets=(128,), patch_buckets=(), steps=1)
+        pack([episode], CONFIG, world.pixels(), length=128, patches=0, steps=1)
 
 
 def test_a_row_that_does_not_fit_is_refused():
     episode = make_episode(1)
-    with pytest.raises(ValueError, match="largest bucket"):
-        pack([episode], CONFIG, world.pixels(), length_buckets=(16,), patch_buckets=(64,), steps=1)
+    with pytest.raises(ValueError, match="does not fit 16"):
+        pack([episode], CONFIG, world.pixels(), length=16, patches=64, steps=1)
+    with pytest.raises(ValueError, match="does not fit 128 × 8"):
+        pack([episode], CONFIG, world.pixels(), length=128, patches=8, steps=1)
     row, _ = make_row(episode.token_T, episode.images, CONFIG, world.pixels())
     with pytest.raises(ValueError, match="does not fit 16"):
         model_inputs([row], length=16, patches=64, config=CONFIG)

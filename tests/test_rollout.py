@@ -70,9 +70,7 @@ def sampled(sampler):
 
 
 def pack(episodes):
-    return inputs.pack(
-        episodes, world.config(), world.pixels(), length_buckets=(CAPACITY,), patch_buckets=(256,), steps=STEPS
-    )  # fmt: skip
+    return inputs.pack(episodes, world.config(), world.pixels(), length=CAPACITY, patches=256, steps=STEPS)
 
 
 @jax.jit

@@ -79,7 +79,7 @@ def make_batch(seed: int = 0, images: bool = False) -> TrainBatch:
     )
 
 
-def setup(objective: Objective, *, mesh_shape=(1, 1, 1), optimizer=None, seed: int = 0):
+def setup(objective: Objective, *, mesh_shape=(1, 1, 1), optimizer=None, seed: int = 0, rungs=None):
     """-> (state, update, mesh, place): `place` puts a host batch on the mesh."""
     devices = jax.devices()[: int(np.prod(mesh_shape))]
     mesh = sharding.make_mesh(*mesh_shape, devices=devices)
@@ -87,7 +87,7 @@ def setup(objective: Objective, *, mesh_shape=(1, 1, 1), optimizer=None, seed: i
     schedule = lambda count: 0.1 * count  # noqa: E731
     optimizer = optax.sgd(1.0) if optimizer is None else optimizer
     state = train_step.init_state(params, parameters.logical_axes(CONFIG), optimizer, mesh)
-    update = train_step.make_update(graphdef, optimizer, schedule, objective, FORBIDDEN_V, state, mesh)
+    update = train_step.make_update(graphdef, optimizer, schedule, objective, FORBIDDEN_V, state, mesh, rungs=rungs)
     return state, update, mesh, lambda batch: sharding.put_rows(batch, mesh, B)
 
 
@@ -105,9 +105,9 @@ def run(objective: Objective, batch: TrainBatch, *, ref_logp_BxT=None, **options
 
 
 @functools.cache
-def plain_run(objective: Objective, *, images: bool = False, mesh_shape=(1, 1, 1)):
+def plain_run(objective: Objective, *, images: bool = False, mesh_shape=(1, 1, 1), rungs=None):
     """-> (params before, state after, metrics) of one update on the last mini-batch."""
-    return run(objective, make_batch(images=images), mesh_shape=mesh_shape)
+    return run(objective, make_batch(images=images), mesh_shape=mesh_shape, rungs=rungs)
 
 
 def test_take_piece_is_strided_and_a_partition():
@@ -126,6 +126,71 @@ def test_micro_batches_do_not_change_the_update(aggregation):
         np.testing.assert_allclose(a, b, atol=2e-6)
     for name in ("loss/total", "loss/policy", "loss/entropy", "loss/ratio_max", "loss/tokens", "loss/approx_kl"):
         np.testing.assert_allclose(metrics_one[name], metrics_four[name], rtol=2e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1)])
+def test_narrow_micro_batches_do_not_change_the_update(shape):
+    """Rows of 6 to 12 tokens, shortest first, in micro-batches of 8, 10 or 12 places."""
+    objective = Objective(updates_per_batch=1, loss="gspo")
+    _, one, metrics_one = plain_run(objective, images=True)
+    rungs = ((8, 4), (10, 4), (12, 4))
+    _, two, metrics_two = plain_run(objective, images=True, rungs=rungs, mesh_shape=shape)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+    for name in ("loss/total", "loss/policy", "loss/entropy", "loss/ratio_max", "loss/tokens"):
+        np.testing.assert_allclose(metrics_one[name], metrics_two[name], rtol=2e-5, atol=1e-7, err_msg=name)
+
+
+def test_micro_batches_are_as_narrow_as_their_longest_row():
+    rungs = ((7, 2), (10, 4), (12, 4))
+    batch = make_batch(images=True)
+    width = jax.jit(lambda rows: train_step.as_narrow_as_possible(seen_width, rungs, rows.inputs, rows))
+
+    def seen_width(rows: TrainBatch):
+        assert rows.mask_BxT.shape[1] == rows.inputs.position_BxTx3.shape[1] == rows.inputs.feature_BxT.shape[1]
+        assert rows.inputs.pixels_BxNxF.shape[:2] == rows.inputs.patch_weight_BxNx4.shape[:2]
+        return jnp.array([rows.mask_BxT.shape[1], rows.inputs.pixels_BxNxF.shape[1]])
+
+    def of_size(tokens: int, patches: int) -> TrainBatch:
+        segment_BxT = (np.arange(T) < tokens).astype(np.int32) * np.ones((B, 1), np.int32)
+        image_BxN = (np.arange(4) < patches).astype(np.int32) * np.ones((B, 1), np.int32)
+        inputs = dataclasses.replace(batch.inputs, segment_BxT=segment_BxT, patch_image_BxN=image_BxN)
+        return dataclasses.replace(batch, inputs=inputs)
+
+    sizes = [(0, 0), (7, 2), (7, 3), (8, 1), (10, 4), (11, 0), (12, 4)]
+    got = [tuple(width(of_size(*size)).tolist()) for size in sizes]
+    assert got == [(7, 2), (7, 2), (10, 4), (10, 4), (10, 4), (12, 4), (12, 4)]
+
+
+def test_every_device_sorts_its_own_rows_and_sends_none():
+    mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    length_B = np.array([5, 3, 9, 3, 2, 8, 1, 4])
+    batch = make_batch()
+    segment_BxT = (np.arange(T) < length_B[:, None]).astype(np.int32)
+    inputs = dataclasses.replace(batch.inputs, segment_BxT=segment_BxT)
+
+    @functools.partial(jax.jit, out_shardings=sharding.rows(mesh))
+    def second(inputs):
+        order_Sxn = train_step.by_length(inputs, mesh, ((8, 4), (12, 4)))
+        return train_step.micro_batch((inputs, jnp.arange(B)), order_Sxn, 2, 1)
+
+    placed = sharding.put_rows(inputs, mesh, B)
+    assert second(placed)[1].tolist() == [0, 2, 7, 5]  # of rows 0-3 and of rows 4-7 the two longest
+    program = second.lower(placed).compile().as_text()
+    assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
+
+
+def test_a_mini_batch_is_cut_into_more_parts_only_where_that_saves_padding():
+    parts = lambda rows, least: train_step.micro_batches(np.zeros((2, rows), int), least)  # noqa: E731
+    assert train_step.micro_batches(None, 2) == 2
+    assert [parts(32, 1), parts(32, 4), parts(12, 1), parts(12, 2), parts(1, 1), parts(7, 1)] == [8, 8, 6, 6, 1, 7]
+    assert [parts(32, 16), parts(48, 3), parts(22, 1)] == [16, 6, 2]
+
+
+def test_rungs_pair_the_largest_sizes():
+    assert train_step.make_rungs((448, 640), (576,)) == ((448, 576), (640, 576))
+    assert train_step.make_rungs((640,), (256, 576)) == ((640, 256), (640, 576))
+    assert train_step.make_rungs((8, 16), (8, 16, 32)) == ((8, 8), (8, 16), (16, 32))
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
@@ -215,8 +280,10 @@ def test_log_probs_come_back_in_the_order_of_the_rows():
     inputs = jax.tree.map(jnp.asarray, batch.inputs)
     want_BxT, _ = train_step.row_logp(graphdef, params, inputs, temperature=0.7, forbidden_V=jnp.asarray(FORBIDDEN_V))
     np.testing.assert_allclose(got_BxT, want_BxT, atol=1e-5)
-    later = train_step.make_log_probs(graphdef, objective, FORBIDDEN_V, mesh, later_updates=True)
+    rungs = ((8, 4), (12, 4))
+    later = train_step.make_log_probs(graphdef, objective, FORBIDDEN_V, mesh, rungs=rungs, later_updates=True)
     got_BxT = jax.device_get(later(state.params, place(batch).inputs))
+    got_BxT, want_BxT = (np.where(batch.mask_BxT, logp_BxT, 0) for logp_BxT in (got_BxT, want_BxT))
     np.testing.assert_allclose(got_BxT[1::2], want_BxT[1::2], atol=1e-5)  # rows 1, 3, … are the second update's
     assert not got_BxT[0::2].any()
 
