@@ -1,10 +1,18 @@
 """GiGPO, the step-level comparator (Feng et al. 2025, arXiv 2505.10978): equal states, where TAPO has similar actions.
 
 Steps of a group that start from the same state form a step-level group: each is compared with what else was tried
-there. Axes: P prompts, G rollouts, K steps of a rollout, S = G·K slots (slot = g·K + k), as in `tapo`.
+there. A step here is every turn of the policy, the answer and calls that went wrong included, unlike TAPO's.
+Axes: P prompts, G rollouts, K steps of a rollout, S = G·K slots (slot = g·K + k); B rows, T tokens.
 """
 
 import jax.numpy as jnp
+
+
+def turns(mask_BxT):
+    """turn_BxT: int32, the number of the turn that a token was written in, -1 where the policy did not write it.
+    Between two turns there always stands a token that it did not."""
+    before_BxT = jnp.pad(mask_BxT[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(mask_BxT, jnp.cumsum(mask_BxT & ~before_BxT, axis=1) - 1, -1)
 
 
 def step_returns(reward_PxG, valid_PxS, discount=0.95):

@@ -17,8 +17,8 @@ from tapo_jax.types import Episode
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One batch. reward_PxG: float32, total rewards. success_PxG: bool. anchor_PxS: int32, a hash of what each of the G
-    rollouts' steps had last seen (0 where there is no step). steps: the calls of G + M rollouts of each prompt; the
+    """One batch. reward_PxG: float32, total rewards. success_PxG: bool. anchor_PxV: int32, a hash of what had last been
+    seen before each of the at most V / G turns of the G rollouts (0 where there is no turn). steps: the calls of G + M rollouts of each prompt; the
     last M are successful rollouts that the same question had in earlier steps (M may be 0): remembered_success_PxM is
     False where there is none, remembered_advantage_PxM what they had then, remembered_weight_PxM what is left of their
     weight."""
@@ -26,7 +26,7 @@ class Outcome:
     reward_PxG: Any
     success_PxG: Any
     steps: Steps
-    anchor_PxS: Any
+    anchor_PxV: Any
     remembered_success_PxM: Any
     remembered_advantage_PxM: Any
     remembered_weight_PxM: Any
@@ -35,7 +35,7 @@ class Outcome:
 class Outcomes:
     """Encodes batches and keeps the memory of witnesses.
 
-    steps: K, tool steps of a rollout at most. features: of a hashed text. slots: `tapo.parameter_slots` of the tools.
+    steps, turns: of a rollout at most, tool steps (K) and turns. features: of a hashed text. slots: `tapo.parameter_slots` of the tools.
     embed: text to vector, None: hashed words. memory_steps: how long a witness is remembered, 0: not at all;
     memory_size: M, rollouts of one question that are; discount: of their weight for each step of age.
     """
@@ -44,6 +44,7 @@ class Outcomes:
         self,
         *,
         steps: int,
+        turns: int,
         features: int,
         slots: Mapping[str, int],
         embed: Callable | None = None,
@@ -51,7 +52,8 @@ class Outcomes:
         memory_size: int = 0,
         discount: float = 1.0,
     ) -> None:
-        self._steps, self._features, self._slots, self._embed = steps, features, dict(slots), embed
+        self._steps, self._turns = steps, turns
+        self._features, self._slots, self._embed = features, dict(slots), embed
         self._memory_steps, self._discount = memory_steps, discount
         self.remembered = memory_size if memory_steps else 0  # M
         self._memory: tapo_memory.Memory = {}
@@ -68,7 +70,7 @@ class Outcomes:
             steps=tapo.encode_steps(
                 calls, steps=self._steps, features=self._features, embed=self._embed, **self._slots
             ),
-            anchor_PxS=np.array([[anchor for e in group for anchor in self._anchors(e)] for group in groups], np.int32),
+            anchor_PxV=np.array([[anchor for e in group for anchor in self._anchors(e)] for group in groups], np.int32),
             remembered_success_PxM=success_PxM,
             remembered_advantage_PxM=advantage_PxM,
             remembered_weight_PxM=weight_PxM,
@@ -95,15 +97,14 @@ class Outcomes:
         self._memory = state
 
     def _anchors(self, episode: Episode) -> list[int]:
-        """For each of the K slots the hash of the tool response before the step; the first steps have all seen the
-        question."""
+        """For each of the `turns` turns the hash of what was last seen before it: at first the question, then the
+        newest tool response."""
         anchors, seen = [], "question"
         for turn in episode.turns:
-            if turn.is_step:
-                anchors.append(name_hash(seen))
+            anchors.append(name_hash(seen))
             if turn.result is not None:
                 seen = repr((turn.result.text, [(image.root, image.box) for image in turn.result.images]))
-        return (anchors + [0] * self._steps)[: self._steps]
+        return (anchors + [0] * self._turns)[: self._turns]
 
     def _calls(self, groups: Sequence[Sequence[Episode]]) -> list:
         return [

@@ -44,7 +44,8 @@ def make_prepare(
     published settings and without effect). dynamic_sampling: groups whose rewards are all equal leave the loss (their
     mask becomes False). overlong_buffer: tokens before max_length in which a penalty grows to 1.
     adaptive: None, or tools, quantile and rate of thresholds that adapt (`tapo_adaptive`); thresholds is None without.
-    gigpo: None, or discount and omega of the comparator `tapo_jax.gigpo`, whose step advantages then are used.
+    gigpo: None, or discount and omega of the comparator `tapo_jax.gigpo`: its advantages of turns are used then, and
+    Credit says what TAPO would have seen.
     seed_step_2: int32, what the control that shuffles draws from.
     """
 
@@ -56,12 +57,13 @@ def make_prepare(
         advantage_PxG = advantages.group_advantages(reward_PxG, estimator)
         key = jax.random.fold_in(jax.random.key(seed_step_2[0]), seed_step_2[1])
         result, thresholds, metrics = transferred(outcome, advantage_PxG, thresholds, key, transfer, adaptive)
-        if gigpo is not None:
-            result = compared(outcome, reward_PxG, advantage_PxG, result, **gigpo)
-        if transfer is None:
+        if transfer is None or gigpo is not None:
             result = dataclasses.replace(result, corrected_PxS=jnp.zeros_like(result.corrected_PxS))
         advantage_BxT = jnp.broadcast_to(advantage_PxG.reshape(P * G, 1), batch.mask_BxT.shape)
-        if transfer is not None:
+        if gigpo is not None:
+            turn_PxV = compared(outcome.anchor_PxV, reward_PxG, advantage_PxG, **gigpo)
+            advantage_BxT = tapo.token_advantages(advantage_PxG, turn_PxV, gigpo_lib.turns(batch.mask_BxT))
+        elif transfer is not None:
             advantage_BxT = tapo.token_advantages(advantage_PxG, result.advantage_PxS, batch.step_BxT)
         signal_P = advantages.has_signal(reward_PxG)
         mask_BxT = batch.mask_BxT
@@ -111,17 +113,9 @@ def transferred(
 
 
 def compared(
-    outcome: Outcome,
-    reward_PxG: jax.Array,
-    advantage_PxG: jax.Array,
-    transfer: CreditTransfer,
-    *,
-    discount: float,
-    omega: float,
-) -> CreditTransfer:
-    """GiGPO's step advantages in the place of TAPO's; nothing counts as corrected."""
-    valid_PxS = outcome.steps.valid_PxS[:, : outcome.anchor_PxS.shape[1]]
-    return_PxS = gigpo_lib.step_returns(reward_PxG, valid_PxS, discount)
-    step_PxS = gigpo_lib.step_advantages(return_PxS, outcome.anchor_PxS, valid_PxS, advantage_PxG, omega=omega)
-    step_PxS = jnp.where(valid_PxS, step_PxS, transfer.advantage_PxS)
-    return dataclasses.replace(transfer, advantage_PxS=step_PxS, corrected_PxS=jnp.zeros_like(transfer.corrected_PxS))
+    anchor_PxV: jax.Array, reward_PxG: jax.Array, advantage_PxG: jax.Array, *, discount: float, omega: float
+) -> jax.Array:
+    """GiGPO's advantage of every turn, [P, V]."""
+    valid_PxV = anchor_PxV != 0
+    return_PxV = gigpo_lib.step_returns(reward_PxG, valid_PxV, discount)
+    return gigpo_lib.step_advantages(return_PxV, anchor_PxV, valid_PxV, advantage_PxG, omega=omega)

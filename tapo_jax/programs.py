@@ -94,13 +94,14 @@ def rungs(config: ConfigDict, model_config: Qwen3VLConfig) -> tuple[tuple[int, i
 def make_outcomes(config: ConfigDict, agent: Agent, params: Any) -> Outcomes:
     """What encodes the calls. Embedded texts are compared by the embedding table that the run begins with."""
     t, embed, features = config.tapo, None, config.tapo.features
-    if t.text == "embedding":
+    if t.enabled and t.text == "embedding":
         table_VxD = sharding.to_host(params["embedding"])
         encode = lambda text: agent.chat.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
         embed = tapo_embedding.text_embedding(encode, tapo_embedding.mean_of_table(table_VxD))
         features = table_VxD.shape[1]
     return Outcomes(
         steps=t.steps,
+        turns=config.rollout.max_turns,
         features=features,
         slots=tapo.parameter_slots(agent.runner.schemas),
         embed=embed,

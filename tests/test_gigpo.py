@@ -31,3 +31,9 @@ def test_padding_and_tokens():
     assert result.tolist() == [[0.5, 0, -0.5, 0]]
     token = tapo.token_advantages(np.float32([[3, 4]]), result, np.array([[0, -1], [-1, 0]], np.int32))
     assert token.tolist() == [[0.5, 3], [4, -0.5]]
+
+
+def test_turns_are_stretches_of_written_tokens():
+    mask_BxT = np.array([[0, 1, 1, 0, 1, 0], [1, 0, 0, 1, 0, 1], [0] * 6], bool)
+    want = [[-1, 0, 0, -1, 1, -1], [0, -1, -1, 1, -1, 2], [-1] * 6]
+    assert gigpo.turns(mask_BxT).tolist() == want

@@ -38,7 +38,7 @@ def episode(prompt: str, calls: list[str], accuracy: float) -> Episode:
 
 
 def outcomes(**options) -> Outcomes:
-    return Outcomes(steps=2, features=8, slots={"regions": 0, "texts": 0, "numbers": 0}, **options)
+    return Outcomes(steps=2, turns=3, features=8, slots={"regions": 0, "texts": 0, "numbers": 0}, **options)
 
 
 def test_rewards_successes_and_executed_calls():
@@ -83,12 +83,12 @@ def test_without_a_memory_nothing_is_kept():
     assert made.get_state() == {}
 
 
-def test_steps_that_saw_the_same_have_the_same_anchor():
-    """Both rollouts begin with the question and see "" after call a; the error of "bad" is an observation, but no step.
-    """
+def test_turns_that_saw_the_same_have_the_same_anchor():
+    """Every turn counts. Two rollouts begin with the question and see "" after call a, which is also what the error of
+    "bad" says; the third has no turn."""
     made = outcomes().encode(
-        [[episode("p", ["a", "b"], 1.0), episode("p", ["a", "bad"], 0.0), episode("p", [], 0.0)]], step=1
+        [[episode("p", ["a", "b"], 1.0), episode("p", ["bad", "a"], 0.0), episode("p", [], 0.0)]], step=1
     )
-    first, second, *rest = made.anchor_PxS[0].tolist()
+    first, second, *rest = made.anchor_PxV[0].tolist()
     assert first != second and 0 not in (first, second)
-    assert rest == [first, 0, 0, 0]
+    assert rest == [0, first, second, 0, 0, 0, 0]

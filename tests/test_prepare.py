@@ -14,13 +14,13 @@ P, G, K, T = 2, 4, 2, 6
 TRANSFER = dict(theta=0.7, alpha_min=0.25, beta=0.8, text="dice")  # noqa: C408
 
 
-def run(reward_PxG, success_PxG, calls, *, mesh_data=1, transfer=TRANSFER, thresholds=None, past=(), **options):
+def run(reward_PxG, success_PxG, calls, *, mesh_data=1, transfer=TRANSFER, thresholds=None, past=(), mask_T=None, **options):
     """-> (advantage_BxT, mask_BxT, credit, thresholds, metrics) on the host. past: (success, advantage, weight) of M
     remembered rollouts. Token 0 is the prompt, 1-2 step 0, 3-4 step 1, 5 the answer."""
     mesh = sharding.make_mesh(mesh_data, 1, 1, devices=jax.devices()[:mesh_data])
     B = P * G
     step_BxT = np.tile(np.array([-1, 0, 0, 1, 1, -1], np.int32), (B, 1))
-    mask_BxT = np.tile(np.arange(T) > 0, (B, 1))
+    mask_BxT = np.tile(np.arange(T) > 0 if mask_T is None else np.array(mask_T, bool), (B, 1))
     zeros_BxT = np.zeros((B, T), np.int32)
     inputs = ModelInputs(zeros_BxT, zeros_BxT + 1, np.zeros((B, T, 3), np.int32))
     batch = TrainBatch(
@@ -29,7 +29,7 @@ def run(reward_PxG, success_PxG, calls, *, mesh_data=1, transfer=TRANSFER, thres
     success_PxM, advantage_PxM, weight_PxM = past or (np.zeros((P, 0), bool), *[np.zeros((P, 0), np.float32)] * 2)
     outcome = Outcome(
         reward_PxG=np.array(reward_PxG, np.float32), success_PxG=np.array(success_PxG),
-        steps=tapo.encode_steps(calls, steps=K, features=16), anchor_PxS=np.full((P, G * K), 7, np.int32),
+        steps=tapo.encode_steps(calls, steps=K, features=16), anchor_PxV=np.array(ANCHORS, np.int32),
         remembered_success_PxM=success_PxM,
         remembered_advantage_PxM=advantage_PxM, remembered_weight_PxM=weight_PxM,
     )  # fmt: skip
@@ -51,6 +51,9 @@ def call(value: str):
 REWARD = [[1, 0, 0, 0], [1, 1, 1, 1]]
 SUCCESS = [[True, False, False, False], [True] * 4]
 CALLS = [[[call("a")], [call("a"), call("b")], [], []], [[call("c")], [], [], []]]
+
+# What was seen before each of at most three turns: rollouts 0, 1 and 2 of prompt 0 begin with the same question.
+ANCHORS = [[7, 8, 0, 7, 0, 0, 7, 0, 0, 0, 0, 0], [9, 0, 0] * 4]
 
 
 @pytest.mark.parametrize("mesh_data", [1, 8])
@@ -123,13 +126,15 @@ def test_adaptive_thresholds_follow_the_witnesses_and_are_used_before_they_move(
     assert credit.transfer.corrected_PxS[0, 2 * K]
 
 
-def test_the_comparator_puts_its_step_advantages_in_the_place_of_tapos():
-    """All steps of prompt 0 saw the same: returns 1, 0, 0, mean 1/3, std √(1/3): the success's step gets (2/3) / √(1/3)
-    = 1.1547 more than 0.75, the failure's two steps 0.57735 less than -0.25. The answer's token keeps the trajectory's
-    advantage."""
+def test_the_comparator_compares_all_turns_that_saw_the_same():
+    """Rollout 0 of prompt 0 calls a tool and then answers; 1 and 2 answer the question at once: returns 1, 0, 0 of the
+    first turns, mean 1/3, std √(1/3): (2/3) / √(1/3) = 1.1547 more than 0.75 for the call, 0.57735 less than -0.25 for
+    the hasty answers. Nobody else saw what rollout 0 answered to."""
     gigpo = {"discount": 1.0, "omega": 1.0}
-    advantage_BxT, _, credit, _, metrics = run(REWARD, SUCCESS, CALLS, gigpo=gigpo)
-    np.testing.assert_allclose(advantage_BxT[0], [0, 1.90470, 1.90470, 0.75, 0.75, 0.75], atol=1e-4)
-    np.testing.assert_allclose(advantage_BxT[1], [0, -0.82735, -0.82735, -0.82735, -0.82735, -0.25], atol=1e-4)
+    turns = {"mask_T": [0, 1, 1, 0, 1, 1]}
+    advantage_BxT, _, credit, _, metrics = run(REWARD, SUCCESS, CALLS, gigpo=gigpo, **turns)
+    np.testing.assert_allclose(advantage_BxT[0], [0, 1.90470, 1.90470, 0, 0.75, 0.75], atol=1e-4)
+    np.testing.assert_allclose(advantage_BxT[1][:3], [0, -0.82735, -0.82735], atol=1e-4)
+    assert not advantage_BxT[4:].any()  # all rewards of prompt 1 are equal
     assert not credit.transfer.corrected_PxS.any()
     assert metrics["tapo/correctable_actions"] == 0.5  # still diagnosed
