@@ -29,7 +29,7 @@ tpu=(gcloud compute tpus tpu-vm)
 command -v gcloud >/dev/null || fail "gcloud is missing: install the Google Cloud CLI and run 'gcloud init'"
 
 # The command given as one string, on every host of the slice (or on the one that WORKER names).
-on_hosts() { "${tpu[@]}" ssh "$name" "${place[@]}" --worker="${WORKER:-all}" --command="$1"; }
+on_hosts() { "${tpu[@]}" ssh "$name" ${place[@]+"${place[@]}"} --worker="${WORKER:-all}" --command="$1"; }
 
 # The image that a type of slice needs.
 runtime_of() {
@@ -47,7 +47,7 @@ create() {
   [ -n "$image" ] || image=$(runtime_of "$1")
   local options=(--accelerator-type="$1" --version="$image")
   [ "${SPOT:-0}" = 1 ] && options+=(--spot)
-  "${tpu[@]}" create "$name" "${place[@]}" "${options[@]}"
+  "${tpu[@]}" create "$name" ${place[@]+"${place[@]}"} "${options[@]}"
 }
 
 # Copies what git knows of (so no caches and no results), then installs it in an environment of its own.
@@ -57,7 +57,7 @@ push() {
   # shellcheck disable=SC2064  # the path is fixed now
   trap "rm -f '$archive'" EXIT
   (cd "$root" && git ls-files --cached --others --exclude-standard -z | tar --null --files-from=- -czf "$archive")
-  "${tpu[@]}" scp "$archive" "$name:tapo_jax.tar.gz" "${place[@]}" --worker=all
+  "${tpu[@]}" scp "$archive" "$name:tapo_jax.tar.gz" ${place[@]+"${place[@]}"} --worker=all
   on_hosts '
     set -e
     mkdir -p tapo_jax && tar -xzf tapo_jax.tar.gz -C tapo_jax
@@ -90,6 +90,6 @@ case $action in
   run) run "$@" ;;
   log) WORKER=${WORKER:-0} on_hosts 'tail -n 50 -f train.log' ;;
   stop) on_hosts 'if [ -f train.pid ]; then kill -TERM "$(cat train.pid)" 2>/dev/null || true; fi' ;;
-  delete) "${tpu[@]}" delete "$name" "${place[@]}" ;;
+  delete) "${tpu[@]}" delete "$name" ${place[@]+"${place[@]}"} ;;
   *) usage ;;
 esac

@@ -70,12 +70,13 @@ def check_rewards(reward_PxG) -> None:
 def has_signal(reward_PxG):
     """signal_P: whether the rewards of a group differ at all. Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476,
     section 3.2) drops the groups without: their advantages are 0 and they only dilute the mean."""
-    return reward_PxG.max(axis=1) > reward_PxG.min(axis=1)
+    return ~(reward_PxG.max(axis=1) <= reward_PxG.min(axis=1))  # a NaN is no reason to be silent
 
 
 def overlong_penalty(length_B, max_length: int, buffer: int):
     """Soft overlong punishment (DAPO, arXiv 2503.14476, section 3.4): 0 up to max_length - buffer tokens, then linearly
-    down to -1 at max_length, -1 beyond. Returns penalty_B to add to the reward; buffer 0 gives 0 everywhere."""
+    down to -1 at max_length, -1 beyond. (There of generated tokens; here of the whole conversation, which is what runs
+    out.) Returns penalty_B to add to the reward; buffer 0 gives 0 everywhere."""
     if buffer == 0:
         return jnp.zeros(jnp.shape(length_B), jnp.float32)
     if not 0 < buffer <= max_length:

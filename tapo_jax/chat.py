@@ -64,6 +64,9 @@ def parse_turn(text: str) -> ParsedTurn:
 def _parse_call(body: str) -> tuple[ToolCall | None, str | None]:
     try:
         value = json.loads(body)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return None, "The tool call has half of a surrogate pair (\\ud800 to \\udfff), which is no character."
     except (ValueError, RecursionError) as error:
         return None, f"The tool call is not valid JSON: {str(error)[:120]}."
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):

@@ -3,6 +3,7 @@
 Holds no defaults: the files in `configs/` are complete. Imports no jax, so that a config can be read anywhere.
 """
 
+import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +19,9 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """absl's `app.run`; a UserError is printed as its sentence and ends the program with code 1, no traceback."""
+    """absl's `app.run`; a UserError is printed as its sentence and ends the program with code 1, no traceback. Modules
+    of the working directory can be named in fields like data.name."""
+    sys.path.append(os.getcwd())
     try:
         app.run(main, flags_parser=_parse_flags)
     except UserError as error:
@@ -29,9 +32,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 def _parse_flags(args: list[str]) -> list[str]:
     """absl's parsing; a --config.… flag that the config has no field for, or a config file that does not exist, is a
     UserError."""
-    logging.set_verbosity(
-        logging.WARNING
-    )  # libraries report every step of their work otherwise; --verbosity=0 shows it
+    # Libraries report every step of their work otherwise; --verbosity=0 shows it.
+    logging.set_verbosity(logging.WARNING)
     try:
         rest = app.parse_flags_with_usage(args)
         if "config" in flags.FLAGS:

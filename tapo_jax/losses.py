@@ -104,7 +104,8 @@ def aggregate(value_BxT, mask_BxT, aggregation="token_mean", denominator=None):
 
     token_mean               Σ value / tokens
     seq_mean_token_mean      Σ over rows of (the row's mean over its tokens) / rows that have a token
-    seq_mean_token_sum_norm  Σ value / (rows that have a token · T)   (Dr. GRPO, arXiv 2503.20783)
+    seq_mean_token_sum_norm  Σ value / (rows that have a token · T)   (Dr. GRPO, arXiv 2503.20783; in training T is
+                             rollout.max_length, whatever a batch's longest row)
 
     denominator: the number to divide by instead of this array's own tokens, rows, or rows · T. Under micro-batching and
     data parallelism it is the count of the global batch: the mean of micro-batch means is another number.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tapo_jax import processes, tapo, tapo_memory
+from tapo_jax import advantages, processes, tapo, tapo_memory
 from tapo_jax.inputs import tool_steps
 from tapo_jax.tapo import Steps, name_hash
 from tapo_jax.types import Episode
@@ -59,13 +59,15 @@ class Outcomes:
         self._memory: tapo_memory.Memory = {}
 
     def encode(self, groups: Sequence[Sequence[Episode]], step: int) -> Outcome:
-        """groups: the episodes of each of this process's prompts."""
+        """groups: the episodes of each of this process's prompts. Raises ValueError for a reward that is not finite."""
         calls = self._calls(groups)
         ids = [group[0].prompt.id for group in groups]
         size = {"steps": self._memory_steps, "size": self.remembered, "discount": self._discount}
         calls, success_PxM, advantage_PxM, weight_PxM = tapo_memory.recall(self._memory, step, ids, calls, **size)
+        reward_PxG = np.array([[episode.reward for episode in group] for group in groups], np.float32)
+        advantages.check_rewards(reward_PxG)
         return Outcome(
-            reward_PxG=np.array([[episode.reward for episode in group] for group in groups], np.float32),
+            reward_PxG=reward_PxG,
             success_PxG=np.array([[episode.success for episode in group] for group in groups]),
             steps=tapo.encode_steps(
                 calls, steps=self._steps, features=self._features, embed=self._embed, **self._slots

@@ -30,12 +30,14 @@ CURVES = (
     "optimizer/grad_norm",
 )
 THRESHOLDS = "_at_"
+SEEDS = 3  # that a verdict needs
 POINTS = 40  # of a condensed curve
 # TAPO as published; what the paper leaves open is this project's default.
 PUBLISHED = {
     "tapo.enabled": True, "tapo.beta": 0.8, "tapo.support": True, "tapo.clip": True, "tapo.control": "none",
     "tapo.theta": 0.7, "tapo.cluster": "components", "tapo.cluster_theta": None, "tapo.aggregate": "mean",
-    "tapo.scope": "prompt", "tapo.adaptive_theta": False, "tapo.memory_steps": 0,
+    "tapo.scope": "prompt", "tapo.adaptive_theta": False, "tapo.memory_steps": 0, "tapo.alpha_min": 0.25,
+    "tapo.text": "dice",
 }  # fmt: skip
 
 
@@ -54,7 +56,10 @@ class Result:
     def at_step(self, step: float) -> float:
         return float(np.interp(step, [e[0] for e in self.evals], [e[2] for e in self.evals]))
 
-    def at_time(self, seconds: float) -> float:
+    def at_time(self, seconds: float) -> float | None:
+        """None before the first evaluation."""
+        if seconds < self.evals[0][1]:
+            return None
         return float(np.interp(seconds, [e[1] for e in self.evals], [e[2] for e in self.evals]))
 
 
@@ -112,8 +117,9 @@ def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[list[float]]:
-    """At most POINTS points, each the mean of the points that it stands for."""
-    parts = np.array_split(np.array(points, float), min(POINTS, len(points)))
+    """At most POINTS points, each the mean of equally many that it stands for (the last one of the rest)."""
+    size = -(-len(points) // POINTS)
+    parts = [np.array(points[start : start + size], float) for start in range(0, len(points), size)]
     return [[float(f"{value:.5g}") for value in part.mean(axis=0)] for part in parts]
 
 
@@ -195,23 +201,25 @@ def bases(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dic
 
 
 def difference(
-    ours: Mapping[int, Result], theirs: Mapping[int, Result], value: Callable[[Result], float]
+    ours: Mapping[int, Result], theirs: Mapping[int, Result], value: Callable[[Result], float | None]
 ) -> dict[str, Any] | None:
     """Paired by seed: what changes when the row changes and nothing else. verdict: "better" or "worse" where both the
-    bootstrap's and Student's interval leave out 0, else "not decided". None without a common seed."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
+    bootstrap's and Student's interval leave out 0 and there are SEEDS seeds, else "not decided". None without a common
+    seed that has both values."""
+    pairs = [(value(ours[seed]), value(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
+    pairs = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
+    if not pairs:
         return None
-    delta_N = [value(ours[seed]) - value(theirs[seed]) for seed in seeds]
+    delta_N = [mine - other for mine, other in pairs]
     found = mean_of(delta_N) | {
         "student": student(delta_N),
-        "seeds": len(seeds),
+        "seeds": len(pairs),
         "improved": sum(delta > 0 for delta in delta_N),
     }
     intervals = [found["interval"], found["student"]]
-    base_mean = float(np.mean([value(theirs[seed]) for seed in seeds]))
+    base_mean = float(np.mean([other for _, other in pairs]))
     found["relative"] = found["mean"] / base_mean if base_mean > 0 else None
-    if None in intervals or any(low <= 0 <= high for low, high in intervals):
+    if len(pairs) < SEEDS or any(low <= 0 <= high for low, high in intervals):
         return found | {"verdict": "not decided"}
     return found | {"verdict": "better" if found["mean"] > 0 else "worse"}
 
@@ -222,7 +230,7 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
     runs = [result for seeds in sweep.results.values() for result in seeds.values()]
     step = min(result.evals[-1][0] for result in runs)
     seconds = min(result.evals[-1][1] for result in runs)
-    measures: dict[str, Callable[[Result], float]] = {
+    measures: dict[str, Callable[[Result], float | None]] = {
         "step": lambda r: r.at_step(step),
         "time": lambda r: r.at_time(seconds),
     }
@@ -230,10 +238,10 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
     for row, seeds in sweep.results.items():
         found: dict[str, Any] = {
             "seeds": sorted(seeds),
-            "start": float(np.mean([r.evals[0][2] for r in seeds.values()])),
         }
         for name, value in measures.items():
-            found[f"at_{name}"] = mean_of([value(seeds[seed]) for seed in sorted(seeds)])
+            known = [v for seed in sorted(seeds) if (v := value(seeds[seed])) is not None]
+            found[f"at_{name}"] = mean_of(known) if known else None
             for kind, partner in (("base", sweep.base), ("reference", sweep.reference)):
                 other = partner.get(row)
                 found[f"{kind}_at_{name}"] = difference(seeds, sweep.results[other], value) if other else None

@@ -89,7 +89,9 @@ def markdown(summary: Mapping[str, Any], name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _percent(found: Mapping[str, Any]) -> str:
+def _percent(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "–"
     interval = found["interval"]
     return f"{100 * found['mean']:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
 

@@ -1,6 +1,6 @@
 """The tiny model's cold start: supervised on experts in invented worlds. One file, read from top to bottom.
 
-Batches come in four kinds with a schedule: sequences to copy, text after an image search, first turns with the scene,
+Batches come in five kinds with a schedule: sequences to copy, text after an image search, first turns with the scene,
 whole episodes. Short contexts first. What it writes to WORKDIR/export is a model directory, the one that ships with the
 package.
 """

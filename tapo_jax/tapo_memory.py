@@ -3,8 +3,8 @@
 When a question comes again, the successful trajectories that it had in the last N training steps join its group as
 extra rollouts, whose step slots are witnesses like the others. One that is a steps old counts with weight discount^a:
 as discount^a of a trajectory in sup(C), and with discount^a times the advantage it had in Adv(C) (`credit_transfer`,
-weight_PxG). They get no gradient: their slots are cut off again. A group that now fails throughout can so be corrected
-by its own past.
+weight_PxG). They get no gradient: their slots are cut off again. A group that now has too few
+successes to support a call can so be corrected by its own past.
 
 The memory lives on the host and is plain data, a dict that goes into a checkpoint as JSON. `remember` makes a new one.
 """
@@ -25,14 +25,15 @@ KINDS = {"region": Region, "text": Text, "identity": Identity, "number": Number}
 def remember(
     memory: Memory, step: int, ids: Sequence[str], groups, success_PxG, advantage_PxG, *, steps: int, size: int
 ) -> Memory:
-    """Adds the successful trajectories of this training step that made a call; forgets what is `steps` steps old.
+    """Adds the successful trajectories of this training step (those without a call count in the support of others);
+    forgets what is `steps` steps old.
 
     groups: as for `encode_steps`. size: trajectories kept of one question, the newest ones.
     """
     kept = {name: [entry for entry in entries if step - entry["step"] < steps] for name, entries in memory.items()}
     for p, name in enumerate(ids):
         for g, calls in enumerate(groups[p]):
-            if success_PxG[p, g] and any(call is not None for call in calls):
+            if success_PxG[p, g]:
                 entry = {
                     "step": step, "advantage": float(advantage_PxG[p, g]),
                     "calls": [_pack(call) for call in calls if call is not None],

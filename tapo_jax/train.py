@@ -304,8 +304,7 @@ def record_episodes(run: Run, episodes: Sequence[Episode], credit: prepare.Credi
     records.save(run.workdir / "episodes" / f"step_{step:06d}.npz", recorded)
 
 
-# -------------------------------------------------------------------------------------------- beside
-# the steps
+# -------------------------------------------------------------------------------------------- beside the steps
 
 
 def evaluated(run: Run, state: TrainState, prompts: Sequence[Prompt]) -> dict[str, float]:

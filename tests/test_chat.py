@@ -117,3 +117,11 @@ def test_names_are_the_same_tokens_wherever_they_stand(chat):
     for text in ("1. Saudi Arabia\n", '{"query": "Saudi Arabia, capital"}', "<answer>Saudi Arabia</answer>", "neighbour: Saudi Arabia."):
         ids = chat.tokenizer.encode(text).ids
         assert any(ids[i : i + len(name)] == name for i in range(len(ids))), text
+
+
+def test_half_of_a_surrogate_pair_is_an_error_that_the_policy_reads():
+    turn = parse_turn('<tool_call>{"name": "text_search_tool", "arguments": {"query": "caf\\ud83d"}}</tool_call>')
+    assert turn.call is None and "surrogate" in turn.error and not turn.format_ok
+    turn.error.encode()
+    whole = parse_turn('<tool_call>{"name": "text_search_tool", "arguments": {"query": "\\ud83d\\ude00"}}</tool_call>')
+    assert whole.call.arguments == {"query": "\U0001f600"}

@@ -90,7 +90,7 @@ def test_ablations_and_controls():
             shuffled=(0.3, {"control": "shuffled"}),
         )
     )  # fmt: skip
-    assert claims["Without support it is worse"]["verdict"] == HOLDS
+    assert claims["Support helps (TAPO over TAPO without it)"]["verdict"] == HOLDS
     assert claims["TAPO beats exact matches alone"]["verdict"] == FAILS
     assert claims["TAPO beats shuffled witnesses"]["verdict"] == OPEN
     assert claims["TAPO beats shuffled witnesses"]["rows"] == ["tapo", "shuffled"]

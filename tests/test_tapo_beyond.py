@@ -126,10 +126,11 @@ def test_memory_forgets_and_never_looks_ahead():
     for step, expected in [(5, [4]), (6, [4, 5]), (8, [5]), (9, [])]:
         _, success, advantage, _ = tapo_memory.recall(memory, step, ["q"], groups, steps=3, size=2, discount=0.9)
         assert advantage[0, success[0]].tolist() == expected, step
-    # another question's step ages this one's; a failure or a success without a call leaves nothing
+    # another question's step ages this one's; a failure leaves nothing, a success without a call itself
     groups, won = [[[SEARCH]], [[None]]], np.array([[False], [True]])
     memory = tapo_memory.remember(memory, 7, ["r", "s"], groups, won, np.ones((2, 1)), steps=3, size=2)
-    assert list(memory) == ["q"] and [entry["step"] for entry in memory["q"]] == [5]
+    assert list(memory) == ["q", "s"] and [entry["step"] for entry in memory["q"]] == [5]
+    assert memory["s"] == [{"step": 7, "advantage": 1.0, "calls": []}]
 
 
 def test_memory_shapes_do_not_depend_on_what_is_remembered():
