@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_run
 from rich.console import Console
@@ -201,6 +202,7 @@ run_main(started)
 
 def test_a_sweep_that_is_stopped_goes_on_and_ends_with_a_report(tmp_path, monkeypatch):
     """Two rows and one whose checkpoint is damaged; SIGTERM in the first run, then the same again."""
+    jax.devices()  # this process keeps its eight
     monkeypatch.setenv("XLA_FLAGS", "")  # one device
     model = tiny_run.write_model(tmp_path / "model")
     runs = []
