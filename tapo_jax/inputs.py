@@ -19,16 +19,6 @@ from tapo_jax.models.positions import rope_positions, vision_inputs
 from tapo_jax.types import Episode, Image, Turn
 
 
-def ladder(maximum: int, *, smallest: int, factor: float = 2.0) -> tuple[int, ...]:
-    """Ascending sizes smallest, smallest·factor, … that end with exactly `maximum`."""
-    rungs = []
-    rung = smallest
-    while rung < maximum:
-        rungs.append(rung)
-        rung = max(rung + 1, int(rung * factor))
-    return (*rungs, maximum)
-
-
 def bucket(size: int, rungs: Sequence[int]) -> int:
     """The smallest rung that holds `size`. Raises ValueError where none does."""
     for rung in rungs:

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import prepare, sharding, tapo, tapo_embedding, train_step
+from tapo_jax import micro_batches, prepare, sharding, tapo, tapo_embedding, train_step
 from tapo_jax.agent import Agent
 from tapo_jax.inputs import most_patches
 from tapo_jax.models.config import Qwen3VLConfig
@@ -24,7 +24,7 @@ class Programs:
 
     old_log_probs: of the rows of the second and later updates of a batch; log_probs: of all, for the reference model.
 
-    rungs: (tokens, patches) that rows may be cut to, ascending; batches are padded to the last, which holds any episode.
+    rungs: (tokens, patches) that rows may be cut to, ascending; batches have the last one, which holds any episode.
     """
 
     log_probs: Callable
@@ -67,7 +67,9 @@ def make_programs(
     sizes = rungs(config, model_config)
     return Programs(
         log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh, rungs=sizes),
-        old_log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh, rungs=sizes, later_updates=True),
+        old_log_probs=train_step.make_log_probs(
+            graphdef, objective, forbidden_V, mesh, rungs=sizes, later_updates=True
+        ),
         prepare=prepare.make_prepare(
             mesh,
             estimator=a.estimator,
@@ -88,7 +90,7 @@ def rungs(config: ConfigDict, model_config: Qwen3VLConfig) -> tuple[tuple[int, i
     """train.length_buckets and patch_buckets with the largest that an episode can have, in pairs."""
     longest, most = config.rollout.max_length, most_patches(config.rollout, model_config.vision.merge)
     lengths = (*(n for n in config.train.length_buckets if n < longest), longest)
-    return train_step.make_rungs(lengths, (*(n for n in config.train.patch_buckets if n < most), most))
+    return micro_batches.make_rungs(lengths, (*(n for n in config.train.patch_buckets if n < most), most))
 
 
 def make_outcomes(config: ConfigDict, agent: Agent, params: Any) -> Outcomes:

@@ -1,10 +1,8 @@
 """The device side of learning: model -> log-probabilities -> loss -> gradients -> update, jitted over the mesh.
 
-Rows are cut into mini-batches with a stride (row i·U + u belongs to update u): so every device keeps the rows that it
-holds, and the samples of one group are spread over the updates. Within a mini-batch every device's rows are taken
-shortest first, and a micro-batch is computed no wider than its longest row needs: of a few widths (`rungs`), all in one
-compiled program. Every micro-batch divides by the token count of the whole mini-batch, so that their sum is exactly the
-loss of the mini-batch.
+Rows are cut into mini-batches with a stride (row i·U + u belongs to update u), so that the samples of one group are
+spread over the updates, and into micro-batches of like length (`micro_batches.py`), all in one compiled program. Every
+micro-batch divides by the token count of the whole mini-batch, so that their sum is exactly the loss of the mini-batch.
 """
 
 import dataclasses
@@ -20,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tapo_jax import losses, sharding
+from tapo_jax import micro_batches as cut
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.logprobs import token_logp
 from tapo_jax.models import qwen3_vl
@@ -148,94 +147,11 @@ def apply_gradients(
     return state, metrics
 
 
-# Pieces of a batch. S shards of the mesh hold n rows of a mini-batch each, k of them in a micro-batch.
-
-Rungs = Sequence[tuple[int, int]]
-PARTS = 8  # micro-batches of a mini-batch where there are widths to choose from, if its rows allow it
-
-
-def take_piece(tree: Any, pieces: int, index: jax.Array | int) -> Any:
-    """Rows index, pieces + index, 2·pieces + index, … of every array: [B, …] -> [B / pieces, …]."""
-    if pieces == 1:
-        return tree
-
-    def leaf(array_Bx: jax.Array) -> jax.Array:
-        split = array_Bx.reshape(array_Bx.shape[0] // pieces, pieces, *array_Bx.shape[1:])
-        return jax.lax.dynamic_index_in_dim(split, index, axis=1, keepdims=False)
-
-    return jax.tree.map(leaf, tree)
-
-
-def by_length(inputs: ModelInputs, mesh: Mesh | None, rungs: Rungs) -> jax.Array | None:
-    """order_Sxn: every shard's own rows, shortest first (rows of equal length as they stood). None where all
-    micro-batches have the same width, so that their order does not matter."""
-    if len(rungs) == 1:
-        return None
-    rows, shards = inputs.token_BxT.shape[0], 1 if mesh is None else sharding.batch_shards(mesh)
-    shards = shards if rows % shards == 0 else 1
-    return jnp.argsort(jnp.sum(inputs.segment_BxT > 0, axis=1).reshape(shards, -1), axis=1)
-
-
-def micro_batches(order_Sxn: jax.Array | None, least: int) -> int:
-    """Into how many equal parts a mini-batch is cut: `least`, or a multiple of it up to PARTS if that saves padding."""
-    if order_Sxn is None:
-        return least
-    rows = order_Sxn.shape[1]
-    return max(count for count in range(least, max(PARTS, least) + 1, least) if rows % count == 0)
-
-
-def take_rows(tree: Any, row_Sxk: jax.Array) -> Any:
-    """Of every array the rows that each shard names among its own: [S·n, …] -> [S·k, …]."""
-    shards = row_Sxk.shape[0]
-    take = jax.vmap(lambda rows, row_k: rows.at[row_k].get(mode="promise_in_bounds"))
-
-    def leaf(array_Bx: jax.Array) -> jax.Array:
-        taken = take(array_Bx.reshape(shards, -1, *array_Bx.shape[1:]), row_Sxk)
-        return taken.reshape(-1, *array_Bx.shape[1:])
-
-    return jax.tree.map(leaf, tree)
-
-
-def micro_batch(rows: Any, order_Sxn: jax.Array | None, count: int, index: jax.Array) -> Any:
-    """Micro-batch `index` of `count`: the rows of a mini-batch in their order, cut into equal parts; without an order,
-    every count-th row."""
-    if order_Sxn is None:
-        return take_piece(rows, count, index)
-    size = order_Sxn.shape[1] // count
-    return take_rows(rows, jax.lax.dynamic_slice_in_dim(order_Sxn, index * size, size, axis=1))
-
-
-def as_narrow_as_possible(function: Callable, rungs: Rungs, inputs: ModelInputs, rows: Any) -> Any:
-    """`function(rows)` with rows cut to the smallest of `rungs`, ascending (tokens, patches), that holds all of them;
-    its results must have the same shapes whatever the rung. The last rung holds any row. inputs: those of `rows`."""
-    cut = [lambda rows, rung=rung: function(narrow(rows, *rung)) for rung in rungs]
-    if len(rungs) == 1:
-        return cut[0](rows)
-    size = [jnp.max(jnp.sum(inputs.segment_BxT > 0, axis=1)), 0]
-    if inputs.patch_image_BxN is not None:
-        size[1] = jnp.max(jnp.sum(inputs.patch_image_BxN > 0, axis=1))
-    too_small = [(size[0] > tokens) | (size[1] > patches) for tokens, patches in rungs[:-1]]
-    return jax.lax.switch(sum(small.astype(jnp.int32) for small in too_small), cut, rows)
-
-
-def narrow(rows: Any, tokens: int, patches: int) -> Any:
-    """The first tokens and patches of every row. Arrays with a patch axis are those of `ModelInputs` named so."""
-
-    def leaf(path: tuple, array: jax.Array) -> jax.Array:
-        return array[:, : patches if "_BxN" in sharding.path_name(path) else tokens]
-
-    return jax.tree_util.tree_map_with_path(leaf, rows)
-
-
-def make_rungs(lengths: Sequence[int], patches: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Pairs the two ascending ladders from the top: the largest with the largest, and so on; the smallest of the
-    shorter one stands for the rest."""
-    count = max(len(lengths), len(patches))
-    return tuple((lengths[max(len(lengths) - i, 0)], patches[max(len(patches) - i, 0)]) for i in range(count, 0, -1))
+# Losses and gradients.
 
 
 def accumulate(
-    loss_fn: Callable, params: Any, inputs: Callable, rows: Callable, count: int, rungs: Rungs
+    loss_fn: Callable, params: Any, inputs: Callable, rows: Callable, count: int, rungs: cut.Rungs
 ) -> tuple[jax.Array, dict, Any]:
     """-> (loss, metrics, gradient) of `loss_fn(params, rows) -> (loss, metrics)` over `count` micro-batches.
 
@@ -247,7 +163,7 @@ def accumulate(
     def body(total: Any, index: jax.Array) -> tuple[Any, dict]:
         piece = rows(index)
         compute = functools.partial(value_and_gradient, params)
-        (loss, metrics), gradient = as_narrow_as_possible(compute, rungs, inputs(piece), piece)
+        (loss, metrics), gradient = cut.as_narrow_as_possible(compute, rungs, inputs(piece), piece)
         return jax.tree.map(jnp.add, total, (loss, gradient)), metrics
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
@@ -294,7 +210,7 @@ def make_log_probs(
     forbidden_V: Any,
     mesh: Mesh,
     *,
-    rungs: Rungs | None = None,
+    rungs: cut.Rungs | None = None,
     later_updates: bool = False,
 ) -> Callable:
     """jitted (params, inputs) -> logp_BxT of the whole batch, computed in the micro-batches that the updates use.
@@ -314,19 +230,19 @@ def make_log_probs(
             return jnp.pad(logp_bxt, ((0, 0), (0, T - logp_bxt.shape[1])))
 
         def of_update(index: jax.Array) -> jax.Array:
-            rows = take_piece(inputs, updates, index)
-            order_Sxn = by_length(rows, mesh, widths)
-            count = micro_batches(order_Sxn, objective.micro_batches)
+            rows = cut.take_piece(inputs, updates, index)
+            order_Sxn = cut.by_length(rows, mesh, widths)
+            count = cut.parts(order_Sxn, objective.micro_batches)
 
             def of_micro_batch(number: jax.Array) -> jax.Array:
-                piece = micro_batch(rows, order_Sxn, count, number)
-                return as_narrow_as_possible(compute, widths, piece, piece)
+                piece = cut.micro_batch(rows, order_Sxn, count, number)
+                return cut.as_narrow_as_possible(compute, widths, piece, piece)
 
             logp_MxbxT = jax.lax.map(of_micro_batch, jnp.arange(count))
             if order_Sxn is None:
                 return jnp.swapaxes(logp_MxbxT, 0, 1).reshape(-1, T)
             logp_SxMxkxT = jnp.swapaxes(logp_MxbxT.reshape(count, len(order_Sxn), -1, T), 0, 1)
-            return take_rows(logp_SxMxkxT.reshape(-1, T), jnp.argsort(order_Sxn, axis=1))
+            return cut.take_rows(logp_SxMxkxT.reshape(-1, T), jnp.argsort(order_Sxn, axis=1))
 
         first = int(later_updates)
         logp_UxbxT = jax.lax.map(of_update, jnp.arange(first, updates))
@@ -345,7 +261,7 @@ def make_update(
     state: TrainState,
     mesh: Mesh,
     *,
-    rungs: Rungs | None = None,
+    rungs: cut.Rungs | None = None,
 ) -> Callable:
     """jitted (state, batch, ref_logp_BxT or None, index) -> (state, metrics): one update on mini-batch `index` of the
     batch.
@@ -359,7 +275,7 @@ def make_update(
     def update(
         state: TrainState, batch: TrainBatch, ref_logp_BxT: jax.Array | None, index: jax.Array
     ) -> tuple[TrainState, dict]:
-        mini_batch = take_piece((batch, ref_logp_BxT), objective.updates_per_batch, index)
+        mini_batch = cut.take_piece((batch, ref_logp_BxT), objective.updates_per_batch, index)
         aggregation = objective.aggregation or losses.ALGORITHMS[objective.loss]
         denominator = losses.count(mini_batch[0].mask_BxT, aggregation)
 
@@ -370,9 +286,9 @@ def make_update(
             )
 
         widths = rungs or [_size(batch.inputs)]
-        order_Sxn = by_length(mini_batch[0].inputs, mesh, widths)
-        count = micro_batches(order_Sxn, objective.micro_batches)
-        rows = lambda number: micro_batch(mini_batch, order_Sxn, count, number)  # noqa: E731
+        order_Sxn = cut.by_length(mini_batch[0].inputs, mesh, widths)
+        count = cut.parts(order_Sxn, objective.micro_batches)
+        rows = lambda number: cut.micro_batch(mini_batch, order_Sxn, count, number)  # noqa: E731
         loss, metrics_M, gradient = accumulate(
             loss_fn, state.params, lambda piece: piece[0].inputs, rows, count, widths
         )

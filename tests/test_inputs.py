@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rollout_world as world
 
-from tapo_jax.inputs import PixelStore, bucket, check_episode, ladder, make_row, model_inputs, pack, tool_steps
+from tapo_jax.inputs import PixelStore, bucket, check_episode, make_row, model_inputs, pack, tool_steps
 from tapo_jax.models.positions import rope_positions, vision_inputs
 from tapo_jax.types import Episode, Image, ToolCall, ToolResult, Turn, root_image
 
@@ -40,9 +40,7 @@ def make_episode(images: int = 1, *, error: str | None = None) -> Episode:
     return Episode(world.prompts(1)[0], 0, token_T, mask_T, logp_T, [*shown, crop], starts, turns, "x", "answer")
 
 
-def test_ladder_and_bucket():
-    assert ladder(768, smallest=64) == (64, 128, 256, 512, 768)
-    assert ladder(100, smallest=10, factor=4) == (10, 40, 100) and ladder(5, smallest=64) == (5,)
+def test_bucket():
     assert [bucket(n, (64, 128)) for n in (0, 1, 64, 65, 128)] == [64, 64, 64, 128, 128]
     with pytest.raises(ValueError, match="129 is larger than the largest bucket"):
         bucket(129, (64, 128))

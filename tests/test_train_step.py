@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tapo_jax import micro_batches as cut
 from tapo_jax import sharding, train_step
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.models import parameters, qwen3_vl
@@ -112,7 +113,7 @@ def plain_run(objective: Objective, *, images: bool = False, mesh_shape=(1, 1, 1
 
 def test_take_piece_is_strided_and_a_partition():
     rows = {"a": jnp.arange(12).reshape(6, 2)}
-    got = [train_step.take_piece(rows, 3, m)["a"][:, 0].tolist() for m in range(3)]
+    got = [cut.take_piece(rows, 3, m)["a"][:, 0].tolist() for m in range(3)]
     assert got == [[0, 6], [2, 8], [4, 10]]  # rows m and m + 3, whose first numbers are 2m and 2m + 6
 
 
@@ -144,7 +145,7 @@ def test_narrow_micro_batches_do_not_change_the_update(shape):
 def test_micro_batches_are_as_narrow_as_their_longest_row():
     rungs = ((7, 2), (10, 4), (12, 4))
     batch = make_batch(images=True)
-    width = jax.jit(lambda rows: train_step.as_narrow_as_possible(seen_width, rungs, rows.inputs, rows))
+    width = jax.jit(lambda rows: cut.as_narrow_as_possible(seen_width, rungs, rows.inputs, rows))
 
     def seen_width(rows: TrainBatch):
         assert rows.mask_BxT.shape[1] == rows.inputs.position_BxTx3.shape[1] == rows.inputs.feature_BxT.shape[1]
@@ -171,8 +172,8 @@ def test_every_device_sorts_its_own_rows_and_sends_none():
 
     @functools.partial(jax.jit, out_shardings=sharding.rows(mesh))
     def second(inputs):
-        order_Sxn = train_step.by_length(inputs, mesh, ((8, 4), (12, 4)))
-        return train_step.micro_batch((inputs, jnp.arange(B)), order_Sxn, 2, 1)
+        order_Sxn = cut.by_length(inputs, mesh, ((8, 4), (12, 4)))
+        return cut.micro_batch((inputs, jnp.arange(B)), order_Sxn, 2, 1)
 
     placed = sharding.put_rows(inputs, mesh, B)
     assert second(placed)[1].tolist() == [0, 2, 7, 5]  # of rows 0-3 and of rows 4-7 the two longest
@@ -181,16 +182,16 @@ def test_every_device_sorts_its_own_rows_and_sends_none():
 
 
 def test_a_mini_batch_is_cut_into_more_parts_only_where_that_saves_padding():
-    parts = lambda rows, least: train_step.micro_batches(np.zeros((2, rows), int), least)  # noqa: E731
-    assert train_step.micro_batches(None, 2) == 2
+    parts = lambda rows, least: cut.parts(np.zeros((2, rows), int), least)  # noqa: E731
+    assert cut.parts(None, 2) == 2
     assert [parts(32, 1), parts(32, 4), parts(12, 1), parts(12, 2), parts(1, 1), parts(7, 1)] == [8, 8, 6, 6, 1, 7]
     assert [parts(32, 16), parts(48, 3), parts(22, 1)] == [16, 6, 2]
 
 
 def test_rungs_pair_the_largest_sizes():
-    assert train_step.make_rungs((448, 640), (576,)) == ((448, 576), (640, 576))
-    assert train_step.make_rungs((640,), (256, 576)) == ((640, 256), (640, 576))
-    assert train_step.make_rungs((8, 16), (8, 16, 32)) == ((8, 8), (8, 16), (16, 32))
+    assert cut.make_rungs((448, 640), (576,)) == ((448, 576), (640, 576))
+    assert cut.make_rungs((640,), (256, 576)) == ((640, 256), (640, 576))
+    assert cut.make_rungs((8, 16), (8, 16, 32)) == ((8, 8), (8, 16), (16, 32))
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
