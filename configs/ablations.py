@@ -88,6 +88,9 @@ ROWS = {
     **pair("hops_1", {"data.hops": (1,)}),
     **pair("hops_2", {"data.hops": (2,)}),
     **pair("hops_3", {"data.hops": (3,)}),
+    # One outline in a scene instead of two: a failure holds more steps that were right (`report truth`).
+    **pair("outlines_1", {"data.outlines": 1}),
+    **pair("outlines_1_hops_2", {"data.outlines": 1, "data.hops": (2,)}),
 }
 
 BOTH = ("grpo", "tapo_grpo")
@@ -108,6 +111,9 @@ SWEEPS = {
     "memory": ("grpo_few", "tapo_few", "memory"),
     "group": (*BOTH, "grpo_group_4", "tapo_group_4", "grpo_group_16", "tapo_group_16"),
     "hops": ("grpo_hops_1", "tapo_hops_1", "grpo_hops_2", "tapo_hops_2", "grpo_hops_3", "tapo_hops_3"),
+    "outlines": (
+        *BOTH, "grpo_outlines_1", "tapo_outlines_1", "grpo_outlines_1_hops_2", "tapo_outlines_1_hops_2"
+    ),
     "pair": BOTH,
 }
 
