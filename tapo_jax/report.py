@@ -2,6 +2,7 @@
 
 curve RUN    RUN/curve.png: reward, accuracy, held-out accuracy, TAPO, entropy, tool calls, seconds
 credit RUN   the share of failing tool steps that a success made too, by threshold; RUN/credit.png, RUN/credit.json
+truth RUN    of a run on Atlas, the share of punished tool steps that were right, and how many of them TAPO finds
 page RUN     RUN/episodes.html: recorded episodes, turn by turn
 sweep DIR    DIR/report.md, DIR/report.json and figures; `report_sweep.py` says what a sweep's directory holds
 """
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tapo_jax import report_credit, report_tables, viewer
+from tapo_jax import report_credit, report_tables, report_truth, viewer
 from tapo_jax.config import UserError
 from tapo_jax.metrics import read
 from tapo_jax.report_plots import BLUE, GOLD, INK, RED, SOFT, new_figure, series, smooth, title
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str]) -> None:
         prog="python -m tapo_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("curve", "credit", "page", "sweep"):
+    for name in ("curve", "credit", "truth", "page", "sweep"):
         command = commands.add_parser(name)
         command.add_argument("directory", type=Path)
         if name == "page":
@@ -188,7 +189,8 @@ def main(arguments: Sequence[str]) -> None:
                 viewer.write_page(paths, given.directory / "episodes.html", max_groups=given.questions)
                 print(given.directory / "episodes.html")
             else:
-                print(report_credit.write_credit(paths, given.directory))
+                write = report_truth.write_truth if given.command == "truth" else report_credit.write_credit
+                print(write(paths, given.directory))
         except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"A recording in {given.directory / 'episodes'} cannot be read ({type(error).__name__}: {error}): "

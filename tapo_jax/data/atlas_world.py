@@ -7,7 +7,7 @@ import numpy as np
 from tapo_jax.chat import Chat
 from tapo_jax.data.questions import Question, ask, corpus
 from tapo_jax.data.scene import Placed, draw_outline, draw_scene
-from tapo_jax.data.world import World, fictional_world, real_world
+from tapo_jax.data.world import ATTRIBUTES, World, fictional_world, real_world
 from tapo_jax.episode import Opening
 from tapo_jax.inputs import PixelStore
 from tapo_jax.tools.base import Tool, ToolRunner
@@ -56,7 +56,7 @@ def make_prompt(world: World, settings: Settings, rng: np.random.Generator) -> t
             break
     image = root_image(pixels)
     prompt = Prompt(
-        id=f"{question.attribute}/{'/'.join(question.chain)}/{image.root & 0xFFFFFFFF:08x}",
+        id="/".join([question.attribute, *question.chain, f"{image.root & 0xFFFFFFFF:08x}"]),
         question=question.text,
         images=(pixels,),
         answers=question.answers,
@@ -64,6 +64,14 @@ def make_prompt(world: World, settings: Settings, rng: np.random.Generator) -> t
         meta={"chain": list(question.chain), "relations": list(question.relations), "attribute": question.attribute},
     )
     return prompt, question, scene
+
+
+def parse_id(prompt_id: str) -> tuple[str, list[str]]:
+    """The attribute and the chain of countries of a prompt of Atlas. Raises ValueError for other prompts."""
+    attribute, *chain = prompt_id.split("/")[:-1] or [""]
+    if attribute not in ATTRIBUTES or not chain:
+        raise ValueError(f"'{prompt_id}' is no question of Atlas")
+    return attribute, chain
 
 
 class Game:
