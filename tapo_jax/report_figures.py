@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from tapo_jax.report_claims import SHARE_OF_TIME
 from tapo_jax.report_plots import BLUE, GOLD, GREEN, INK, RED, SOFT, new_figure, title
@@ -15,6 +16,7 @@ from tapo_jax.report_sweep import THRESHOLDS, Result, Sweep
 
 COLOURS = (BLUE, GOLD, GREEN, RED, "#7e57c2", "#00897b", "#c2185b", "#5d4037", "#26c6da", "#9e9d24", "#ff7043", "#f48fb1")
 DYNAMICS = (
+    ("reward/accuracy", "accuracy in training"),
     ("loss/entropy", "entropy, nats per token"),
     ("rollout/written", "tokens written per episode"),
     ("tools/calls", "tool calls per episode"),
@@ -38,8 +40,10 @@ def draw_curves(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
             value_SxN = [[100 * result.at_step(step) for step in at_N] for result in results]
             band(axes, at_N, value_SxN, colour, row, shaded=row in pair)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("held-out accuracy, %" if axes is figure.axes[0] else "")
-        axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(rows) > 4 else {}
+        axes.legend(fontsize=7.5, frameon=False, labelcolor=INK, **beside)
     _hide(figure, len(families))
     _same_heights(figure.axes[: len(families)])
     figure.savefig(out, dpi=150)
@@ -82,17 +86,17 @@ def draw_fields(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
         return False
     figure = new_figure(-(-len(lines) // 3), min(3, len(lines)), width=_width(len(lines)), height=3.2)
     for axes, (field, rows) in zip(figure.axes, lines, strict=False):
-        title(axes, f"held-out accuracy by {field}")
+        title(axes, f"held-out accuracy by {field}, %")
         found = [summary["rows"][row]["at_step"] for row in rows]
         at_N = [configs[row][field] for row in rows]
-        axes.plot(at_N, [f["mean"] for f in found], color=BLUE, marker="o", linewidth=1.8)
+        axes.plot(at_N, [100 * f["mean"] for f in found], color=BLUE, marker="o", linewidth=1.8)
         for x, f in zip(at_N, found, strict=True):
             if f["interval"]:
-                axes.plot([x, x], f["interval"], color=BLUE, linewidth=1.2)
+                axes.plot([x, x], [100 * end for end in f["interval"]], color=BLUE, linewidth=1.2)
         base = sweep.base.get(rows[0])
         if base and all(sweep.base.get(row) == base for row in rows):
             axes.axhline(
-                summary["rows"][base]["at_step"]["mean"], color=SOFT, linestyle="--", linewidth=1.2, label=base
+                100 * summary["rows"][base]["at_step"]["mean"], color=SOFT, linestyle="--", linewidth=1.2, label=base
             )
             axes.legend(fontsize=8, frameon=False, labelcolor=INK)
         axes.set_xticks(at_N)
@@ -120,7 +124,7 @@ def draw_dynamics(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
     """A row of panels for each family: what happens to the policy with the base and with the reference (or the first
     other row)."""
     families = {name: rows for name, rows in _families(sweep).items() if len(rows) > 1} or _families(sweep)
-    figure = new_figure(len(families), len(DYNAMICS), width=14.0, height=2.4)
+    figure = new_figure(len(families), len(DYNAMICS), width=16.0, height=2.4)
     for number, (name, rows) in enumerate(families.items()):
         pair = _pair(sweep, rows)
         for axes, (metric, text) in zip(figure.axes[number * len(DYNAMICS) :], DYNAMICS, strict=False):
