@@ -21,10 +21,11 @@ from tapo_jax.report_sweep import PUBLISHED, SEEDS, THRESHOLDS, Result, Sweep
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
 SHARE_OF_TIME = 0.0006
 GAINS = {"grpo": "+8.7 % relative", "sapo": "up to +4.4 % relative", "gspo": "an improvement"}
-DYNAMICS = {
-    "loss/entropy": ("Entropy is higher at the end than without TAPO", "nats"),
-    "rollout/written": ("Responses are longer at the end than without TAPO", "tokens"),
-    "tools/calls": ("More tools are called at the end than without TAPO", "calls"),
+DYNAMICS = {  # over the last third of the steps: metric -> claim, unit, what is published
+    "reward/accuracy": ("Accuracy in training is higher at the end than without TAPO", "accuracy", ""),
+    "loss/entropy": ("Entropy is higher at the end than without TAPO", "nats", "yes"),
+    "rollout/written": ("Responses are longer at the end than without TAPO", "tokens", "yes"),
+    "tools/calls": ("More tools are called at the end than without TAPO", "calls", "yes"),
 }
 CONTROLS = {
     "shuffled": "shuffled witnesses", "zero_tools": "never punishing a tool step of a failure", "gigpo": "GiGPO",
@@ -55,9 +56,9 @@ def claims(sweep: Sweep, step: float) -> list[dict[str, Any]]:
                 found.append(unstable(sweep, row, reference))
     found += betas(sweep, configs, published, accuracy)
     for base, row in published.items():
-        for name, (text, unit) in DYNAMICS.items():
+        for name, (text, unit, paper) in DYNAMICS.items():
             late = lambda result, name=name: ending(result, name)  # noqa: E731
-            found.append(compared(sweep, row, base, late, claim=f"{base}: {text}", unit=unit, paper="yes"))
+            found.append(compared(sweep, row, base, late, claim=f"{base}: {text}", unit=unit, paper=paper))
     found.append(cost(sweep, configs))
     return [claim for claim in found if claim is not None]
 
