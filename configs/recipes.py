@@ -12,12 +12,19 @@ from ml_collections import ConfigDict
 # 4.3 GB (32B) of a device's memory, and 64 devices share them.
 SLOTS = {"2b": 256, "4b": 256, "8b": 512, "32b": 768}
 
+# The published models know from the chat template how to call a tool, but not how to answer.
+SYSTEM = (
+    "Look things up before you answer. In every turn, think between <think> and </think>; then either call one tool, "
+    "or, once you know it, write the answer, in as few words as possible, between <answer> and </answer>."
+)
+
 
 def apply(c: ConfigDict, size: str) -> None:
     """Changes the complete config `c` to the recipe of a size: "2b", "4b" (v5e:8x8), "8b" (v6e:8x8), "32b" (v5p:4x4x4)."""
     c.data.prompts_per_step = 128
     c.model.update(shape=f"Qwen3-VL-{size.upper()}", dtype="bfloat16", remat="full", logp_chunk=512, train_vision=True)
     c.rollout.update(
+        system=SYSTEM,
         group_size=8,
         slots=SLOTS[size],
         max_turns=10,

@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
         lora_rank=0, lora_modules=("q", "k", "v", "o", "gate", "up", "down"), lora_alpha=placeholder(float),
     ))  # fmt: skip
     c.rollout = ConfigDict(dict(
+        system="",  # what the policy is told before everything else; recipes.py says how to answer
         group_size=8,
         slots=64,  # conversations that are played at a time, over all devices
         max_turns=6,
@@ -64,6 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
         endpoint="",  # "http://host:port" of launch/retrieval_server.py; "": the text search of this process
     ))  # fmt: skip
     c.reward = ConfigDict(dict(accuracy=1.0, format=0.5))  # weight of each; success for TAPO is accuracy alone
+    c.reward_source = "rewards"  # names -> numbers of an episode; or your own "package.module:function"
     c.algorithm = ConfigDict(dict(
         estimator="grpo",  # grpo, dr_grpo, rloo, reinforce_pp_baseline
         loss="grpo",  # grpo, gspo (token form), sapo, cispo

@@ -4,7 +4,7 @@ Built once from a config; training and evaluation play with the same one.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tapo_jax import rewards
 from tapo_jax.chat import Chat
 from tapo_jax.config import UserError
-from tapo_jax.data import tiny_model
+from tapo_jax.data import sources, tiny_model
 from tapo_jax.episode import Limits
 from tapo_jax.inputs import PixelStore, most_patches
 from tapo_jax.models import hf, lora
@@ -65,15 +65,17 @@ def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL,
 
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """One player of episodes. weights: reward name -> weight."""
+    """One player of episodes. score: its named rewards; weights: reward name -> weight."""
 
     sampler: Sampler
     chat: Chat
     pixels: PixelStore
     runner: ToolRunner
     limits: Limits
+    score: Callable[[Episode], dict[str, float]]
     weights: Mapping[str, float]
     tool_wait_s: float
+    system: str
 
     def play(
         self,
@@ -106,10 +108,11 @@ class Agent:
             step=step,
             tool_wait_s=self.tool_wait_s,
             first_prompt=first_prompt,
+            system=self.system,
         )
         self.sampler.release()
         for episode in episodes:
-            episode.rewards = rewards.score(episode)
+            episode.rewards = self.score(episode)
             episode.reward = rewards.total(episode.rewards, self.weights)
         return episodes, metrics
 
@@ -143,4 +146,14 @@ def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Seque
         rollout_config.max_length,
         rollout_config.max_image_tokens or None,
     )
-    return Agent(sampler, chat, pixels, runner, limits, dict(config.reward), rollout_config.tool_wait_s)
+    return Agent(
+        sampler,
+        chat,
+        pixels,
+        runner,
+        limits,
+        score=sources.score(config),
+        weights=dict(config.reward),
+        tool_wait_s=rollout_config.tool_wait_s,
+        system=rollout_config.system,
+    )

@@ -134,7 +134,7 @@ class Chat:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def prompt_ids(
-        self, question: str, image_tokens: Sequence[int], tools: Sequence[dict[str, Any]], system: str | None = None
+        self, question: str, image_tokens: Sequence[int], tools: Sequence[dict[str, Any]], system: str = ""
     ) -> list[int]:
         """System turn with the tools, the user's turn (images first) and the opening of the assistant's turn.
 

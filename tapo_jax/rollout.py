@@ -61,7 +61,7 @@ def rollout(
     step: int,
     tool_wait_s: float = float("inf"),
     first_prompt: int = 0,
-    system: str | None = None,
+    system: str = "",
 ) -> tuple[list[Episode], dict[str, float]]:
     """Plays `group_size` episodes of each of this process's prompts. Rewards are left to the caller.
 
@@ -133,7 +133,7 @@ class _Game:
         group_size: int,
         limits: Limits,
         first_prompt: int,
-        system: str | None,
+        system: str,
     ):
         self._sampler, self._prompts, self._chat, self._pixels, self._runner = sampler, prompts, chat, pixels, runner
         self._group_size, self._limits, self._first_prompt, self._system = group_size, limits, first_prompt, system

@@ -103,7 +103,7 @@ def test_prompt_equals_transformers_processor():
     expected = _processor(tokenizer)(text=[text], images=images, return_tensors="np")
     chat = Chat.from_dir(TOKENIZER)
     made = [SMALL(image) for image in images]
-    ids = chat.prompt_ids("Which one is larger?", [SMALL.tokens(grid) for _, grid in made], [], None)
+    ids = chat.prompt_ids("Which one is larger?", [SMALL.tokens(grid) for _, grid in made], [])
     assert ids == expected["input_ids"][0].tolist()
     np.testing.assert_array_equal(np.array([grid for _, grid in made]), expected["image_grid_thw"])
     np.testing.assert_array_equal(np.concatenate([pixels for pixels, _ in made]), expected["pixel_values"])

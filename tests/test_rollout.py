@@ -308,6 +308,14 @@ def test_finite_tool_wait_does_not_stop_for_a_slow_tool(sampler, sampled):
     assert time.perf_counter() - started < 60 and numbers["tools/errors/timeout"] == 0
 
 
+def test_instructions_come_first_and_are_not_the_policys(sampler):
+    episodes, _ = play(sampler, count=1, group_size=1, system="Be brief.")
+    plain, _ = play(sampler, count=1, group_size=1)
+    first = int(np.argmax(episodes[0].mask_T))
+    assert CHAT.decode(episodes[0].token_T[:first]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert first > int(np.argmax(plain[0].mask_T))
+
+
 def test_budgets(sampler):
     """finish says which budget ended an episode, and no episode is longer than max_length."""
     tight = Limits(max_turns=2, max_new_tokens=6, max_length=100)

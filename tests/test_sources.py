@@ -3,12 +3,14 @@
 import io
 import json
 import threading
+from types import SimpleNamespace
 
 import httpx
 import PIL.Image
 import pytest
 
 from configs import tapo_grpo
+from tapo_jax import rewards
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
 from tapo_jax.data.atlas import decode_image
@@ -34,6 +36,14 @@ def my_prompts(config, split):
 
 def my_tools(config):
     return [TextSearch(PASSAGES, top_k=1, budget=100)]
+
+
+def my_score(episode):
+    return {"accuracy": 1, "format": 0.5, "turns": len(episode.turns)}
+
+
+def forgetful_score(episode):
+    return {"accuracy": 1.0}
 
 
 def test_atlas_by_default(tmp_path):
@@ -69,6 +79,19 @@ def test_a_wrong_tool_is_one_sentence():
     made.tools.names = ("calculator",)
     with pytest.raises(UserError, match="'calculator': the tools of this source are image_zoom_in_tool"):
         sources.tools(made)
+
+
+def test_your_own_rewards():
+    """Names without a weight are kept, for the metrics; those with one must be there."""
+    episode = SimpleNamespace(turns=[1, 2, 3])
+    assert sources.score(config()) is rewards.score
+    own = sources.score(config(reward_source="tests.test_sources:my_score"))(episode)
+    assert own == {"accuracy": 1.0, "format": 0.5, "turns": 3.0} and all(type(value) is float for value in own.values())
+    with pytest.raises(UserError, match="reward_source 'tests.test_sources:forgetful_score' gave no format: every"):
+        sources.score(config(reward_source="tests.test_sources:forgetful_score"))(episode)
+    for path, says in (("exact", "use rewards or your own"), ("tests.test_sources:nothing", "no function of this name")):
+        with pytest.raises(UserError, match=says):
+            sources.score(config(reward_source=path))
 
 
 def test_a_folder_of_questions(tmp_path):

@@ -1,8 +1,9 @@
-"""config.data and config.tools -> the questions of a split, and the tools that can answer them.
+"""What a config names -> the questions of a split, the tools that can answer them, and what an answer is worth.
 
 `data.name` is "atlas" (the embedded world), "jsonl" (the folder data.dir, see `jsonl.py`), or your own
 "package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is likewise "atlas" or
-"package.module:function", called as function(config) -> list[Tool].
+"package.module:function", called as function(config) -> list[Tool]; `reward_source` is "rewards" or
+"package.module:function", called as function(episode) -> {name: number}, among them "accuracy".
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tapo_jax import rewards
 from tapo_jax.config import UserError
 from tapo_jax.data import atlas
 from tapo_jax.data.atlas_world import Settings, make_tools
@@ -21,7 +23,7 @@ from tapo_jax.data.jsonl import JsonlPrompts
 from tapo_jax.data.world import real_world
 from tapo_jax.tools.base import Tool
 from tapo_jax.tools.remote_search import RemoteTextSearch
-from tapo_jax.types import Prompt
+from tapo_jax.types import Episode, Prompt
 
 
 def prompts(config: Any, split: str) -> Sequence[Prompt]:
@@ -51,6 +53,29 @@ def tools(config: Any) -> list[Tool]:
         if name not in made:
             raise UserError(f"tools.names has '{name}': the tools of this source are {', '.join(made)}.")
     return [made[name] for name in config.tools.names]
+
+
+def score(config: Any) -> Callable[[Episode], dict[str, float]]:
+    """What gives an episode its named rewards. Raises UserError for a source that does not exist, and, when it is
+    called, for rewards without accuracy or without one that config.reward gives a weight."""
+    if config.reward_source == "rewards":
+        return rewards.score
+    if ":" not in config.reward_source:
+        raise UserError(
+            f"reward_source is '{config.reward_source}': use rewards or your own \"package.module:function\"."
+        )
+    function, weighted = _function("reward_source", config.reward_source), set(config.reward)
+
+    def checked(episode: Episode) -> dict[str, float]:
+        found = {name: float(value) for name, value in function(episode).items()}
+        if missing := sorted((weighted | {"accuracy"}) - found.keys()):
+            raise UserError(
+                f"reward_source '{config.reward_source}' gave no {', '.join(missing)}: every name of config.reward is "
+                "needed, and accuracy, by which TAPO knows a success."
+            )
+        return found
+
+    return checked
 
 
 def _function(field: str, path: str) -> Callable:
