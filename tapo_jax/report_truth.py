@@ -17,6 +17,7 @@ from tapo_jax.data.atlas_world import parse_id
 from tapo_jax.records import RecordedEpisode, RecordedTurn, load
 
 ZOOM, IMAGE, TEXT = "image_zoom_in_tool", "image_search_tool", "text_search_tool"
+_WHEN = ("adv_before", "adv_after")
 _FIRST = re.compile(r"1\. (.+)")
 
 
@@ -48,29 +49,36 @@ def _first_title(turn: RecordedTurn) -> str:
 def table(episodes: Sequence[RecordedEpisode]) -> list[dict[str, Any]]:
     """One dict for all tools and one for each: `punished`, the steps of failing trajectories with a negative advantage;
     `undeserved`, the share of them that was right; `found`, the share of these with a witness at theta; `precision`,
-    the share of the steps with a witness that was right. A share of nothing is None."""
-    punished = [
-        (turn, right)
+    the share of the steps with a witness that was right. And over all trajectories of groups with an advantage,
+    successful ones too: `right`, `wrong`, the mean advantage of right and of wrong steps, [before, after] TAPO. A mean
+    of nothing is None."""
+    known = [
+        (episode.success, turn, right)
         for episode in episodes
-        if not episode.success
+        if episode.advantage
         for turn, right in steps_of(episode)
-        if right is not None and turn.adv_before < 0
+        if right is not None
     ]
     rows = []
     for tool in ("all", ZOOM, IMAGE, TEXT):
-        steps = [(turn.correctable, right) for turn, right in punished if tool in ("all", turn.call_name)]
+        steps = [step for step in known if tool in ("all", step[1].call_name)]
+        punished = [(turn.correctable, right) for success, turn, right in steps if not success and turn.adv_before < 0]
         rows.append({
             "tool": tool,
-            "punished": len(steps),
-            "undeserved": _share([right for _, right in steps]),
-            "found": _share([witnessed for witnessed, right in steps if right]),
-            "precision": _share([right for witnessed, right in steps if witnessed]),
+            "punished": len(punished),
+            "undeserved": _mean([right for _, right in punished]),
+            "found": _mean([witnessed for witnessed, right in punished if right]),
+            "precision": _mean([right for witnessed, right in punished if witnessed]),
+            **{
+                name: [_mean([getattr(turn, when) for _, turn, right in steps if right is flag]) for when in _WHEN]
+                for name, flag in (("right", True), ("wrong", False))
+            },
         })
     return rows
 
 
-def _share(flags: Sequence[bool]) -> float | None:
-    return sum(flags) / len(flags) if flags else None
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def write_truth(paths: Sequence[Path], out: Path) -> str:
@@ -81,9 +89,18 @@ def write_truth(paths: Sequence[Path], out: Path) -> str:
     except ValueError as error:
         raise UserError(f"{error}: `report truth` reads runs with data.name 'atlas', whose facts are known.") from error
     (out / "truth.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    names = ("punished", "undeserved", "found", "precision")
-    lines = [f"{'tool':<20}" + "".join(f"{name:>12}" for name in names)]
+    lines = [
+        f"{'':<20}{'punished steps of failures':>48}    {'mean advantage, before → after':>32}",
+        f"{'tool':<20}" + "".join(f"{name:>12}" for name in ("number", "undeserved", "found", "precision"))
+        + "    " + "".join(f"{name:>16}" for name in ("right steps", "wrong steps")),
+    ]  # fmt: skip
     for row in rows:
-        shares = [f"{'–' if row[name] is None else f'{row[name]:.1%}':>12}" for name in names[1:]]
-        lines.append(f"{row['tool']:<20}{row['punished']:>12}" + "".join(shares))
+        shares = [_text(row[name], ".1%") for name in ("undeserved", "found", "precision")]
+        means = [" → ".join(_text(value, "+.2f") for value in row[name]) for name in ("right", "wrong")]
+        cells = [f"{row['tool']:<20}{row['punished']:>12}", *(f"{share:>12}" for share in shares), "    "]
+        lines.append("".join(cells) + "".join(f"{mean:>16}" for mean in means))
     return "\n".join([*lines, "", f"written to {out / 'truth.json'}"])
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

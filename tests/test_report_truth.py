@@ -72,13 +72,15 @@ def test_a_zoom_that_nobody_searched_is_not_known(game):
 
 
 def test_table_by_hand():
-    """Question of one look-up; three failing episodes, of which the last was not punished."""
+    """Question of one look-up; three failing episodes, of which the last one's group has no advantage. Right steps have
+    -0.5, -0.5 and 1 before, -0.25, -0.5 and 1 after; wrong ones -0.5 and -0.5 before, -0.25 and -0.5 after."""
 
     def episode(advantage: float, success: bool, *steps: tuple[str, bool]):
         turns = tuple(
             records.RecordedTurn(
-                "", report_truth.TEXT, {}, f"1. {title}\n…", slot=k, adv_before=advantage, correctable=witnessed
-            )
+                "", report_truth.TEXT, {}, f"1. {title}\n…", slot=k, correctable=witnessed, adv_before=advantage,
+                adv_after=min(advantage + 0.25 * witnessed, max(advantage, 0.0)),
+            )  # fmt: skip
             for k, (title, witnessed) in enumerate(steps)
         )
         return records.RecordedEpisode(
@@ -96,8 +98,12 @@ def test_table_by_hand():
     ])
     assert [row["tool"] for row in rows] == ["all", report_truth.ZOOM, report_truth.IMAGE, report_truth.TEXT]
     assert rows[0] | {"tool": report_truth.TEXT} == rows[3]
-    assert rows[3] == {"tool": report_truth.TEXT, "punished": 4, "undeserved": 0.5, "found": 0.5, "precision": 0.5}
-    assert rows[1] == {"tool": report_truth.ZOOM, "punished": 0, "undeserved": None, "found": None, "precision": None}
+    assert rows[3] == {
+        "tool": report_truth.TEXT, "punished": 4, "undeserved": 0.5, "found": 0.5, "precision": 0.5,
+        "right": [0.0, 0.25 / 3], "wrong": [-0.5, -0.375],
+    }  # fmt: skip
+    nothing = {"undeserved": None, "found": None, "precision": None, "right": [None, None], "wrong": [None, None]}
+    assert rows[1] == {"tool": report_truth.ZOOM, "punished": 0} | nothing
 
 
 def test_command(tmp_path, capsys):
