@@ -20,7 +20,7 @@ SYSTEM = (
 
 
 def apply(c: ConfigDict, size: str) -> None:
-    """Changes the complete config `c` to the recipe of a size: "2b", "4b" (v5e:8x8), "8b" (v6e:8x8), "32b" (v5p:4x4x4)."""
+    """Changes the complete config `c` to the recipe of a size: "2b", "4b" (v5e:8x8), "8b" (v6e:8x8), "32b" (v5p)."""
     c.data.prompts_per_step = 128
     c.model.update(shape=f"Qwen3-VL-{size.upper()}", dtype="bfloat16", remat="full", logp_chunk=512, train_vision=True)
     c.rollout.update(
@@ -37,8 +37,6 @@ def apply(c: ConfigDict, size: str) -> None:
     c.tools.update(zoom_size=768, image_top_k=3, text_top_k=3, text_budget=4000, workers=64)
     c.tapo.steps = 10
     c.optimizer.update(lr=1e-6, warmup_steps=0)
-    c.train.update(
-        updates_per_batch=1, micro_batches=16, length_buckets=(), patch_buckets=(), warm_up=True
-    )
+    c.train.update(updates_per_batch=1, micro_batches=16, length_buckets=(), patch_buckets=(), warm_up=True)
     c.mesh.update(data=1, fsdp=-1, tensor=1)
     c.log.episodes_every = 10

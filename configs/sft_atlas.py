@@ -1,8 +1,9 @@
-"""The cold start of the tiny Atlas model: it learns the format, where to look and to copy names, with an expert's mistakes.
+"""The cold start of the tiny Atlas model: the format, where to look and how to copy names, with an expert's mistakes.
 
     python launch/sft.py --config=configs/sft_atlas.py --workdir=/tmp/atlas_sft
 
-About an hour on two cores with nothing else to do. WORKDIR/export can take the place of tapo_jax/data/atlas_tiny. Arguments: `steps=…`, `seed=…`.
+About an hour on two cores with nothing else to do. WORKDIR/export can take the place of tapo_jax/data/atlas_tiny.
+Arguments: `steps=…`, `seed=…`.
 """
 
 from ml_collections import ConfigDict

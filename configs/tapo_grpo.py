@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/tapo_grpo.py --workdir=/tmp/tapo
     python launch/train.py --config=configs/tapo_grpo.py:steps=20,seed=1 --workdir=/tmp/tapo_1
-    python launch/train.py --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=DIR --workdir=…  # on every host
+    python launch/train.py --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=DIR --workdir=…  # every host
 
 Without an argument: Atlas (the embedded world) and the tiny model that ships with the package; runs on any machine.
 Arguments: `steps=…`, `seed=…`, `test` (a setting of seconds, for tests), `qwen3_vl_2b`, `_4b`, `_8b`, `_32b` (the
@@ -111,7 +111,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
     if a.test:
         c.data.update(prompts_per_step=4, sizes=(32, 16), outlines=2)
-        c.rollout.update(group_size=4, slots=16, max_turns=4, max_new_tokens=48, max_length=320, max_image_tokens=0, decode_chunk=8)
+        c.rollout.update(
+            group_size=4, slots=16, max_turns=4, max_new_tokens=48, max_length=320, max_image_tokens=0, decode_chunk=8
+        )
         c.tapo.steps = 4
         c.train.update(length_buckets=(), patch_buckets=(320,), warm_up=False)
         c.optimizer.warmup_steps = 0

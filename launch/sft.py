@@ -6,7 +6,9 @@ from ml_collections import config_flags
 from tapo_jax import sft
 from tapo_jax.config import run_main
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/sft_atlas.py", "The config file, with its argument after a colon.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/sft_atlas.py", "The config file, with its argument after a colon."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
 
 

@@ -99,7 +99,9 @@ class Chat:
     def from_dir(cls, path: str | pathlib.Path) -> "Chat":
         path = pathlib.Path(path)
         if not (path / "tokenizer.json").is_file():
-            raise UserError(f"The model directory {path} has no tokenizer.json: give a complete Hugging Face directory.")
+            raise UserError(
+                f"The model directory {path} has no tokenizer.json: give a complete Hugging Face directory."
+            )
         standalone = path / "chat_template.jinja"
         if standalone.is_file():
             template = standalone.read_text()
@@ -120,7 +122,14 @@ class Chat:
         """bool [vocab]: the ids that the policy may not write: vision tokens, and rows of the embedding without a
         token."""
         forbidden_V = np.arange(vocab) >= self.vocab_size
-        for name in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>"):
+        for name in (
+            "<|image_pad|>",
+            "<|video_pad|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|vision_pad|>",
+            "<|im_start|>",
+        ):
             token = self.tokenizer.token_to_id(name)
             if token is not None:
                 forbidden_V[token] = True

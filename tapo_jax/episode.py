@@ -124,7 +124,7 @@ class Conversation:
         self._turn_start = len(self.token)
 
     def _fits(self, tokens: Sequence[int], counts: Sequence[int]) -> bool:
-        """Whether tokens that the policy did not write, `counts` of them for images, leave room for one that it does."""
+        """Whether tokens that the policy did not write, `counts` of them of images, leave room for one that it does."""
         most = self.limits.max_length if self.limits.max_image_tokens is None else self.limits.max_image_tokens
         return len(self.token) + len(tokens) < self.limits.max_length and self._image_count + sum(counts) <= most
 

@@ -18,10 +18,10 @@ from tapo_jax.types import Episode
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """One batch. reward_PxG: float32, total rewards. success_PxG: bool. anchor_PxV: int32, a hash of what had last been
-    seen before each of the at most V / G turns of the G rollouts (0 where there is no turn). steps: the calls of G + M rollouts of each prompt; the
-    last M are successful rollouts that the same question had in earlier steps (M may be 0): remembered_success_PxM is
-    False where there is none, remembered_advantage_PxM what they had then, remembered_weight_PxM what is left of their
-    weight."""
+    seen before each of the at most V / G turns of the G rollouts (0 where there is no turn). steps: the calls of G + M
+    rollouts of each prompt; the last M are successful rollouts that the same question had in earlier steps (M may be
+    0): remembered_success_PxM is False where there is none, remembered_advantage_PxM what they had then,
+    remembered_weight_PxM what is left of their weight."""
 
     reward_PxG: Any
     success_PxG: Any
@@ -35,7 +35,8 @@ class Outcome:
 class Outcomes:
     """Encodes batches and keeps the memory of witnesses.
 
-    steps, turns: of a rollout at most, tool steps (K) and turns. features: of a hashed text. slots: `tapo.parameter_slots` of the tools.
+    steps, turns: of a rollout at most, tool steps (K) and turns. features: of a hashed text. slots:
+    `tapo.parameter_slots` of the tools.
     embed: text to vector, None: hashed words. memory_steps: how long a witness is remembered, 0: not at all;
     memory_size: M, rollouts of one question that are; discount: of their weight for each step of age.
     """

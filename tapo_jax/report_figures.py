@@ -14,7 +14,20 @@ from tapo_jax.report_plots import BLUE, GOLD, GREEN, INK, RED, SOFT, new_figure,
 from tapo_jax.report_statistics import bootstrap
 from tapo_jax.report_sweep import THRESHOLDS, Result, Sweep
 
-COLOURS = (BLUE, GOLD, GREEN, RED, "#7e57c2", "#00897b", "#c2185b", "#5d4037", "#26c6da", "#9e9d24", "#ff7043", "#f48fb1")
+COLOURS = (
+    BLUE,
+    GOLD,
+    GREEN,
+    RED,
+    "#7e57c2",
+    "#00897b",
+    "#c2185b",
+    "#5d4037",
+    "#26c6da",
+    "#9e9d24",
+    "#ff7043",
+    "#f48fb1",
+)
 DYNAMICS = (
     ("reward/accuracy", "accuracy in training"),
     ("loss/entropy", "entropy, nats per token"),

@@ -33,7 +33,11 @@ def answer(search: TextSearch, body: Any) -> dict[str, Any]:
     if not isinstance(body, dict) or not isinstance(body.get("queries"), list) or len(body["queries"]) > MAX_QUERIES:
         raise ValueError(f'"queries" must be a list of at most {MAX_QUERIES} strings')
     top_k = body.get("topk", 3)
-    if not isinstance(top_k, int) or not 1 <= top_k <= 100 or not all(isinstance(query, str) for query in body["queries"]):
+    if (
+        not isinstance(top_k, int)
+        or not 1 <= top_k <= 100
+        or not all(isinstance(query, str) for query in body["queries"])
+    ):
         raise ValueError('"topk" must be an integer from 1 to 100 and every query a string')
     found = [search.search(query, top_k) for query in body["queries"]]
     return {"result": [[{"document": {"contents": text}, "score": score} for text, score in hits] for hits in found]}

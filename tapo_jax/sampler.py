@@ -65,9 +65,9 @@ class Sampler:
 
     model: for its structure, config and dtype; its weights are not kept. slots: over all devices; capacity: places of a
     slot; chunk: tokens of a decoding call at most; image_patches: patches of the largest image
-    (`PixelStore.max_patches`); most_patches: of a conversation. stop_ids: the tokens that end a turn. forbidden_V: bool, tokens that are never drawn.
-    mesh: None is one device. shapes: the shapes that calls may have; None makes ladders from the arguments above.
-    Raises UserError where the mesh does not divide the slots.
+    (`PixelStore.max_patches`); most_patches: of a conversation. stop_ids: the tokens that end a turn. forbidden_V:
+    bool, tokens that are never drawn. mesh: None is one device. shapes: the shapes that calls may have; None makes
+    ladders from the arguments above. Raises UserError where the mesh does not divide the slots.
     """
 
     def __init__(

@@ -40,7 +40,9 @@ def mixture(step: int, config: Any) -> dict[str, float]:
     return dict(config.phases[-1].mixture)
 
 
-def make_optimizer(lr: float, warmup: int, total: int, vision_rate: float) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(
+    lr: float, warmup: int, total: int, vision_rate: float
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Muon (Jordan et al. 2024) for the decoder's matrices, Adam for the rest, one cosine schedule.
 
     Muon's update is scaled to a root mean square of 0.2, about Adam's, so both share a rate (Liu et al., arXiv
@@ -136,7 +138,12 @@ def run(config: Any, workdir: str) -> None:
         params, opt_state, loss, norm = step_fn(params, opt_state, batch)
         sums.setdefault(kind, []).append(float(loss))
         if (step + 1) % config.log_every == 0:
-            line = {"step": step + 1, "seconds": round(time.time() - begun, 1), "lr": float(schedule(step)), "norm": float(norm)}
+            line = {
+                "step": step + 1,
+                "seconds": round(time.time() - begun, 1),
+                "lr": float(schedule(step)),
+                "norm": float(norm),
+            }
             line |= {f"loss/{name}": round(float(np.mean(values)), 4) for name, values in sorted(sums.items())}
             with (work / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -21,8 +21,8 @@ def shuffle_rows(key_P, sim_PxSxS, failing_PxS):
     """The failing steps of a group exchange their rows of similarities at random.
 
     The group hands out its corrections to steps that did not earn them: up to as many as before, since a step whose
-    advantage is not negative takes none. Rows of witnesses stay, so clusters, support and their advantages stay. The result is not symmetric.
-    key_P: one PRNG key for each prompt.
+    advantage is not negative takes none. Rows of witnesses stay, so clusters, support and their advantages stay. The
+    result is not symmetric. key_P: one PRNG key for each prompt.
     """
     S = failing_PxS.shape[1]
 

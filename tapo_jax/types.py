@@ -74,7 +74,7 @@ Parameter = Region | Text | Identity | Number
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
-    """A call as the policy wrote it. `parameters` is filled by the tool that accepted it; () where nothing could run."""
+    """A call as the policy wrote it. `parameters` is filled by the tool that accepted it; () where nothing ran."""
 
     name: str
     arguments: dict[str, Any]
@@ -83,7 +83,7 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class ToolResult:
-    """What a tool gives back. `error` is None or one word for the metrics ("timeout", "unknown_tool", "bad_arguments", …);
+    """What a tool gives back. `error` is None or one word for the metrics ("timeout", "bad_arguments", …);
     an error's readable sentence is in `text`, because the policy reads it."""
 
     text: str
@@ -115,7 +115,7 @@ class Episode:
     mask_T: True where the policy wrote the token. sampler_logp_T: its log-probability when sampled, 0 elsewhere.
     images: every image of the conversation in order of appearance (`img_idx` counts them);
     image_start: index in token_T of each image's first placeholder.
-    finish: "answer", "length" (token budget), "turns" (turn budget) or "malformed" (a turn with neither call nor answer).
+    finish: "answer", "length" (token budget), "turns" (turn budget) or "malformed" (neither call nor answer).
     rewards: named floats, e.g. {"accuracy": 1.0, "format": 1.0}; reward is their weighted sum.
     """
 

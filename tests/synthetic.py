@@ -32,8 +32,8 @@ def lines(
                 "reward/mean": 0.45 + noisy, "reward/accuracy": noisy, "reward/format": 0.9 + 0.08 * done,
                 "loss/entropy": 0.5 - 0.2 * done,
                 "tapo/correctable_actions": shared, "tapo/corrected_actions": 0.8 * shared if tapo else 0.0,
-                "rollout/turns": 3.5, "rollout/length": 300 - 20 * done, "rollout/written": 90 - 20 * done, "tools/calls": 2.6,
-                "tools/errors": 0.2 * (1 - done),
+                "rollout/turns": 3.5, "rollout/length": 300 - 20 * done, "rollout/written": 90 - 20 * done,
+                "tools/calls": 2.6, "tools/errors": 0.2 * (1 - done),
                 "time/step": 2.0, "time/rollout": 1.2, "time/decode": 0.7, "time/prefill": 0.3, "time/tool_wait": 0.05,
                 "time/logprobs": 0.2, "time/update": 0.5, "time/tapo": 0.01,
             }  # fmt: skip

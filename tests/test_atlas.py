@@ -26,7 +26,12 @@ def test_the_splits_share_no_country(worlds):
 
 def test_real_facts(worlds):
     kenya = worlds["train"].countries["Kenya"]
-    assert kenya.facts == {"capital": ("Nairobi",), "currency": ("KES",), "calling code": ("254",), "demonym": ("Kenyan",)}
+    assert kenya.facts == {
+        "capital": ("Nairobi",),
+        "currency": ("KES",),
+        "calling code": ("254",),
+        "demonym": ("Kenyan",),
+    }
     assert kenya.neighbours[0] == "Ethiopia" and kenya.neighbours[-1] == "Uganda"
     assert all(name.isascii() for name in worlds["train"].countries)
 
@@ -34,7 +39,11 @@ def test_real_facts(worlds):
 def test_outlines_fill_a_unit_square(worlds):
     for country in worlds["train"].countries.values():
         points = np.concatenate(country.outline)
-        assert points.min() > -1e-5 and points.max() < 1 + 1e-5 and np.ptp(points, axis=0).max() == pytest.approx(1, abs=1e-4)
+        assert (
+            points.min() > -1e-5
+            and points.max() < 1 + 1e-5
+            and np.ptp(points, axis=0).max() == pytest.approx(1, abs=1e-4)
+        )
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):

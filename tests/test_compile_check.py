@@ -65,7 +65,8 @@ def report(compiled: Compiled, **more) -> compile_check.Report:
 
 
 def test_donated_arguments_count_once_and_neighbours_count():
-    # 5 of arguments, 5 of results of which 4 take the arguments' place, 6 of temporaries, 1 of what lies beside: 13 of 16 GiB.
+    # 5 of arguments, 5 of results of which 4 take the arguments' place, 6 of temporaries, 1 of what lies beside: 13 GiB
+    # of 16.
     found = report(Compiled(Memory(5 * GIB, 5 * GIB, 4 * GIB, 6 * GIB, 0)), beside=1 * GIB)
     assert (found.peak / GIB, found.fits, found.capacity / GIB) == (13, True, 16)
     assert not report(Compiled(Memory(5 * GIB, 5 * GIB, 4 * GIB, 6 * GIB, 0)), beside=5 * GIB).fits
@@ -100,7 +101,7 @@ def model_directory(path: Path) -> Path:
 
 @needs_tpu_compiler
 def test_the_programs_of_the_test_config_compile_for_a_tpu(tmp_path):
-    """Four v5e chips, two of them sharing the parameters, two the heads: rows 16 over 2, heads and vocabulary over 2."""
+    """Four v5e chips, two sharing the parameters, two the heads: rows 16 over 2, heads and vocabulary over 2."""
     pytest.importorskip("libtpu")
     command = [
         sys.executable, "launch/compile_check.py", "--config=configs/tapo_grpo.py:test", "--topology=v5e:2x2",

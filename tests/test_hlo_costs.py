@@ -64,7 +64,8 @@ def test_a_loop_with_a_counter_and_a_kernel():
 
 
 def test_only_main_memory_is_traffic():
-    # A turn: x read and y written, 512 bytes each, w 1,024; add: three scalars of 4 bytes; compare: two and one byte; 5 turns.
+    # A turn: x read and y written, 512 bytes each, w 1,024; add: three scalars of 4 bytes; compare: two and one byte;
+    # 5 turns.
     # The kernel reads q and writes its result, 2 · 4 · 256 · 64 · 2 bytes each; k lies in scratch memory.
     assert costs(MODULE).traffic == 5 * (512 + 512 + 1024 + 12 + 9) + 2 * 262_144
 

@@ -14,7 +14,9 @@ P, G, K, T = 2, 4, 2, 6
 TRANSFER = dict(theta=0.7, alpha_min=0.25, beta=0.8, text="dice")  # noqa: C408
 
 
-def run(reward_PxG, success_PxG, calls, *, mesh_data=1, transfer=TRANSFER, thresholds=None, past=(), mask_T=None, **options):
+def run(
+    reward_PxG, success_PxG, calls, *, mesh_data=1, transfer=TRANSFER, thresholds=None, past=(), mask_T=None, **options
+):
     """-> (advantage_BxT, mask_BxT, credit, thresholds, metrics) on the host. past: (success, advantage, weight) of M
     remembered rollouts. Token 0 is the prompt, 1-2 step 0, 3-4 step 1, 5 the answer."""
     mesh = sharding.make_mesh(mesh_data, 1, 1, devices=jax.devices()[:mesh_data])

@@ -174,13 +174,13 @@ def sweep(tmp_path_factory):
         "beta_2": (config(True, beta=0.2), 0.25, 2),
     }
     rows["beta_12"] = (config(True, beta=1.2), 0.3, 2)
-    for row, (flat, gain, seeds) in rows.items():
+    for row, (fields, gain, seeds) in rows.items():
         for seed in range(seeds):
             folder = directory / row / f"seed_{seed}"
             synthetic.write(
                 folder / "metrics.jsonl", synthetic.lines(20, seed=seed, gain=gain, start=0.2 + 0.01 * seed)
             )
-            (folder / "config.json").write_text(json.dumps(flat | {"seed": seed}))
+            (folder / "config.json").write_text(json.dumps(fields | {"seed": seed}))
     (directory / "beta_2" / "seed_1" / "failed.json").write_text('{"error": "The disk\\nis full."}')
     (directory / "grpo" / "seed_3").mkdir()
     return directory

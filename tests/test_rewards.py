@@ -11,7 +11,18 @@ CALL = '<think>t</think><tool_call>{"name": "f", "arguments": {}}</tool_call>'
 
 @pytest.mark.parametrize(
     ("answer", "score"),
-    [("Lima", 1), (" lima. ", 1), ("the LIMA", 1), ("Brasilia", 1), ("Brasília", 1), ("Lima Peru", 0), ("", 0), ("the", 0), (None, 0), ("利马", 1)],
+    [
+        ("Lima", 1),
+        (" lima. ", 1),
+        ("the LIMA", 1),
+        ("Brasilia", 1),
+        ("Brasília", 1),
+        ("Lima Peru", 0),
+        ("", 0),
+        ("the", 0),
+        (None, 0),
+        ("利马", 1),
+    ],
 )
 def test_exact_match(answer, score):
     assert rewards.exact_match(answer, ("Lima", "Brasília", "利马")) == score

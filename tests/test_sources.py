@@ -49,7 +49,11 @@ def forgetful_score(episode):
 def test_atlas_by_default(tmp_path):
     prompts = sources.prompts(config(**{"data.dir": str(tmp_path)}), "held_out")
     assert len(prompts) == 16 and prompts[0].images[0].shape == (256, 256, 3)
-    assert [tool.name for tool in sources.tools(config())] == ["image_zoom_in_tool", "image_search_tool", "text_search_tool"]
+    assert [tool.name for tool in sources.tools(config())] == [
+        "image_zoom_in_tool",
+        "image_search_tool",
+        "text_search_tool",
+    ]
 
 
 def test_your_own_functions():
@@ -89,23 +93,38 @@ def test_your_own_rewards():
     assert own == {"accuracy": 1.0, "format": 0.5, "turns": 3.0} and all(type(value) is float for value in own.values())
     with pytest.raises(UserError, match="reward_source 'tests.test_sources:forgetful_score' gave no format: every"):
         sources.score(config(reward_source="tests.test_sources:forgetful_score"))(episode)
-    for path, says in (("exact", "use rewards or your own"), ("tests.test_sources:nothing", "no function of this name")):
+    for path, says in (
+        ("exact", "use rewards or your own"),
+        ("tests.test_sources:nothing", "no function of this name"),
+    ):
         with pytest.raises(UserError, match=says):
             sources.score(config(reward_source=path))
 
 
 def test_a_folder_of_questions(tmp_path):
     PIL.Image.new("RGB", (6, 4), (9, 8, 7)).save(tmp_path / "a.png")
-    rows = [{"question": "q", "images": ["a.png"], "answers": ["x", "y"]}, {"id": "b", "question": "r", "answers": ["z"], "hops": 2}]
+    rows = [
+        {"question": "q", "images": ["a.png"], "answers": ["x", "y"]},
+        {"id": "b", "question": "r", "answers": ["z"], "hops": 2},
+    ]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prompts = sources.prompts(config(**{"data.name": "jsonl", "data.dir": str(tmp_path)}), "train")
     first, second = prompts[0], prompts[1]
-    assert (first.id, first.answers, first.images[0].shape) == ("1", ("x", "y"), (4, 6, 3)) and first.images[0][0, 0].tolist() == [9, 8, 7]
+    assert (first.id, first.answers, first.images[0].shape) == ("1", ("x", "y"), (4, 6, 3)) and first.images[0][
+        0, 0
+    ].tolist() == [9, 8, 7]
     assert (second.id, second.hops, second.images) == ("b", 2, ())
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"question": "q"}', '{"question": "q", "answers": []}', '{"question": "q", "answers": ["x"], "images": ["../secret.png"]}']
+    "line",
+    [
+        "{",
+        "[]",
+        '{"question": "q"}',
+        '{"question": "q", "answers": []}',
+        '{"question": "q", "answers": ["x"], "images": ["../secret.png"]}',
+    ],
 )
 def test_a_line_that_does_not_fit_is_named(tmp_path, line):
     (tmp_path / "folder").mkdir()
@@ -141,7 +160,9 @@ def test_the_service_gives_what_the_local_search_gives(service):
     assert remote.schema == local.schema
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"queries": "x"}', b'{"queries": [1]}', b'{"queries": ["x"], "topk": 0}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"queries": "x"}', b'{"queries": [1]}', b'{"queries": ["x"], "topk": 0}']
+)
 def test_the_service_survives_bad_requests(service, body):
     assert httpx.post(f"{service}/retrieve", content=body).status_code in (400, 413)
     assert httpx.post(f"{service}/other", content=b"{}").status_code == 404
@@ -149,7 +170,9 @@ def test_the_service_survives_bad_requests(service, body):
 
 
 def test_a_service_that_is_gone_is_an_observation():
-    runner = ToolRunner([RemoteTextSearch("http://127.0.0.1:9", top_k=1, budget=9, timeout_s=1)], workers=1, timeout_s=5, retries=1)
+    runner = ToolRunner(
+        [RemoteTextSearch("http://127.0.0.1:9", top_k=1, budget=9, timeout_s=1)], workers=1, timeout_s=5, retries=1
+    )
     _, result = runner.run(ToolCall("text_search_tool", {"query": "x"}), [])
     assert result.error == "exception" and "ConnectError" in result.text
 

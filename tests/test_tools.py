@@ -18,7 +18,12 @@ from tapo_jax.types import Image, Number, Region, Text, ToolCall, ToolResult, ro
 
 @pytest.fixture(scope="module")
 def runner() -> ToolRunner:
-    return ToolRunner(make_tools(real_world("train"), Settings(thumbnails=1, image_top_k=3, text_top_k=2)), workers=2, timeout_s=5.0, retries=0)
+    return ToolRunner(
+        make_tools(real_world("train"), Settings(thumbnails=1, image_top_k=3, text_top_k=2)),
+        workers=2,
+        timeout_s=5.0,
+        retries=0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +104,9 @@ class Odd:
     """A tool that fails `failures` times, or sleeps."""
 
     name = "odd"
-    schema = function_schema("odd", "", {"n": {"type": "number", "x-kind": "number", "minimum": 0, "maximum": 10}}, ("n",))
+    schema = function_schema(
+        "odd", "", {"n": {"type": "number", "x-kind": "number", "minimum": 0, "maximum": 10}}, ("n",)
+    )
 
     def __init__(self, failures=0, sleep_s=0.0):
         self.failures, self.sleep_s, self.calls = failures, sleep_s, 0
@@ -150,10 +157,15 @@ def test_parameters_by_kind():
 
 
 def test_text_search_is_safe_from_many_threads_and_deterministic():
-    search = TextSearch([f"country {i}: capital\nThe capital of country{i}: City{i}." for i in range(50)], top_k=2, budget=60)
+    search = TextSearch(
+        [f"country {i}: capital\nThe capital of country{i}: City{i}." for i in range(50)], top_k=2, budget=60
+    )
     wanted = [search({"query": f"country{i} capital"}, []).text for i in range(50)]
     got: dict[int, str] = {}
-    threads = [threading.Thread(target=lambda i=i: got.update({i: search({"query": f"country{i} capital"}, []).text})) for i in range(50)]
+    threads = [
+        threading.Thread(target=lambda i=i: got.update({i: search({"query": f"country{i} capital"}, []).text}))
+        for i in range(50)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

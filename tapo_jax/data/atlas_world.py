@@ -45,12 +45,16 @@ def make_tools(world: World, settings: Settings) -> list[Tool]:
     ]
 
 
-def make_prompt(world: World, settings: Settings, rng: np.random.Generator) -> tuple[Prompt, Question, tuple[Placed, ...]]:
+def make_prompt(
+    world: World, settings: Settings, rng: np.random.Generator
+) -> tuple[Prompt, Question, tuple[Placed, ...]]:
     """A scene and a question about one of its countries; drawn again until the facts allow the number of hops."""
     hops = int(rng.choice(settings.hops))
     while True:
         names = rng.choice(world.asked, settings.outlines, replace=False).tolist()
-        pixels, scene = draw_scene([world.countries[n] for n in names], size=settings.size, outline=settings.outline, rng=rng)
+        pixels, scene = draw_scene(
+            [world.countries[n] for n in names], size=settings.size, outline=settings.outline, rng=rng
+        )
         question = ask(world, names[0], scene[0].colour, hops, rng)
         if question is not None:
             break

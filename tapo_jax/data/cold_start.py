@@ -32,7 +32,15 @@ class ColdStart:
     """Draws batches. `context_weight` is the weight of text that the policy reads but does not write (0 on images)."""
 
     def __init__(
-        self, chat: Chat, config: Qwen3VLConfig, processor, *, settings: atlas_world.Settings, flaws: Flaws, seed: int, context_weight: float
+        self,
+        chat: Chat,
+        config: Qwen3VLConfig,
+        processor,
+        *,
+        settings: atlas_world.Settings,
+        flaws: Flaws,
+        seed: int,
+        context_weight: float,
     ):
         self._chat, self._config, self._processor = chat, config, processor
         self._settings, self._flaws, self._seed, self._context_weight = settings, flaws, seed, context_weight
@@ -40,8 +48,7 @@ class ColdStart:
         self._world_number, self._game, self._uses = -1, None, 0
 
     def _draw(self, rng: np.random.Generator, outlines: int | None = None):
-        """A question in an invented world; a new world after every 256. outlines: another number of them in the scene.
-        """
+        """A question in an invented world; a new world after every 256. outlines: another number of them."""
         if self._uses % 256 == 0:
             self._world_number += 1
             self._game = atlas_world.Game.fictional(self._seed * 1_000_003 + self._world_number, self._settings)
@@ -55,7 +62,9 @@ class ColdStart:
         pixels = PixelStore(self._processor)
         opening = atlas_world.opening(prompt, self._chat, pixels, self._game.runner.schemas)
         script = expert(question, scene, rng, self._flaws)
-        return play(opening, script, runner=self._game.runner, chat=self._chat, limits=self._limits, image_tokens=pixels.tokens)
+        return play(
+            opening, script, runner=self._game.runner, chat=self._chat, limits=self._limits, image_tokens=pixels.tokens
+        )
 
     def full(self, rng: np.random.Generator, rows: int, length: int, patches: int) -> Batch:
         """Whole episodes; one that is too long is drawn again."""
@@ -63,7 +72,10 @@ class ColdStart:
         pixels = PixelStore(self._processor)
         while len(kept) < rows:
             episode = self.episode(rng)
-            if len(episode.token_T) <= length and sum(int(np.prod(pixels.grid(image))) for image in episode.images) <= patches:
+            if (
+                len(episode.token_T) <= length
+                and sum(int(np.prod(pixels.grid(image))) for image in episode.images) <= patches
+            ):
                 kept.append((episode.token_T, episode.mask_T, episode.images))
         return self._batch(kept, length, patches, pixels)
 
@@ -102,7 +114,9 @@ class ColdStart:
         kept = []
         while len(kept) < rows:
             episode = self.episode(rng)
-            found = [turn.stop for turn in episode.turns if turn.call is not None and turn.call.name == "image_search_tool"]
+            found = [
+                turn.stop for turn in episode.turns if turn.call is not None and turn.call.name == "image_search_tool"
+            ]
             if not found:
                 continue
             token_T, mask_T = episode.token_T[found[-1] :], episode.mask_T[found[-1] :]
@@ -142,7 +156,9 @@ class ColdStart:
     def _batch(self, kept: list, length: int, patches: int, pixels: PixelStore) -> Batch:
         rows = [make_row(token_T, images, self._config, pixels)[0] for token_T, _, images in kept]
         inputs = model_inputs(rows, length=length, patches=patches, config=self._config)
-        weight_BxT = np.where(inputs.token_BxT == self._config.image_token, 0.0, self._context_weight).astype(np.float32)
+        weight_BxT = np.where(inputs.token_BxT == self._config.image_token, 0.0, self._context_weight).astype(
+            np.float32
+        )
         weight_BxT *= inputs.segment_BxT > 0
         for b, (_, mask_T, _) in enumerate(kept):
             weight_BxT[b, : len(mask_T)][mask_T] = 1.0

@@ -12,7 +12,9 @@ import numpy as np
 from tapo_jax.models.config import Qwen3VLConfig
 
 
-def write_copying_heads(params: dict, config: Qwen3VLConfig, rng: np.random.Generator, *, gain: float = 6.0, sharpness: float = 2.2) -> None:
+def write_copying_heads(
+    params: dict, config: Qwen3VLConfig, rng: np.random.Generator, *, gain: float = 6.0, sharpness: float = 2.2
+) -> None:
     """Changes numpy arrays in place: params["embedding"] [V, D] and of params["decoder"] q, k, v, o, q_norm, k_norm
     (stacked over layers), in layers 0 and 1, heads 0 and 1 and their key/value head 0.
 

@@ -1,7 +1,8 @@
-"""Scripted players of Atlas, for the cold start: they know the scene, follow the tools' results and make mistakes on purpose.
+"""Scripted players of Atlas, for the cold start: they know the scene, follow the tools' results and make mistakes on
+purpose.
 
-An expert copies only from what it was shown, so a policy that imitates it learns to look things up. Its mistakes are what
-reinforcement learning has to remove.
+An expert copies only from what it was shown, so a policy that imitates it learns to look things up. Its mistakes are
+what reinforcement learning has to remove.
 """
 
 import dataclasses
@@ -39,9 +40,7 @@ class Flaws:
     wrong_line: float = 0.10  # answers with the value of another line
 
 
-def play(
-    opening: Opening, script: Script, *, runner: ToolRunner, chat: Chat, limits: Limits, image_tokens
-) -> Episode:
+def play(opening: Opening, script: Script, *, runner: ToolRunner, chat: Chat, limits: Limits, image_tokens) -> Episode:
     """Lets a script play an episode through the same state machine and the same tools as the policy."""
     conversation = Conversation(opening, 0, limits=limits, chat=chat, image_tokens=image_tokens)
     text = next(script)
@@ -87,7 +86,9 @@ def expert(question: Question, scene: Sequence[Placed], rng: np.random.Generator
     yield _answer(right or name)
 
 
-def _identify(name: str, scene: Sequence[Placed], rng: np.random.Generator, flaws: Flaws) -> Generator[str, str, list[str]]:
+def _identify(
+    name: str, scene: Sequence[Placed], rng: np.random.Generator, flaws: Flaws
+) -> Generator[str, str, list[str]]:
     target = next(placed for placed in scene if placed.name == name)
     if _happens(rng, flaws.wrong_outline):
         target = scene[int(rng.integers(len(scene)))]

@@ -21,20 +21,30 @@ class JsonlPrompts(Sequence):
         self._folder = pathlib.Path(folder).resolve()
         path = self._folder / f"{split}.jsonl"
         if not path.is_file():
-            raise UserError(f"data.dir has no file {path}: write one JSON object a line, with question, images and answers.")
-        self._rows = [self._row(path, number, line) for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1)]
+            raise UserError(
+                f"data.dir has no file {path}: write one JSON object a line, with question, images and answers."
+            )
+        self._rows = [
+            self._row(path, number, line) for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1)
+        ]
         if not self._rows:
             raise UserError(f"{path} has no questions.")
 
     def _row(self, path: pathlib.Path, number: int, line: str) -> dict:
         try:
             row = json.loads(line)
-            fits = isinstance(row["question"], str) and row["answers"] and all(isinstance(text, str) for text in row["answers"])
+            fits = (
+                isinstance(row["question"], str)
+                and row["answers"]
+                and all(isinstance(text, str) for text in row["answers"])
+            )
             images = [(self._folder / name).resolve() for name in row.get("images", [])]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}: expected an object with question, images and answers.") from error
         if not fits:
-            raise UserError(f"{path}, line {number}: question must be a string and answers a list of at least one string.")
+            raise UserError(
+                f"{path}, line {number}: question must be a string and answers a list of at least one string."
+            )
         for image in images:
             if not image.is_relative_to(self._folder) or not image.is_file():
                 raise UserError(f"{path}, line {number}: the image {image} does not exist in the folder.")

@@ -9,16 +9,15 @@ import PIL.ImageDraw
 from tapo_jax.data.world import Country
 
 COLOURS = {
-    "red": (214, 39, 40), "blue": (31, 90, 200), "green": (30, 140, 50), "orange": (240, 140, 20), "purple": (130, 60, 170),
-    "black": (30, 30, 30),
+    "red": (214, 39, 40), "blue": (31, 90, 200), "green": (30, 140, 50), "orange": (240, 140, 20),
+    "purple": (130, 60, 170), "black": (30, 30, 30),
 }  # fmt: skip
 BACKGROUND = (244, 244, 240)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """One outline of a scene: its country's name, its colour and its box (x1, y1, x2, y2), relative to the scene, 0..1.
-    """
+    """One outline of a scene: its country's name, its colour, its box (x1, y1, x2, y2) relative to the scene, 0..1."""
 
     name: str
     colour: str
@@ -46,7 +45,9 @@ def draw_scene(
     return np.asarray(canvas), tuple(placed)
 
 
-def _places(count: int, outline: tuple[float, float], rng: np.random.Generator, gap: float = 0.03) -> list[tuple[float, float, float]]:
+def _places(
+    count: int, outline: tuple[float, float], rng: np.random.Generator, gap: float = 0.03
+) -> list[tuple[float, float, float]]:
     for _ in range(200):
         found: list[tuple[float, float, float]] = []
         for _ in range(60):
@@ -56,7 +57,10 @@ def _places(count: int, outline: tuple[float, float], rng: np.random.Generator, 
                 found.append((x, y, side))
             if len(found) == count:
                 return found
-    raise ValueError(f"{count} outlines of up to {outline[1]:.2f} of the scene do not fit beside each other: use fewer or smaller ones")
+    raise ValueError(
+        f"{count} outlines of up to {outline[1]:.2f} of the scene do not fit beside each other: "
+        "use fewer or smaller ones"
+    )
 
 
 def draw_outline(country: Country, *, size: int = 96) -> np.ndarray:
@@ -66,7 +70,9 @@ def draw_outline(country: Country, *, size: int = 96) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def _draw(pen: PIL.ImageDraw.ImageDraw, country: Country, corner: np.ndarray, side: float, colour: tuple[int, int, int]) -> None:
+def _draw(
+    pen: PIL.ImageDraw.ImageDraw, country: Country, corner: np.ndarray, side: float, colour: tuple[int, int, int]
+) -> None:
     for ring in country.outline:
         points = [tuple(point) for point in ring * side + corner]
         if len(points) > 2:

@@ -32,7 +32,9 @@ def prompts(config: Any, split: str) -> Sequence[Prompt]:
         return _function("data.name", config.data.name)(config, split)
     readers = {"atlas": _atlas_prompts, "jsonl": lambda config, split: JsonlPrompts(config.data.dir, split)}
     if config.data.name not in readers:
-        raise UserError(f"data.name is '{config.data.name}': use {', '.join(readers)} or your own \"package.module:function\".")
+        raise UserError(
+            f"data.name is '{config.data.name}': use {', '.join(readers)} or your own \"package.module:function\"."
+        )
     return readers[config.data.name](config, split)
 
 

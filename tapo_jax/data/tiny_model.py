@@ -23,8 +23,25 @@ from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 from tapo_jax.models.qwen3_vl import Qwen3VL
 
 PACKAGED = pathlib.Path(__file__).parent / "atlas_tiny"
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>", "<answer>", "</answer>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+TAGS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+)
 TEMPLATE = """\
 {%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
 {%- if tools %}{{- '<|im_start|>system\\ntools: ' }}{%- for tool in tools %}{{- tool.function.name + ', ' }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}
@@ -33,7 +50,7 @@ TEMPLATE = """\
 {%- if message.role == 'tool' %}{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-"""
+"""  # noqa: E501
 # A digit; a word, with the space before it if a word or digit stands there; marks with the spaces after them; white
 # space. So a name after `": "`, `. ` or a line's start is the same tokens everywhere, which makes it easy to copy.
 _SPLIT = r"\d|[A-Za-z_]+| [A-Za-z_]+|[^A-Za-z_\d\s][^A-Za-z_\d\n]*|\s"
@@ -44,10 +61,15 @@ def train_tokenizer(vocab: int = 1024, seed: int = 0) -> Tokenizer:
     pieces."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[*SPECIAL, *TAGS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab,
+        special_tokens=[*SPECIAL, *TAGS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(seed), trainer)
     return tokenizer
@@ -65,20 +87,27 @@ def _texts(seed: int):
     for name in world.asked:
         question = ask(world, name, str(rng.choice(list(COLOURS))), int(rng.integers(1, 4)), rng)
         if question is not None:
-            phrases += [question.text, experts._search_text(name, question.attribute), experts._search_text(name, "neighbours")]
+            phrases += [
+                question.text,
+                experts._search_text(name, question.attribute),
+                experts._search_text(name, "neighbours"),
+            ]
     # The phrases repeat in every episode, names do not: repeated here so that a phrase is a few tokens.
     yield from phrases * 60
 
 
 def tiny_config(tokenizer: Tokenizer) -> Qwen3VLConfig:
     vision = VisionConfig(
-        depth=2, hidden=64, mlp=128, heads=2, patch=8, merge=2, temporal=2, channels=3, out=128, positions=256, deepstack=(0,)
+        depth=2, hidden=64, mlp=128, heads=2, patch=8, merge=2, temporal=2, channels=3, out=128, positions=256,
+        deepstack=(0,),
     )  # fmt: skip
     return Qwen3VLConfig(
-        vocab=tokenizer.get_vocab_size(), hidden=128, mlp=320, layers=4, heads=4, kv_heads=2, head_dim=32, rope_theta=10000.0,
-        mrope_section=(6, 5, 5), norm_epsilon=1e-6, attention_bias=False, tied=True, max_positions=4096,
+        vocab=tokenizer.get_vocab_size(), hidden=128, mlp=320, layers=4, heads=4, kv_heads=2, head_dim=32,
+        rope_theta=10000.0, mrope_section=(6, 5, 5), norm_epsilon=1e-6, attention_bias=False, tied=True,
+        max_positions=4096,
         image_token=tokenizer.token_to_id("<|image_pad|>"), video_token=tokenizer.token_to_id("<|video_pad|>"),
-        vision_start=tokenizer.token_to_id("<|vision_start|>"), vision_end=tokenizer.token_to_id("<|vision_end|>"), vision=vision,
+        vision_start=tokenizer.token_to_id("<|vision_start|>"), vision_end=tokenizer.token_to_id("<|vision_end|>"),
+        vision=vision,
     )  # fmt: skip
 
 
@@ -87,14 +116,18 @@ def write_files(path: pathlib.Path, tokenizer: Tokenizer) -> None:
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096, "clean_up_tokenization_spaces": False}
+    kind = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 4096,
+        "clean_up_tokenization_spaces": False,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps({**kind, **special}, indent=2))
     (path / "chat_template.jinja").write_text(TEMPLATE)
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 8, "merge_size": 2, "temporal_patch_size": 2,
         "size": {"shortest_edge": 1024, "longest_edge": 16384}, "min_pixels": 1024, "max_pixels": 16384,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_resize": True, "do_rescale": True, "do_normalize": True,
-        "rescale_factor": 1 / 255, "resample": 3, "do_convert_rgb": True,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_resize": True, "do_rescale": True,
+        "do_normalize": True, "rescale_factor": 1 / 255, "resample": 3, "do_convert_rgb": True,
     }  # fmt: skip
     (path / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
 

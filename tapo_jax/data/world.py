@@ -83,7 +83,10 @@ def _facts(record: dict) -> dict[str, tuple[str, ...]]:
         "calling code": record.get("callingCodes") or (),
         "demonym": (record.get("demonym") or "").split(","),
     }
-    clean = {name: tuple(_ascii(value.strip()) for value in given if value and value.strip()) for name, given in values.items()}
+    clean = {
+        name: tuple(_ascii(value.strip()) for value in given if value and value.strip())
+        for name, given in values.items()
+    }
     return {name: given for name, given in clean.items() if given}
 
 
@@ -113,10 +116,27 @@ def fit(rings: list[np.ndarray]) -> tuple[np.ndarray, ...]:
 
 # ------------------------------------------------------------------------------------------------ invented worlds
 
-_ONSETS = [*"b d f g h j k l m n p r s t v z".split() * 4, *"c w y br ch cr dr fr gh gr kh ky ph pl pr qu sh sl st th tr ts x".split()]
+_ONSETS = [
+    *"b d f g h j k l m n p r s t v z".split() * 4,
+    *"c w y br ch cr dr fr gh gr kh ky ph pl pr qu sh sl st th tr ts x".split(),
+]
 _VOWELS = [*"a e i o u".split() * 8, *"a ai au ea ia ie io oa ou ua uy y aa ee".split()]
 _CODAS = [*[""] * 22, *"n r s l m n".split() * 2, *"d t k ng st nd rk ch m g b zz x th".split()]
-_AFFIXES = ["New", "South", "North", "East", "West", "Saint", "San", "Port", "United", "Republic of", "The", "Central", "Upper"]
+_AFFIXES = [
+    "New",
+    "South",
+    "North",
+    "East",
+    "West",
+    "Saint",
+    "San",
+    "Port",
+    "United",
+    "Republic of",
+    "The",
+    "Central",
+    "Upper",
+]
 _TAILS = ["Islands", "City", "Republic", "and {}", "States", "Guinea", "Kingdom", "Town", "Bay"]
 _DEMONYMS = ["an", "ian", "ese", "ish", "i", "ean", "er", "ian", "ic"]
 
@@ -140,7 +160,10 @@ def fictional_name(rng: np.random.Generator) -> str:
 
 def _word(rng: np.random.Generator) -> str:
     syllables = 1 + int(rng.choice(4, p=(0.12, 0.5, 0.3, 0.08)))
-    parts = [f"{rng.choice(_ONSETS) if i or rng.random() < 0.8 else ''}{rng.choice(_VOWELS)}{rng.choice(_CODAS)}" for i in range(syllables)]
+    parts = [
+        f"{rng.choice(_ONSETS) if i or rng.random() < 0.8 else ''}{rng.choice(_VOWELS)}{rng.choice(_CODAS)}"
+        for i in range(syllables)
+    ]
     return "".join(parts).capitalize()
 
 
@@ -186,5 +209,7 @@ def _ring(rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.nda
     angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     order = np.arange(2, 9)
     amplitude, phase = rng.normal(size=7) * 0.45 / order, rng.uniform(0, 2 * np.pi, 7)
-    distance = radius * np.clip(1 + (amplitude[:, None] * np.cos(order[:, None] * angle + phase[:, None])).sum(0), 0.15, 2.5)
+    distance = radius * np.clip(
+        1 + (amplitude[:, None] * np.cos(order[:, None] * angle + phase[:, None])).sum(0), 0.15, 2.5
+    )
     return centre + distance[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)

@@ -35,7 +35,9 @@ class BadCall(Exception):
         self.kind = kind
 
 
-def function_schema(name: str, description: str, properties: dict[str, dict], required: Sequence[str]) -> dict[str, Any]:
+def function_schema(
+    name: str, description: str, properties: dict[str, dict], required: Sequence[str]
+) -> dict[str, Any]:
     parameters = {"type": "object", "properties": properties, "required": list(required)}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
@@ -55,7 +57,9 @@ def check_arguments(schema: dict[str, Any], arguments: dict[str, Any], images: S
         if wanted["x-kind"] == "region":
             _check_box(name, value)
         if wanted["x-kind"] == "image" and not 0 <= value < len(images):
-            raise BadCall("bad_image", f"There is no image {value}: the conversation has images 0 to {len(images) - 1}.")
+            raise BadCall(
+                "bad_image", f"There is no image {value}: the conversation has images 0 to {len(images) - 1}."
+            )
 
 
 def _check_box(name: str, box: list) -> None:
@@ -73,7 +77,9 @@ def compose(box: Sequence[float], image: Image) -> tuple[float, float, float, fl
     return (x1 + box[0] * w, y1 + box[1] * h, x1 + box[2] * w, y1 + box[3] * h)
 
 
-def call_parameters(schema: dict[str, Any], arguments: dict[str, Any], images: Sequence[Image]) -> tuple[Parameter, ...]:
+def call_parameters(
+    schema: dict[str, Any], arguments: dict[str, Any], images: Sequence[Image]
+) -> tuple[Parameter, ...]:
     """The arguments as TAPO compares them. A box is composed with its image into root coordinates, and then stands for
     both; labels and other properties with "x-kind": "none" are left out."""
     properties = schema["function"]["parameters"]["properties"]
@@ -104,7 +110,14 @@ class ToolRunner:
     """
 
     def __init__(
-        self, tools: Sequence[Tool], *, workers: int, timeout_s: float, retries: int, cache: int = 4096, threaded: bool = True
+        self,
+        tools: Sequence[Tool],
+        *,
+        workers: int,
+        timeout_s: float,
+        retries: int,
+        cache: int = 4096,
+        threaded: bool = True,
     ):
         self.tools = {tool.name: tool for tool in tools}
         self.schemas = [tool.schema for tool in tools]
@@ -113,7 +126,9 @@ class ToolRunner:
         self._cache: collections.OrderedDict[str, ToolResult] = collections.OrderedDict()
         self._cache_size, self._lock = cache, threading.Lock()
 
-    def submit(self, call: ToolCall, images: Sequence[Image]) -> "concurrent.futures.Future[tuple[ToolCall, ToolResult]]":
+    def submit(
+        self, call: ToolCall, images: Sequence[Image]
+    ) -> "concurrent.futures.Future[tuple[ToolCall, ToolResult]]":
         return self._pool.submit(self.run, call, tuple(images))
 
     def run(self, call: ToolCall, images: Sequence[Image]) -> tuple[ToolCall, ToolResult]:
@@ -158,15 +173,16 @@ class ToolRunner:
             except TimeoutError:
                 if last:
                     raise BadCall("timeout", f"{call.name} gave no result in {self._timeout_s:g} seconds.") from None
-            except Exception as error:  # a tool is foreign code: whatever it raises is an observation, not the end of a run
+            except (
+                Exception
+            ) as error:  # a tool is foreign code: whatever it raises is an observation, not the end of a run
                 if last:
                     raise BadCall("exception", f"{call.name} failed: {type(error).__name__}.") from error
         raise AssertionError("unreachable")
 
 
 def _with_timeout(function, timeout_s: float) -> ToolResult:
-    """Runs on a daemon thread of its own, so that a call that hangs holds neither a worker nor the exit of the program.
-    """
+    """Runs on a daemon thread of its own, so that a call that hangs holds neither a worker nor the program's exit."""
     done: concurrent.futures.Future = concurrent.futures.Future()
 
     def work() -> None:
