@@ -4,6 +4,9 @@ A sweep is DIR/<row>/seed_<n>/, each with `result.json` (what `condense` gives: 
 or a whole run's `metrics.jsonl` and `config.json`; a run that failed has `failed.json`, {"error": …}. DIR/sweep.json
 may name the order of rows, the base and the reference of each, and the seeds that were asked for: {"rows": [row, …],
 "base": {row: row}, "reference": {row: row}, "seeds": {row: [seed, …]}}.
+
+seed_<n>/eval*/*.json, of `launch/eval.py`, are later evaluations of the run's last policy, with more questions or other
+samples: their mean takes the place of the run's own last accuracy.
 """
 
 import dataclasses
@@ -44,7 +47,8 @@ PUBLISHED = {
 @dataclasses.dataclass(frozen=True)
 class Result:
     """One finished run. evals: (step, seconds of training until then, held-out accuracy), ascending; curves: name ->
-    [(step, value)]; config: flat names; tapo_share: median of TAPO's share of a step's time."""
+    [(step, value)]; config: flat names; tapo_share: median of TAPO's share of a step's time; answers: of later
+    evaluations, whose mean is the last accuracy of evals (0: the run's own)."""
 
     row: str
     seed: int
@@ -52,6 +56,7 @@ class Result:
     curves: Mapping[str, Sequence[Sequence[float]]]
     config: Mapping[str, Any]
     tapo_share: float | None
+    answers: int = 0
 
     def at_step(self, step: float) -> float:
         return float(np.interp(step, [e[0] for e in self.evals], [e[2] for e in self.evals]))
@@ -164,8 +169,28 @@ def _result(folder: Path, row: str, seed: int) -> Result | None:
             found = condense(folder, row, seed)
         except UserError:
             return None
-    evals = tuple((float(step), float(seconds), float(accuracy)) for step, seconds, accuracy in found["evals"])
-    return Result(row, seed, evals, found["curves"], found["config"], found["tapo_share"])
+    evals = [(float(step), float(seconds), float(accuracy)) for step, seconds, accuracy in found["evals"]]
+    later, answers = later_accuracy(folder, found["config"])
+    if answers:
+        evals[-1] = (*evals[-1][:2], later)
+    return Result(row, seed, tuple(evals), found["curves"], found["config"], found["tapo_share"], answers)
+
+
+def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int]:
+    """The mean over all answers of the evaluations in folder/eval*, and the number of answers; (0, 0) where there are
+    none. Raises UserError for one that is not like the run's own."""
+    paths = sorted(folder.glob("eval*/*.json"))
+    found = [json.loads(path.read_text()) for path in paths]
+    for path, evaluation in zip(paths, found, strict=True):
+        for name in ("split", "temperature"):
+            if evaluation[name] != config.get(f"eval.{name}", evaluation[name]):
+                raise UserError(
+                    f"{path} has the {name} {evaluation[name]!r} and the run {config[f'eval.{name}']!r}: "
+                    "evaluate again as the run does, or remove it."
+                )
+    answers = [evaluation["metrics"]["episodes"] for evaluation in found]
+    right = [evaluation["metrics"]["accuracy"] * count for evaluation, count in zip(found, answers, strict=True)]
+    return (sum(right) / sum(answers), round(sum(answers))) if found else (0.0, 0)
 
 
 def bases(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
@@ -256,6 +281,9 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
     return {
         "step": step,
         "seconds": seconds,
+        "runs": len(runs),
+        "later": sum(result.answers > 0 for result in runs),
+        "answers": max(result.answers for result in runs),
         "rows": rows,
         "failed": list(sweep.failed),
         "unfinished": list(sweep.unfinished),

@@ -41,7 +41,13 @@ def markdown(summary: Mapping[str, Any], name: str) -> str:
         "",
         f"Held-out accuracy in %, at {summary['step']:g} steps and at {summary['seconds']:.0f} s of training (the "
         "shortest run's). Brackets: 95 % bootstrap interval over seeds. Differences are paired by seed, in points; a "
-        "verdict needs both the bootstrap's and Student's interval to leave out 0.",
+        "verdict needs both the bootstrap's and Student's interval to leave out 0."
+        + (
+            f" {summary['later']} of {summary['runs']} runs were evaluated again at their end, with up to "
+            f"{summary['answers']} answers, whose mean counts."
+            if summary["later"]
+            else ""
+        ),
         "",
         "| row | seeds | at equal steps | at equal time | base | Δ at equal steps | seeds improved | Δ at equal time "
         "| relative | verdict |",

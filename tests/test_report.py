@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -230,6 +231,28 @@ def test_report_of_a_sweep(sweep):
     assert len(shown) == 5
     for name in shown:
         picture(sweep / name)
+
+
+def test_a_later_evaluation_takes_the_place_of_the_last(sweep, tmp_path):
+    """0.5 of 30 answers and 0.8 of 10 are 0.575 of 40; accuracy before the end stays as it was."""
+    shutil.copytree(sweep, tmp_path / "again")
+    run = tmp_path / "again" / "grpo" / "seed_0"
+    for name, accuracy, episodes in (("eval_1", 0.5, 30), ("eval_2", 0.8, 10)):
+        (run / name).mkdir()
+        found = {"split": "held_out", "temperature": 1.0, "metrics": {"accuracy": accuracy, "episodes": episodes}}
+        (run / name / "export.json").write_text(json.dumps(found))
+    before, after = (report_sweep.load(path) for path in (sweep, tmp_path / "again"))
+    (*earlier, _), (*same, last) = (found.results["grpo"][0].evals for found in (before, after))
+    assert earlier == same and last[2] == pytest.approx(0.575) and after.results["grpo"][0].answers == 40
+    assert after.results["grpo"][1] == before.results["grpo"][1]
+    text = report_tables.markdown(report_sweep.summarise(after), "again")
+    assert "1 of 9 runs were evaluated again at their end, with up to 40 answers" in text
+    assert "again" not in report_tables.markdown(report_sweep.summarise(before), "sweep")
+
+    (run / "eval_2" / "export.json").write_text(json.dumps(found | {"temperature": 0.0}))
+    (run / "config.json").write_text(json.dumps(config(False) | {"seed": 0, "eval.temperature": 1.0}))
+    with pytest.raises(UserError, match="has the temperature 0.0 and the run 1.0: evaluate again as the run does"):
+        report_sweep.load(tmp_path / "again")
 
 
 def test_run_without_a_last_evaluation_is_not_finished(tmp_path):
