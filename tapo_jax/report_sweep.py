@@ -5,8 +5,8 @@ or a whole run's `metrics.jsonl` and `config.json`; a run that failed has `faile
 may name the order of rows, the base and the reference of each, and the seeds that were asked for: {"rows": [row, …],
 "base": {row: row}, "reference": {row: row}, "seeds": {row: [seed, …]}}.
 
-seed_<n>/eval*/*.json, of `launch/eval.py`, are later evaluations of the run's last policy, with more questions or other
-samples: their mean takes the place of the run's own last accuracy.
+seed_<n>/eval*/export.json, of `launch/eval.py --checkpoint=…/export`, are later evaluations of the run's last policy,
+with more questions or other samples: their mean takes the place of the run's own last accuracy.
 """
 
 import dataclasses
@@ -179,7 +179,7 @@ def _result(folder: Path, row: str, seed: int) -> Result | None:
 def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int]:
     """The mean over all answers of the evaluations in folder/eval*, and the number of answers; (0, 0) where there are
     none. Raises UserError for one that is not like the run's own."""
-    paths = sorted(folder.glob("eval*/*.json"))
+    paths = sorted(folder.glob("eval*/export.json"))
     found = [json.loads(path.read_text()) for path in paths]
     for path, evaluation in zip(paths, found, strict=True):
         for name in ("split", "temperature"):

@@ -241,6 +241,7 @@ def test_a_later_evaluation_takes_the_place_of_the_last(sweep, tmp_path):
         (run / name).mkdir()
         found = {"split": "held_out", "temperature": 1.0, "metrics": {"accuracy": accuracy, "episodes": episodes}}
         (run / name / "export.json").write_text(json.dumps(found))
+    (run / "eval_1" / "step_000010.json").write_text("of another checkpoint, not read")
     before, after = (report_sweep.load(path) for path in (sweep, tmp_path / "again"))
     (*earlier, _), (*same, last) = (found.results["grpo"][0].evals for found in (before, after))
     assert earlier == same and last[2] == pytest.approx(0.575) and after.results["grpo"][0].answers == 40
