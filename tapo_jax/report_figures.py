@@ -163,14 +163,16 @@ def draw_dynamics(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 
 def draw_credit(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    """Of the first family's reference: the correctable share of failing steps and trajectories by threshold, early,
-    midway and late."""
+    """Of the reference with the most seeds: the correctable share of failing steps and trajectories by threshold,
+    early, midway and late."""
     figure = new_figure(1, 2, height=3.2)
-    row = _pair(sweep, next(iter(_families(sweep).values())))[-1]
+    references = [_pair(sweep, rows)[-1] for rows in _families(sweep).values()]
+    row = max(references, key=lambda row: len(sweep.results[row]))
     results = list(sweep.results[row].values())
     drawn = False
     for axes, unit in zip(figure.axes, ("actions", "trajectories"), strict=True):
-        title(axes, f"{row}: correctable share of failing {unit}")
+        title(axes, f"{row}: correctable {unit}")
+        axes.set_ylabel(f"share of failing {unit}")
         for part, label, colour in (
             (0, "first third", "#c9dcef"),
             (1, "second third", "#74add1"),
