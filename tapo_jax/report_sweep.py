@@ -6,7 +6,8 @@ may name the order of rows, the base and the reference of each, and the seeds th
 "base": {row: row}, "reference": {row: row}, "seeds": {row: [seed, …]}}.
 
 seed_<n>/eval*/export.json, of `launch/eval.py --checkpoint=…/export`, are later evaluations of the run's last policy,
-with more questions or other samples: their mean takes the place of the run's own last accuracy.
+with more questions or other samples: their mean takes the place of the run's own last accuracy, where all runs of the
+seed that are compared were asked as many questions.
 """
 
 import dataclasses
@@ -47,8 +48,8 @@ PUBLISHED = {
 @dataclasses.dataclass(frozen=True)
 class Result:
     """One finished run. evals: (step, seconds of training until then, held-out accuracy), ascending; curves: name ->
-    [(step, value)]; config: flat names; tapo_share: median of TAPO's share of a step's time; answers: of later
-    evaluations, whose mean is the last accuracy of evals (0: the run's own)."""
+    [(step, value)]; config: flat names; tapo_share: median of TAPO's share of a step's time; later: the mean
+    accuracy of later evaluations, with the number of questions and of answers (None: there are none)."""
 
     row: str
     seed: int
@@ -56,7 +57,7 @@ class Result:
     curves: Mapping[str, Sequence[Sequence[float]]]
     config: Mapping[str, Any]
     tapo_share: float | None
-    answers: int = 0
+    later: tuple[float, int, int] | None = None
 
     def at_step(self, step: float) -> float:
         return float(np.interp(step, [e[0] for e in self.evals], [e[2] for e in self.evals]))
@@ -158,7 +159,25 @@ def load(directory: Path) -> Sweep:
     base, reference = bases(configs)
     for pairs, name in ((base, "base"), (reference, "reference")):
         pairs |= {row: other for row, other in given.get(name, {}).items() if row in results and other in results}
-    return Sweep(results, failed, unfinished, base, reference)
+    return Sweep(with_later(results, base), failed, unfinished, base, reference)
+
+
+def with_later(results: Mapping[str, Mapping[int, Result]], base: Mapping[str, str]) -> dict[str, dict[int, Result]]:
+    """Every run with its later accuracy in the place of its last, where all runs of its seed and family (a base and
+    what is compared with it) have one from as many questions: other questions are easier or harder. Elsewhere
+    without."""
+    asked: dict[tuple[str, int], set[int]] = {}
+    for row, seeds in results.items():
+        for seed, result in seeds.items():
+            asked.setdefault((base.get(row, row), seed), set()).add(result.later[1] if result.later else 0)
+
+    def final(row: str, seed: int, result: Result) -> Result:
+        if result.later is None or len(asked[base.get(row, row), seed]) > 1:
+            return dataclasses.replace(result, later=None)
+        step, seconds, _ = result.evals[-1]
+        return dataclasses.replace(result, evals=(*result.evals[:-1], (step, seconds, result.later[0])))
+
+    return {row: {seed: final(row, seed, result) for seed, result in seeds.items()} for row, seeds in results.items()}
 
 
 def _result(folder: Path, row: str, seed: int) -> Result | None:
@@ -169,16 +188,14 @@ def _result(folder: Path, row: str, seed: int) -> Result | None:
             found = condense(folder, row, seed)
         except UserError:
             return None
-    evals = [(float(step), float(seconds), float(accuracy)) for step, seconds, accuracy in found["evals"]]
-    later, answers = later_accuracy(folder, found["config"])
-    if answers:
-        evals[-1] = (*evals[-1][:2], later)
-    return Result(row, seed, tuple(evals), found["curves"], found["config"], found["tapo_share"], answers)
+    evals = tuple((float(step), float(seconds), float(accuracy)) for step, seconds, accuracy in found["evals"])
+    later = later_accuracy(folder, found["config"])
+    return Result(row, seed, evals, found["curves"], found["config"], found["tapo_share"], later)
 
 
-def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int]:
-    """The mean over all answers of the evaluations in folder/eval*, and the number of answers; (0, 0) where there are
-    none. Raises UserError for one that is not like the run's own."""
+def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int, int] | None:
+    """`Result.later`, from the evaluations in folder/eval*. Raises UserError for one that is not like the run's own, or
+    has another number of questions than the others."""
     paths = sorted(folder.glob("eval*/export.json"))
     found = [json.loads(path.read_text()) for path in paths]
     for path, evaluation in zip(paths, found, strict=True):
@@ -188,9 +205,13 @@ def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int]
                     f"{path} has the {name} {evaluation[name]!r} and the run {config[f'eval.{name}']!r}: "
                     "evaluate again as the run does, or remove it."
                 )
-    answers = [evaluation["metrics"]["episodes"] for evaluation in found]
-    right = [evaluation["metrics"]["accuracy"] * count for evaluation, count in zip(found, answers, strict=True)]
-    return (sum(right) / sum(answers), round(sum(answers))) if found else (0.0, 0)
+    questions = {round(evaluation["metrics"]["episodes"]) for evaluation in found}
+    if len(questions) > 1:
+        raise UserError(f"The evaluations in {folder} have different numbers of questions: keep those of one.")
+    if not found:
+        return None
+    accuracy = float(np.mean([evaluation["metrics"]["accuracy"] for evaluation in found]))
+    return accuracy, *questions, len(found) * sum(questions)
 
 
 def bases(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
@@ -282,8 +303,8 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
         "step": step,
         "seconds": seconds,
         "runs": len(runs),
-        "later": sum(result.answers > 0 for result in runs),
-        "answers": max(result.answers for result in runs),
+        "later": sum(result.later is not None for result in runs),
+        "answers": max((result.later[2] for result in runs if result.later), default=0),
         "rows": rows,
         "failed": list(sweep.failed),
         "unfinished": list(sweep.unfinished),

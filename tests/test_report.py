@@ -233,24 +233,42 @@ def test_report_of_a_sweep(sweep):
         picture(sweep / name)
 
 
-def test_a_later_evaluation_takes_the_place_of_the_last(sweep, tmp_path):
-    """0.5 of 30 answers and 0.8 of 10 are 0.575 of 40; accuracy before the end stays as it was."""
+def evaluated(folder, name, accuracy, episodes, temperature=1.0):
+    (folder / name).mkdir()
+    found = {"split": "held_out", "temperature": temperature, "metrics": {"accuracy": accuracy, "episodes": episodes}}
+    (folder / name / "export.json").write_text(json.dumps(found))
+
+
+def test_later_evaluations_count_where_all_runs_of_a_seed_have_them(sweep, tmp_path):
+    """Of seed 0 all four rows were evaluated again, grpo twice: 0.5 and 0.8; of seed 1 grpo alone, on questions that
+    the others were not asked."""
     shutil.copytree(sweep, tmp_path / "again")
+    rows = ("grpo", "tapo", "beta_2", "beta_12")
+    for row in rows:
+        evaluated(tmp_path / "again" / row / "seed_0", "eval_1", 0.5, 30)
     run = tmp_path / "again" / "grpo" / "seed_0"
-    for name, accuracy, episodes in (("eval_1", 0.5, 30), ("eval_2", 0.8, 10)):
-        (run / name).mkdir()
-        found = {"split": "held_out", "temperature": 1.0, "metrics": {"accuracy": accuracy, "episodes": episodes}}
-        (run / name / "export.json").write_text(json.dumps(found))
+    evaluated(run, "eval_2", 0.8, 30)
     (run / "eval_1" / "step_000010.json").write_text("of another checkpoint, not read")
+    evaluated(tmp_path / "again" / "grpo" / "seed_1", "eval_1", 0.9, 30)
     before, after = (report_sweep.load(path) for path in (sweep, tmp_path / "again"))
     (*earlier, _), (*same, last) = (found.results["grpo"][0].evals for found in (before, after))
-    assert earlier == same and last[2] == pytest.approx(0.575) and after.results["grpo"][0].answers == 40
+    assert earlier == same and last[2] == pytest.approx(0.65)
+    assert [after.results[row][0].evals[-1][2] for row in rows[1:]] == [0.5] * 3
     assert after.results["grpo"][1] == before.results["grpo"][1]
     text = report_tables.markdown(report_sweep.summarise(after), "again")
-    assert "1 of 9 runs were evaluated again at their end, with up to 40 answers" in text
+    assert "4 of 9 runs were evaluated again at their end, with up to 60 answers" in text
     assert "again" not in report_tables.markdown(report_sweep.summarise(before), "sweep")
 
-    (run / "eval_2" / "export.json").write_text(json.dumps(found | {"temperature": 0.0}))
+
+def test_a_later_evaluation_that_is_not_like_the_run_is_refused(sweep, tmp_path):
+    shutil.copytree(sweep, tmp_path / "again")
+    run = tmp_path / "again" / "grpo" / "seed_0"
+    evaluated(run, "eval_1", 0.5, 30)
+    evaluated(run, "eval_2", 0.5, 10)
+    with pytest.raises(UserError, match="different numbers of questions: keep those of one"):
+        report_sweep.load(tmp_path / "again")
+    shutil.rmtree(run / "eval_2")
+    evaluated(run, "eval_2", 0.5, 30, temperature=0.0)
     (run / "config.json").write_text(json.dumps(config(False) | {"seed": 0, "eval.temperature": 1.0}))
     with pytest.raises(UserError, match="has the temperature 0.0 and the run 1.0: evaluate again as the run does"):
         report_sweep.load(tmp_path / "again")
