@@ -12,9 +12,9 @@ from pathlib import Path
 from absl import flags
 
 from tapo_jax import sweep, sweep_processes
-from tapo_jax.agent import model_directory
 from tapo_jax.check import check
 from tapo_jax.config import beside, check_positive, run_main
+from tapo_jax.models.shipped import model_directory
 from tapo_jax.sweep_table import Progress
 
 SWEEP = flags.DEFINE_string("sweep", None, "A sweep or a row of configs/ablations.py, or several: support,beta_0.4.")

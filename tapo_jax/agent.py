@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tapo_jax import rewards
 from tapo_jax.chat import Chat
 from tapo_jax.config import UserError
-from tapo_jax.data import sources, tiny_model
+from tapo_jax.data import sources
 from tapo_jax.episode import Limits
 from tapo_jax.inputs import PixelStore, most_patches
 from tapo_jax.models import hf, lora
@@ -25,28 +25,6 @@ from tapo_jax.rollout import rollout
 from tapo_jax.sampler import Sampler
 from tapo_jax.tools.base import Tool, ToolRunner
 from tapo_jax.types import Episode, Prompt
-
-SHIPPED_MODEL = tiny_model.PACKAGED
-
-
-def model_directory(path: str, shape: str = "") -> Path:
-    """The directory of a config's model.path; "" is the model that ships with the package, unless the config is for a
-    published model (its model.shape). Raises UserError where it lacks a part."""
-    if shape and not path:
-        raise UserError(
-            f"model.path is empty and this config is for {shape}: give --config.model.path=DIR with its files."
-        )
-    directory = Path(path) if path else SHIPPED_MODEL
-    if not directory.is_dir():
-        raise UserError(
-            f"model.path is '{directory}', which is no directory: give a model directory in Hugging Face form."
-        )
-    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
-        if not (directory / name).is_file():
-            raise UserError(
-                f"The model directory {directory} has no {name}: give a complete directory in Hugging Face form."
-            )
-    return directory
 
 
 def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL, Qwen3VLConfig]:

@@ -22,11 +22,11 @@ import numpy as np
 from flax import nnx
 
 from tapo_jax import flops
-from tapo_jax.data import tiny_model
+from tapo_jax.models import shipped
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.published import MODELS
 
-ATLAS = Qwen3VLConfig.from_hf(json.loads((tiny_model.PACKAGED / "config.json").read_text()))
+ATLAS = Qwen3VLConfig.from_hf(json.loads((shipped.DIRECTORY / "config.json").read_text()))
 
 
 @dataclasses.dataclass(frozen=True)

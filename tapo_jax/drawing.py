@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from tapo_jax.logprobs import FORBIDDEN
+from tapo_jax.models.layers import MASKED
 
 
 def turn_keys(
@@ -29,7 +29,7 @@ def draw(
     only restricts what is drawn to the smallest set of most probable tokens whose mass reaches top_p. temperature 0
     takes the most probable token and gives its log-probability at temperature 1.
     """
-    logits_RxV = jnp.where(forbidden_V[None], FORBIDDEN, logits_RxV.astype(jnp.float32))
+    logits_RxV = jnp.where(forbidden_V[None], MASKED, logits_RxV.astype(jnp.float32))
     greedy = temperature == 0
     logp_RxV = jax.nn.log_softmax(logits_RxV / jnp.where(greedy, 1.0, temperature), axis=-1)
     p_RxV = jax.lax.cond(top_p < 1, lambda p: _nucleus(p, top_p), lambda p: p, jnp.exp(logp_RxV))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tapo_jax.chat import Chat, parse_turn
-from tapo_jax.types import Episode, Image, Prompt, ToolCall, ToolResult, Turn
+from tapo_jax.types import Episode, Image, Prompt, ToolCall, ToolResult, Turn, root_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,19 @@ class Opening:
     token_T: np.ndarray
     images: tuple[Image, ...]
     image_tokens: tuple[int, ...]
+
+
+def open_prompt(
+    prompt: Prompt, *, chat: Chat, image_tokens: Callable[[Image], int], tools: Sequence[dict], system: str = ""
+) -> Opening:
+    """A prompt as the policy sees it: the system turn with the tools' schemas, the question and its images.
+
+    image_tokens: gives the number of placeholders of an image.
+    """
+    images = tuple(root_image(pixels_HxWx3) for pixels_HxWx3 in prompt.images)
+    counts = tuple(image_tokens(image) for image in images)
+    ids = chat.prompt_ids(prompt.question, counts, tools, system)
+    return Opening(prompt, np.array(ids, np.int32), images, counts)
 
 
 class Conversation:

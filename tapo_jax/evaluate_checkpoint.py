@@ -10,10 +10,11 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from tapo_jax import check, evaluate, records, sharding, train_step, viewer
-from tapo_jax.agent import load_model, make_agent, model_directory
+from tapo_jax.agent import load_model, make_agent
 from tapo_jax.checkpoints import fingerprint
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
+from tapo_jax.models.shipped import model_directory
 
 _GIVE = "give a WORKDIR, a WORKDIR/checkpoints/N or a model directory"
 

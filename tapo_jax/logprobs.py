@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from tapo_jax import sharding
 from tapo_jax.models import qwen3_vl
-
-FORBIDDEN = -1e30
+from tapo_jax.models.layers import MASKED
 
 
 def token_logp(
@@ -68,7 +67,7 @@ def _logits(
     table_VxD: jax.Array, hidden_BxCxD: jax.Array, temperature: float, forbidden_V: jax.Array | None
 ) -> jax.Array:
     logits_BxCxV = qwen3_vl.times_table(table_VxD, hidden_BxCxD) / temperature
-    return logits_BxCxV if forbidden_V is None else jnp.where(forbidden_V[None, None], FORBIDDEN, logits_BxCxV)
+    return logits_BxCxV if forbidden_V is None else jnp.where(forbidden_V[None, None], MASKED, logits_BxCxV)
 
 
 def _by_parts(
@@ -104,7 +103,7 @@ def _by_parts(
         ), None
 
     zero_BxC = jnp.zeros(token_BxC.shape)
-    first = (jnp.full_like(zero_BxC, FORBIDDEN), zero_BxC, zero_BxC, zero_BxC)
+    first = (jnp.full_like(zero_BxC, MASKED), zero_BxC, zero_BxC, zero_BxC)
     xs = (table_PxWxD, forbidden_PxW, jnp.arange(parts) * size)
     (top_BxC, total_BxC, weighted_BxC, chosen_BxC), _ = jax.lax.scan(part, first, xs)
     lse_BxC = top_BxC + jnp.log(total_BxC)

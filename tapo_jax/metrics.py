@@ -21,6 +21,7 @@ from tqdm import tqdm
 from tapo_jax import flops
 from tapo_jax.inputs import PixelStore
 from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.records import read_metrics
 from tapo_jax.types import Episode
 
 _compiles = [0]
@@ -78,19 +79,6 @@ def throughput(
     return perf if chip is None else perf | {"perf/mfu": each / chip.flops}
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
 class MetricWriter:
     """Writes the numbers of steps. Lines of steps later than `resumed_step` (None: a fresh start) are cut."""
 
@@ -101,7 +89,7 @@ class MetricWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         self.path = workdir / "metrics.jsonl"
         last = -1 if resumed_step is None else resumed_step
-        kept = [line for line in read(self.path) if line["step"] <= last]
+        kept = [line for line in read_metrics(self.path) if line["step"] <= last]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)

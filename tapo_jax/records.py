@@ -190,3 +190,16 @@ def load(path: Path) -> list[RecordedEpisode]:
         }
         episodes.append(RecordedEpisode(**item | fixed))
     return episodes
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 from tapo_jax import report_credit, report_tables, report_truth, viewer
 from tapo_jax.config import UserError
-from tapo_jax.metrics import read
+from tapo_jax.records import read_metrics
 from tapo_jax.report_plots import BLUE, GOLD, INK, RED, SOFT, new_figure, series, smooth, title
 
 _TIMES = (
@@ -35,7 +35,7 @@ _TIMES = (
 
 def write_curve(metrics_jsonl: Path, out: Path) -> None:
     """The figure of one run. Raises UserError where the run has logged no step."""
-    lines = read(Path(metrics_jsonl))
+    lines = read_metrics(Path(metrics_jsonl))
     if not lines:
         raise UserError(f"{metrics_jsonl} holds no step: give the folder of a run that has begun.")
     figure = new_figure(2, 3)

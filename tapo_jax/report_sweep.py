@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tapo_jax.config import UserError, flat
-from tapo_jax.metrics import read
+from tapo_jax.records import read_metrics
 from tapo_jax.report_statistics import mean_of, student
 
 CURVES = (
@@ -87,7 +87,7 @@ def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
 
     Raises UserError where the run has not come to its end, or was not evaluated there.
     """
-    lines = read(workdir / "metrics.jsonl")
+    lines = read_metrics(workdir / "metrics.jsonl")
     path = workdir / "config.json"
     config = flat(json.loads(path.read_text())) if path.exists() else {}
     usual = [line["time/step"] for line in lines if line.get("time/step") and not line.get("perf/compiles")]

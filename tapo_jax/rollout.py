@@ -17,12 +17,12 @@ import numpy as np
 
 from tapo_jax.chat import Chat
 from tapo_jax.config import UserError
-from tapo_jax.episode import Conversation, Limits, Opening
+from tapo_jax.episode import Conversation, Limits, Opening, open_prompt
 from tapo_jax.inputs import PixelStore, Row, make_row
 from tapo_jax.sampler import Chunk, Sampler
 from tapo_jax.schedule import Draw, Extension
 from tapo_jax.tools.base import ToolRunner
-from tapo_jax.types import Episode, Prompt, root_image
+from tapo_jax.types import Episode, Prompt
 
 POLL_S = 0.002
 FINISHES = ("answer", "length", "turns", "malformed")
@@ -174,13 +174,16 @@ class _Game:
         return Player(conversation, index, prompt, row=row, row_end=row_end)
 
     def _open(self, prompt: Prompt) -> tuple[Opening, Row | None, int]:
-        images = tuple(root_image(pixels_HxWx3) for pixels_HxWx3 in prompt.images)
-        counts = tuple(self._pixels.tokens(image) for image in images)
-        ids = self._chat.prompt_ids(prompt.question, counts, self._runner.schemas, self._system)
-        opening = Opening(prompt, np.array(ids, np.int32), images, counts)
-        if len(ids) >= self._limits.max_length:
+        opening = open_prompt(
+            prompt,
+            chat=self._chat,
+            image_tokens=self._pixels.tokens,
+            tools=self._runner.schemas,
+            system=self._system,
+        )
+        if len(opening.token_T) >= self._limits.max_length:
             return opening, None, 0
-        return opening, *make_row(opening.token_T, images, self._sampler.config, self._pixels)
+        return opening, *make_row(opening.token_T, opening.images, self._sampler.config, self._pixels)
 
     def needs(self) -> tuple[list[Extension], list[tuple[int, int]], list[Draw]]:
         """What the slots need in this round: tokens to add, prompts to copy from a slot that has them, turns to

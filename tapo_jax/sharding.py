@@ -17,8 +17,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tapo_jax.config import UserError
-from tapo_jax.models.config import Qwen3VLConfig
-from tapo_jax.models.parameters import specs
 
 MESH_AXES = ("data", "fsdp", "tensor")
 MeshAxes = str | tuple[str, ...] | None
@@ -93,11 +91,6 @@ def parameters(tree: Any, axes: Mapping[tuple[str, ...], tuple[str | None, ...]]
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
-def param_shardings(config: Qwen3VLConfig, mesh: Mesh) -> dict[tuple[str, ...], NamedSharding]:
-    """Where every parameter of a model lies, by path: what loading a checkpoint needs before there are arrays."""
-    return {path: layout(mesh, spec.axes, spec.shape) for path, spec in specs(config).items()}
 
 
 def path_name(path: tuple) -> str:

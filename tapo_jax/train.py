@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tapo_jax import check, evaluate, prepare, processes, records, report, sharding, tapo_adaptive, train_step, viewer
-from tapo_jax.agent import Agent, load_model, make_agent, model_directory
+from tapo_jax.agent import Agent, load_model, make_agent
 from tapo_jax.batch import TrainBatch
 from tapo_jax.checkpoints import Checkpoints
 from tapo_jax.config import UserError, flat, total_steps
@@ -28,6 +28,7 @@ from tapo_jax.inputs import pack
 from tapo_jax.metrics import Clock, MetricWriter, compile_count, throughput
 from tapo_jax.models import hf, lora
 from tapo_jax.models.parameters import logical_axes
+from tapo_jax.models.shipped import model_directory
 from tapo_jax.optimizer import make_optimizer
 from tapo_jax.outcome import Outcome, Outcomes
 from tapo_jax.programs import Programs, make_outcomes, make_programs

@@ -6,9 +6,9 @@ from rollout_world import chat, pixels
 
 from tapo_jax import records, rewards, tapo
 from tapo_jax.advantages import group_advantages
-from tapo_jax.data.atlas_world import Game, Settings, opening
+from tapo_jax.data.atlas_world import Game, Settings
 from tapo_jax.data.experts import Flaws, expert, play
-from tapo_jax.episode import Limits
+from tapo_jax.episode import Limits, open_prompt
 from tapo_jax.inputs import tool_steps
 from tapo_jax.records import RecordedEpisode
 from tapo_jax.types import Episode
@@ -25,7 +25,7 @@ def played(groups: int, group_size: int, *, seed: int = 0, game: Game | None = N
     found = []
     for _ in range(groups):
         prompt, question, scene = game.prompt(rng)
-        start = opening(prompt, chat(), store, game.runner.schemas)
+        start = open_prompt(prompt, chat=chat(), image_tokens=store.tokens, tools=game.runner.schemas)
         group = []
         for sample in range(group_size):
             script = expert(question, scene, rng, Flaws())

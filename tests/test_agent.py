@@ -6,6 +6,7 @@ import jax
 
 from configs import tapo_grpo
 from tapo_jax import agent, sharding
+from tapo_jax.models import shipped
 from tapo_jax.types import Prompt
 
 
@@ -17,8 +18,8 @@ def test_instructions_and_rewards_of_ones_own(monkeypatch):
     config = tapo_grpo.get_config("test")
     config.rollout.system, config.reward_source = "Be brief.", "tests.test_agent:my_score"
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model, _ = agent.load_model(agent.SHIPPED_MODEL, config.model, mesh)
-    made = agent.make_agent(config, agent.SHIPPED_MODEL, model, [], mesh)
+    model, _ = agent.load_model(shipped.DIRECTORY, config.model, mesh)
+    made = agent.make_agent(config, shipped.DIRECTORY, model, [], mesh)
     seen = {}
 
     def rollout(*_, **options):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from tapo_jax import metrics, records
+from tapo_jax import records
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def test_each_algorithm_trains_for_twenty_steps(model, tmp_path, name):
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    lines = metrics.read(tmp_path / "metrics.jsonl")[1:]
+    lines = records.read_metrics(tmp_path / "metrics.jsonl")[1:]
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(line["optimizer/skipped"] == 0 and np.isfinite(line["loss/total"]) for line in lines)
     assert sum(line["tapo/corrected_actions"] > 0 for line in lines) >= 5

@@ -92,7 +92,7 @@ def test_onto_a_mesh():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     _, plain = models("grouped")
     model, config = hf.load(directory("grouped"), mesh=mesh)
-    expected = sharding.param_shardings(config, mesh)
+    expected = hf.param_shardings(config, mesh)
     split = 0
     for path, array in arrays(model).items():
         assert array.sharding.is_equivalent_to(expected[path], array.ndim), path

@@ -51,6 +51,26 @@ def reached(file: str) -> set[str]:
     return seen
 
 
+WALLS = [  # who may never reach whom, directly or through others
+    ("the rollout knows nothing of learning", ["tapo_jax/drawing.py", "tapo_jax/sampler.py"], ["tapo_jax/logprobs.py"]),
+    ("the mesh knows no model", ["tapo_jax/sharding.py"], ["tapo_jax/models/"]),
+    (
+        "training does not know how the shipped weights were made",
+        ["tapo_jax/train.py", "tapo_jax/agent.py"],
+        ["tapo_jax/data/tiny_model.py", "tapo_jax/data/experts.py", "tapo_jax/data/cold_start.py"],
+    ),
+    ("the world is below the rollout", ["tapo_jax/data/atlas_world.py"], ["tapo_jax/episode.py", "tapo_jax/inputs.py"]),
+    ("reports read files", ["tapo_jax/report_sweep.py"], ["tapo_jax/models/", "tapo_jax/metrics.py"]),
+]
+
+
+@pytest.mark.parametrize("importers, forbidden", [wall[1:] for wall in WALLS], ids=[wall[0] for wall in WALLS])
+def test_walls(importers, forbidden):
+    for file in importers:
+        crossed = {other for other in reached(file) if other.startswith(tuple(forbidden))}
+        assert not crossed, f"{file} reaches {sorted(crossed)}"
+
+
 def test_losses_and_advantages_are_functions_of_arrays():
     assert tops("tapo_jax/losses.py") == {"jax"}
     assert tops("tapo_jax/advantages.py") <= {"jax", "numpy"}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tapo_jax import metrics
+from tapo_jax import metrics, records
 
 
 def write(folder, steps, resumed=None, total=9):
@@ -28,18 +28,18 @@ def test_one_json_line_a_step(tmp_path):
 def test_resuming_cuts_the_lines_after_the_checkpoint(tmp_path):
     write(tmp_path, [0, 1, 2, 3])
     write(tmp_path, [3, 4], resumed=2)
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in records.read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     write(tmp_path, [0], resumed=None)  # a run that was killed before its first checkpoint starts again
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [0]
+    assert [line["step"] for line in records.read_metrics(tmp_path / "metrics.jsonl")] == [0]
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     write(tmp_path, [0, 1])
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-9])
-    assert [line["step"] for line in metrics.read(path)] == [0]
+    assert [line["step"] for line in records.read_metrics(path)] == [0]
     write(tmp_path, [1, 2], resumed=1)
-    assert [line["step"] for line in metrics.read(path)] == [0, 1, 2]
+    assert [line["step"] for line in records.read_metrics(path)] == [0, 1, 2]
 
 
 def test_a_number_that_is_not_finite_is_null(tmp_path):

@@ -10,8 +10,9 @@ from rollout_world import chat, pixels
 
 from tapo_jax import records, report, report_truth, rewards
 from tapo_jax.config import UserError
-from tapo_jax.data.atlas_world import Game, Settings, opening, parse_id
+from tapo_jax.data.atlas_world import Game, Settings, parse_id
 from tapo_jax.data.experts import Flaws, expert, play
+from tapo_jax.episode import open_prompt
 
 NONE = {field.name: 0.0 for field in dataclasses.fields(Flaws)}
 
@@ -23,7 +24,7 @@ def judged(episodes: int = 12, *, game: Game, **flaws: float):
     for _ in range(episodes):
         prompt, question, scene = game.prompt(rng)
         script = expert(question, scene, rng, Flaws(**NONE | flaws))
-        start = opening(prompt, chat(), store, game.runner.schemas)
+        start = open_prompt(prompt, chat=chat(), image_tokens=store.tokens, tools=game.runner.schemas)
         episode = play(
             start, script, runner=game.runner, chat=chat(), limits=recorded.LIMITS, image_tokens=store.tokens
         )

@@ -7,7 +7,7 @@ from test_train_step import CONFIG
 
 from tapo_jax import sharding
 from tapo_jax.config import UserError
-from tapo_jax.models import parameters
+from tapo_jax.models import hf, parameters
 
 
 def spec(array_or_sharding) -> tuple:
@@ -30,7 +30,7 @@ def test_parameters_are_split_by_the_table():
     """tensor 2, fsdp 2 on the test model: embedding [32 vocab, 16 embed]; q [1 layer, 16 embed, 4 heads, 8]; norms
     stay whole."""
     mesh = sharding.make_mesh(2, 2, 2)
-    layout = sharding.param_shardings(CONFIG, mesh)
+    layout = hf.param_shardings(CONFIG, mesh)
     assert spec(layout[("embedding",)]) == ("tensor", "fsdp")
     assert spec(layout[("decoder", "q")]) == (None, "fsdp", "tensor", None)
     assert spec(layout[("decoder", "down")]) == (None, "tensor", "fsdp")
@@ -40,7 +40,7 @@ def test_parameters_are_split_by_the_table():
 
 def test_a_dimension_that_does_not_divide_stays_whole():
     mesh = sharding.make_mesh(1, 2, 4)
-    assert spec(sharding.param_shardings(CONFIG, mesh)[("decoder", "k")]) == (
+    assert spec(hf.param_shardings(CONFIG, mesh)[("decoder", "k")]) == (
         None,
         "fsdp",
         None,
@@ -51,7 +51,7 @@ def test_a_dimension_that_does_not_divide_stays_whole():
 def test_every_matrix_of_the_model_is_split_over_fsdp():
     """What is not split costs memory on every device of a pod. Every matrix has an axis that fsdp takes."""
     mesh = sharding.make_mesh(1, 2, 4)
-    layout = sharding.param_shardings(CONFIG, mesh)
+    layout = hf.param_shardings(CONFIG, mesh)
     for path, entry in parameters.specs(CONFIG).items():
         wide = [axis for axis in entry.axes if axis not in (None, "layers")]
         if len(wide) >= 2 and "bias" not in path[-1]:

@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 from rich.console import Console
 
-from tapo_jax import metrics, records, report, report_sweep, report_tables, sweep, sweep_processes
+from tapo_jax import records, report, report_sweep, report_tables, sweep, sweep_processes
 from tapo_jax.config import UserError
 from tapo_jax.sweep import Run
 from tapo_jax.sweep_table import Progress
@@ -223,13 +223,13 @@ def test_a_sweep_that_is_stopped_goes_on_and_ends_with_a_report(tmp_path, monkey
 
     def stop(run, state):
         """In the first step, which compiles for seconds."""
-        if not stopped and metrics.read(run.workdir / "metrics.jsonl"):
+        if not stopped and records.read_metrics(run.workdir / "metrics.jsonl"):
             stopped.append(run.row)
             time.sleep(0.2)
             signal.raise_signal(signal.SIGTERM)
 
     assert work(runs, tmp_path, watch=stop) == ["waiting"] * 3
-    assert 1 <= metrics.read(runs[0].workdir / "metrics.jsonl")[-1]["step"] < 3
+    assert 1 <= records.read_metrics(runs[0].workdir / "metrics.jsonl")[-1]["step"] < 3
     assert work(runs, tmp_path) == ["done", "failed", "done"]
     log = (runs[0].workdir / "log.txt").read_text()
     assert "resumed after step" in log and "changed since then" not in log

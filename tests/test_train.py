@@ -66,19 +66,19 @@ def finish(process: subprocess.Popen, workdir: Path, code: int = 0) -> str:
 
 def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
     """Until the run has written the line of a step."""
-    while not any(line["step"] >= step for line in metrics.read(workdir / "metrics.jsonl")):
+    while not any(line["step"] >= step for line in records.read_metrics(workdir / "metrics.jsonl")):
         assert process.poll() is None, Path(f"{workdir}.log").read_text()[-3000:]
         time.sleep(0.01)
 
 
 def repeatable(workdir: Path) -> list[dict]:
     """The metrics of a run without those that depend on the machine's mood."""
-    lines = metrics.read(workdir / "metrics.jsonl")
+    lines = records.read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines]
 
 
 def test_a_run_writes_a_line_for_every_step_with_all_diagnostics(run8):
-    lines = metrics.read(run8 / "metrics.jsonl")
+    lines = records.read_metrics(run8 / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert {"eval/accuracy", "time/eval"} <= lines[0].keys() and "eval/accuracy" in lines[-1]
     for line in lines[1:]:
@@ -109,7 +109,7 @@ def test_a_run_writes_a_line_for_every_step_with_all_diagnostics(run8):
 
 
 def test_after_warm_up_no_step_compiles_anything(run8):
-    assert [line["perf/compiles"] for line in metrics.read(run8 / "metrics.jsonl")[1:]] == [0, 0, 0, 0]
+    assert [line["perf/compiles"] for line in records.read_metrics(run8 / "metrics.jsonl")[1:]] == [0, 0, 0, 0]
 
 
 def test_a_run_leaves_a_model_directory_a_curve_and_a_page(run8, model):
@@ -197,7 +197,7 @@ def test_updates_that_are_not_finite_end_the_run_with_a_hint(model, tmp_path, mo
     )
     with pytest.raises(UserError, match=r"not finite for \d updates in a row.*metrics\.jsonl.*optimizer\.lr"):
         train.train(config, tmp_path)
-    last = metrics.read(tmp_path / "metrics.jsonl")[-1]
+    last = records.read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last["optimizer/skipped_in_a_row"] >= 2 and last["loss/total"] is None  # NaN is null, not a number
     assert (tmp_path / "episodes" / f"step_{last['step']:06d}.npz").exists()
 

@@ -4,12 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from tapo_jax.chat import Chat
 from tapo_jax.data.questions import Question, ask, corpus
 from tapo_jax.data.scene import Placed, draw_outline, draw_scene
 from tapo_jax.data.world import ATTRIBUTES, World, fictional_world, real_world
-from tapo_jax.episode import Opening
-from tapo_jax.inputs import PixelStore
 from tapo_jax.tools.base import Tool, ToolRunner
 from tapo_jax.tools.image_search import ImageSearch
 from tapo_jax.tools.text_search import TextSearch
@@ -95,11 +92,3 @@ class Game:
 
     def prompt(self, rng: np.random.Generator) -> tuple[Prompt, Question, tuple[Placed, ...]]:
         return make_prompt(self.world, self.settings, rng)
-
-
-def opening(prompt: Prompt, chat: Chat, pixels: PixelStore, schemas: list[dict]) -> Opening:
-    """The prompt as ids, with its images as roots."""
-    images = tuple(root_image(image) for image in prompt.images)
-    counts = tuple(pixels.tokens(image) for image in images)
-    ids = chat.prompt_ids(prompt.question, counts, schemas)
-    return Opening(prompt, np.array(ids, np.int32), images, counts)

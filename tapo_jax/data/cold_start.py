@@ -13,10 +13,10 @@ from tapo_jax.chat import Chat
 from tapo_jax.data import atlas_world
 from tapo_jax.data.experts import Flaws, expert, play, zoom_turn
 from tapo_jax.data.questions import ask
-from tapo_jax.episode import Limits
+from tapo_jax.episode import Limits, Opening, open_prompt
 from tapo_jax.inputs import PixelStore, make_row, model_inputs
 from tapo_jax.models.config import Qwen3VLConfig
-from tapo_jax.types import Episode
+from tapo_jax.types import Episode, Prompt
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +60,7 @@ class ColdStart:
         """One expert episode."""
         prompt, question, scene = self._draw(rng)
         pixels = PixelStore(self._processor)
-        opening = atlas_world.opening(prompt, self._chat, pixels, self._game.runner.schemas)
+        opening = self._open(prompt, pixels)
         script = expert(question, scene, rng, self._flaws)
         return play(
             opening, script, runner=self._game.runner, chat=self._chat, limits=self._limits, image_tokens=pixels.tokens
@@ -94,7 +94,7 @@ class ColdStart:
         pixels = PixelStore(self._processor)
         while len(kept) < rows:
             prompt, _, scene = self._draw(rng, outlines)
-            opening = atlas_world.opening(prompt, self._chat, pixels, self._game.runner.schemas)
+            opening = self._open(prompt, pixels)
             ids, mask = opening.token_T.tolist(), [False] * len(opening.token_T)
             for number, placed in enumerate(scene):
                 if number:  # the prompt asks about the first one
@@ -105,6 +105,9 @@ class ColdStart:
                 ids, mask = ids + turn, mask + [True] * len(turn)
             kept.append((np.array(ids[:length], np.int32), np.array(mask[:length]), list(opening.images)))
         return self._batch(kept, length, patches, pixels)
+
+    def _open(self, prompt: Prompt, pixels: PixelStore) -> Opening:
+        return open_prompt(prompt, chat=self._chat, image_tokens=pixels.tokens, tools=self._game.runner.schemas)
 
     def _ids(self, text: str) -> list[int]:
         return self._chat.tokenizer.encode(text, add_special_tokens=False).ids

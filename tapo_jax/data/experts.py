@@ -63,14 +63,14 @@ def expert(question: Question, scene: Sequence[Placed], rng: np.random.Generator
     titles = yield from _identify(question.chain[0], scene, rng, flaws)
     name = titles[1] if len(titles) > 1 and _happens(rng, flaws.wrong_title) else titles[0]
     if _happens(rng, flaws.early_answer):
-        yield _answer(name)
+        yield answer_turn(name)
         return
     for relation in question.relations:
         if _happens(rng, flaws.skip_hop):
             break
         if _happens(rng, flaws.wrong_relation):
             relation = next(other for other in NEIGHBOURS if other != relation)
-        result = yield _search_text(name, "neighbours")
+        result = yield search_call(name, "neighbours")
         found = _read(result, name, relation)
         if not found:
             break
@@ -78,12 +78,12 @@ def expert(question: Question, scene: Sequence[Placed], rng: np.random.Generator
     attribute = question.attribute
     if _happens(rng, flaws.wrong_attribute):
         attribute = str(rng.choice(ATTRIBUTES))
-    result = yield _search_text(name, attribute)
+    result = yield search_call(name, attribute)
     values = re.findall(r": ([^:\n]+?)\.(?: |$)", result, re.MULTILINE)
     right = _read(result, name, attribute)
     if values and (not right or _happens(rng, flaws.wrong_line)):
         right = str(rng.choice(values))
-    yield _answer(right or name)
+    yield answer_turn(right or name)
 
 
 def _identify(
@@ -96,16 +96,16 @@ def _identify(
     if not _happens(rng, flaws.skip_zoom):
         box = _box(target.box, rng, sloppy=_happens(rng, flaws.sloppy_box))
         if _happens(rng, flaws.bad_call):
-            yield _zoom([box[2], box[3], box[0], box[1]], target.colour)
-        yield _zoom(box, target.colour)
+            yield zoom_call([box[2], box[3], box[0], box[1]], target.colour)
+        yield zoom_call(box, target.colour)
         image = 0 if _happens(rng, flaws.wrong_image) else 1
-    result = yield _call("search the image", "image_search_tool", {"img_idx": image})
+    result = yield tool_call("search the image", "image_search_tool", {"img_idx": image})
     return re.findall(r"^\d+\. (.+)$", result, re.MULTILINE) or ["unknown"]
 
 
 def zoom_turn(target: Placed, rng: np.random.Generator) -> str:
     """The turn that looks at an outline, carefully."""
-    return _zoom(_box(target.box, rng, sloppy=False), target.colour)
+    return zoom_call(_box(target.box, rng, sloppy=False), target.colour)
 
 
 def _box(box: Sequence[float], rng: np.random.Generator, *, sloppy: bool) -> list[int]:
@@ -130,19 +130,19 @@ def _read(result: str, name: str, key: str) -> str | None:
     return None
 
 
-def _zoom(box: list[int], colour: str) -> str:
-    return _call(f"zoom in on {colour}", "image_zoom_in_tool", {"bbox_2d": box, "label": colour, "img_idx": 0})
+def zoom_call(box: list[int], colour: str) -> str:
+    return tool_call(f"zoom in on {colour}", "image_zoom_in_tool", {"bbox_2d": box, "label": colour, "img_idx": 0})
 
 
-def _search_text(name: str, what: str) -> str:
-    return _call(f"find the {what}", "text_search_tool", {"query": f"{name}, {what}"})
+def search_call(name: str, what: str) -> str:
+    return tool_call(f"find the {what}", "text_search_tool", {"query": f"{name}, {what}"})
 
 
-def _call(think: str, name: str, arguments: dict) -> str:
+def tool_call(think: str, name: str, arguments: dict) -> str:
     return f"<think>{think}</think><tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
-def _answer(text: str) -> str:
+def answer_turn(text: str) -> str:
     return f"<think>answer</think><answer>{text}</answer>"
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tapo_jax.data.copying_init import write_copying_heads
+from tapo_jax.data.experts import answer_turn, search_call, tool_call, zoom_call
 from tapo_jax.data.questions import ask, corpus
 from tapo_jax.data.scene import COLOURS
 from tapo_jax.data.world import fictional_world
@@ -22,7 +23,6 @@ from tapo_jax.models import hf
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 from tapo_jax.models.qwen3_vl import Qwen3VL
 
-PACKAGED = pathlib.Path(__file__).parent / "atlas_tiny"
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -76,21 +76,19 @@ def train_tokenizer(vocab: int = 1024, seed: int = 0) -> Tokenizer:
 
 
 def _texts(seed: int):
-    from tapo_jax.data import experts
-
     world, rng = fictional_world(seed, 400), np.random.default_rng(seed)
     yield from corpus(world)
     phrases = ["tools: image_zoom_in_tool, image_search_tool, text_search_tool, ", "Image 1."]
     phrases += ["user\n", "assistant\n", "system\n"] * 50
-    phrases += [experts._zoom([120, 30, 480, 990], colour) for colour in COLOURS]
-    phrases += [experts._call("search the image", "image_search_tool", {"img_idx": 1}), experts._answer("x")]
+    phrases += [zoom_call([120, 30, 480, 990], colour) for colour in COLOURS]
+    phrases += [tool_call("search the image", "image_search_tool", {"img_idx": 1}), answer_turn("x")]
     for name in world.asked:
         question = ask(world, name, str(rng.choice(list(COLOURS))), int(rng.integers(1, 4)), rng)
         if question is not None:
             phrases += [
                 question.text,
-                experts._search_text(name, question.attribute),
-                experts._search_text(name, "neighbours"),
+                search_call(name, question.attribute),
+                search_call(name, "neighbours"),
             ]
     # The phrases repeat in every episode, names do not: repeated here so that a phrase is a few tokens.
     yield from phrases * 60

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from tapo_jax import sharding
 from tapo_jax.models import decode_kernel
+from tapo_jax.models.layers import MASKED
 from tapo_jax.models.splash import splash_attention
 
-MASKED = -1e30
 QUERY_BLOCK = 256
 SCORES = 2**27  # scores that exist at one time on a device where queries are many
 

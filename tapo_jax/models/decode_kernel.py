@@ -14,11 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tapo_jax import sharding
+from tapo_jax.models.layers import MASKED
 
 BLOCKS = (512, 256, 128)
 ROWS = 16  # places that the smallest tile of a 16-bit array holds
 QUERIES = 8  # query rows of a head at least: what a tile of float32 holds
-LOWEST = -1e30
 WRITE, ATTEND = "cache_write", "cache_attend"  # names, by which a compiled kernel is known
 _CACHE = (None, "batch", "kv_heads", None, None)
 
@@ -133,7 +133,7 @@ def _attend_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, top_ref,
 
     @pl.when(j == 0)
     def _():
-        top_ref[...] = jnp.full_like(top_ref, LOWEST)
+        top_ref[...] = jnp.full_like(top_ref, MASKED)
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
@@ -142,7 +142,7 @@ def _attend_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, top_ref,
         k, v = k_ref[...], v_ref[...]
         score_KxGxS = jnp.einsum("kga,ksa->kgs", q_ref[...].astype(k.dtype), k, preferred_element_type=jnp.float32)
         place = j * size + jax.lax.broadcasted_iota(jnp.int32, score_KxGxS.shape, 2)
-        score_KxGxS = jnp.where(place < length_ref[b], score_KxGxS, LOWEST)
+        score_KxGxS = jnp.where(place < length_ref[b], score_KxGxS, MASKED)
         old_KxGx1 = top_ref[:, :, :1]
         top_KxGx1 = jnp.maximum(old_KxGx1, jnp.max(score_KxGxS, axis=2, keepdims=True))
         weight_KxGxS = jnp.exp(score_KxGxS - top_KxGx1)

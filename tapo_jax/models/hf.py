@@ -116,12 +116,17 @@ def load(
     table = parameters.specs(config)
     _check(tensors, table, config)
     model = abstract(config, param_dtype=dtype, dtype=compute_dtype or dtype)
-    layouts = dict.fromkeys(table) if mesh is None else sharding.param_shardings(config, mesh)
+    layouts = dict.fromkeys(table) if mesh is None else param_shardings(config, mesh)
     values = {}
     for place, spec in table.items():
         parts = [as_ours(tensors[name], place, spec) for name in tensor_names(place, spec)]
         values[place] = _put(parts, spec, jnp.dtype(dtype), layouts[place])
     return fill(model, values), config
+
+
+def param_shardings(config: Qwen3VLConfig, mesh: jax.sharding.Mesh) -> dict[parameters.Path, jax.sharding.NamedSharding]:
+    """The sharding of every parameter, by path: known before there are arrays."""
+    return {path: sharding.layout(mesh, spec.axes, spec.shape) for path, spec in parameters.specs(config).items()}
 
 
 def abstract(config: Qwen3VLConfig, *, param_dtype: str = "float32", dtype: str = "float32") -> Qwen3VL:

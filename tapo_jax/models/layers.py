@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MASKED = -1e30  # a score that softmax turns into 0, finite so that a row without any other has no NaN
+
 
 def product(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
     """x · kernel over the last `axes` axes of x and the first of the kernel, in the dtype of x.

@@ -1,0 +1,27 @@
+"""Where a model is: the tiny model that ships with the package, or the directory that a config names. Imports no jax."""
+
+from pathlib import Path
+
+from tapo_jax.config import UserError
+
+DIRECTORY = Path(__file__).parents[1] / "data" / "atlas_tiny"
+
+
+def model_directory(path: str, shape: str = "") -> Path:
+    """The directory of a config's model.path; "" is the model that ships with the package, unless the config is for a
+    published model (its model.shape). Raises UserError where it lacks a part."""
+    if shape and not path:
+        raise UserError(
+            f"model.path is empty and this config is for {shape}: give --config.model.path=DIR with its files."
+        )
+    directory = Path(path) if path else DIRECTORY
+    if not directory.is_dir():
+        raise UserError(
+            f"model.path is '{directory}', which is no directory: give a model directory in Hugging Face form."
+        )
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        if not (directory / name).is_file():
+            raise UserError(
+                f"The model directory {directory} has no {name}: give a complete directory in Hugging Face form."
+            )
+    return directory
