@@ -4,7 +4,7 @@ Default options only (Dice, components, mean, support, clip). Every array is a n
 numpy's indexing.
 """
 
-from tapo_jax.tapo_encode import Steps
+from tapo_jax.tapo.encode import Steps
 
 
 def as_lists(steps: Steps) -> list[list[dict]]:

@@ -2,9 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from tapo_jax import advantages, losses, optimizer, tapo, tapo_controls, tapo_similarity
+from tapo_jax import advantages, losses, optimizer, tapo
 from tapo_jax.config import UserError, check_choice, check_positive
 from tapo_jax.models.stack import REMAT
+from tapo_jax.tapo import controls, similarity
 
 
 def check(config: ConfigDict) -> None:
@@ -19,8 +20,8 @@ def check(config: ConfigDict) -> None:
     check_choice("tapo.cluster", config.tapo.cluster, tuple(tapo.CLUSTERINGS))
     check_choice("tapo.aggregate", config.tapo.aggregate, tapo.AGGREGATES)
     check_choice("tapo.scope", config.tapo.scope, tapo.SCOPES)
-    check_choice("tapo.control", config.tapo.control, (*tapo_controls.CONTROLS, "gigpo"))
-    check_choice("tapo.text", config.tapo.text, (*tapo_similarity.TEXT_MEASURES, "embedding"))
+    check_choice("tapo.control", config.tapo.control, (*controls.CONTROLS, "gigpo"))
+    check_choice("tapo.text", config.tapo.text, (*similarity.TEXT_MEASURES, "embedding"))
     check_choice("model.remat", config.model.remat, tuple(REMAT))
     for field, value in (
         ("data.prompts_per_step", config.data.prompts_per_step),

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from tapo_jax import tapo
-from tapo_jax.tapo_encode import Call, most_parameters
+from tapo_jax.tapo.encode import Call, most_parameters
 from tapo_jax.types import Episode, Number, Region, Text
 
 GRID = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # 0.3 … 1.0

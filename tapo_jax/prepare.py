@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tapo_jax import advantages, sharding, tapo, tapo_adaptive, tapo_memory
+from tapo_jax import advantages, sharding, tapo
 from tapo_jax import gigpo as gigpo_lib
 from tapo_jax.batch import TrainBatch
 from tapo_jax.outcome import Outcome
-from tapo_jax.tapo import CreditTransfer
-from tapo_jax.tapo_adaptive import AdaptiveTheta
+from tapo_jax.tapo import CreditTransfer, memory
+from tapo_jax.tapo import adaptive as tapo_adaptive
+from tapo_jax.tapo.adaptive import AdaptiveTheta
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +102,7 @@ def transferred(
         settings = settings | {"theta": tapo_adaptive.thresholds(thresholds, steps, settings["theta"])}
     result = tapo.transfer_credit(steps, success_PxH, advantage_PxH, key=key, weight_PxG=weight_PxH, **settings)
     own = G * steps.valid_PxS.shape[1] // success_PxH.shape[1]
-    result = tapo_memory.drop_remembered(result, own)
+    result = memory.drop_remembered(result, own)
     trajectory_PxS, valid_PxS = steps.trajectory_PxS[:, :own], steps.valid_PxS[:, :own]
     metrics = tapo.diagnostics(result, trajectory_PxS, valid_PxS, outcome.success_PxG, advantage_PxG)
     if adaptive is not None:

@@ -10,11 +10,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import micro_batches, prepare, sharding, tapo, tapo_embedding, train_step
+from tapo_jax import micro_batches, prepare, sharding, tapo, train_step
 from tapo_jax.agent import Agent
 from tapo_jax.inputs import most_patches
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.outcome import Outcomes
+from tapo_jax.tapo import embedding
 from tapo_jax.train_step import TrainState
 
 
@@ -99,7 +100,7 @@ def make_outcomes(config: ConfigDict, agent: Agent, params: Any) -> Outcomes:
     if t.enabled and t.text == "embedding":
         table_VxD = sharding.to_host(params["embedding"])
         encode = lambda text: agent.chat.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-        embed = tapo_embedding.text_embedding(encode, tapo_embedding.mean_of_table(table_VxD))
+        embed = embedding.text_embedding(encode, embedding.mean_of_table(table_VxD))
         features = table_VxD.shape[1]
     return Outcomes(
         steps=t.steps,

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import check, evaluate, prepare, processes, records, report, sharding, tapo_adaptive, train_step, viewer
+from tapo_jax import check, evaluate, prepare, processes, records, report, sharding, train_step, viewer
 from tapo_jax.agent import Agent, load_model, make_agent
 from tapo_jax.batch import TrainBatch
 from tapo_jax.checkpoints import Checkpoints
@@ -32,6 +32,7 @@ from tapo_jax.models.shipped import model_directory
 from tapo_jax.optimizer import make_optimizer
 from tapo_jax.outcome import Outcome, Outcomes
 from tapo_jax.programs import Programs, make_outcomes, make_programs
+from tapo_jax.tapo import adaptive as tapo_adaptive
 from tapo_jax.train_step import TrainState
 from tapo_jax.types import Episode, Prompt
 

@@ -23,7 +23,7 @@ from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.logprobs import token_logp
 from tapo_jax.models import qwen3_vl
 from tapo_jax.optimizer import is_trained
-from tapo_jax.tapo_adaptive import AdaptiveTheta
+from tapo_jax.tapo.adaptive import AdaptiveTheta
 
 
 @jax.tree_util.register_dataclass

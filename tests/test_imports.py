@@ -32,12 +32,10 @@ def inside(file: str) -> set[str]:
     found = set()
     for name in imports(file, at_once=True):
         parts = name.split(".")
-        for end in (len(parts), len(parts) - 1):
-            path = "/".join(parts[:end])
-            found |= {
-                other for other in (f"{path}.py", f"{path}/__init__.py") if other in FILES and parts[0] == "tapo_jax"
-            }
-    return found - {"tapo_jax/__init__.py"}
+        paths = ("/".join(parts[:end]) for end in (len(parts), len(parts) - 1))
+        files = (other for path in paths for other in (f"{path}.py", f"{path}/__init__.py") if other in FILES)
+        found |= {next(files, file)} if parts[0] == "tapo_jax" else set()
+    return found - {"tapo_jax/__init__.py", file}
 
 
 def reached(file: str) -> set[str]:
@@ -79,8 +77,8 @@ def test_losses_and_advantages_are_functions_of_arrays():
 
 
 def test_tapo_needs_no_model_no_config_and_no_episode():
-    for file in reached("tapo_jax/tapo.py"):
-        assert file.startswith("tapo_jax/tapo") or file == "tapo_jax/types.py", file
+    for file in reached("tapo_jax/tapo/__init__.py"):
+        assert file.startswith("tapo_jax/tapo/") or file == "tapo_jax/types.py", file
         assert not {"flax", "ml_collections"} & tops(file), file
 
 

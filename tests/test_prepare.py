@@ -5,9 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from tapo_jax import prepare, sharding, tapo, tapo_adaptive
+from tapo_jax import prepare, sharding, tapo
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.outcome import Outcome
+from tapo_jax.tapo import adaptive as tapo_adaptive
 from tapo_jax.types import Identity
 
 P, G, K, T = 2, 4, 2, 6

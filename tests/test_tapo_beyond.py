@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tapo_jax import tapo, tapo_adaptive, tapo_embedding, tapo_memory
+from tapo_jax import tapo
+from tapo_jax.tapo import adaptive as tapo_adaptive
+from tapo_jax.tapo import embedding
+from tapo_jax.tapo import memory as tapo_memory
 from tapo_jax.types import Identity, Number, Region, Text
 
 pairwise = jax.jit(tapo.pairwise_similarity, static_argnames="text")
@@ -141,10 +144,10 @@ def test_memory_shapes_do_not_depend_on_what_is_remembered():
 def test_embedding_similarity_by_hand():
     # Rows (2, 1), (0, 1), (1, 3), (1, -1): their mean is (1, 1), centred (1, 0), (-1, 0), (0, 2), (0, -2).
     table = np.float32([[2, 1], [0, 1], [1, 3], [1, -1]])
-    vector = tapo_embedding.mean_of_table(table)
+    vector = embedding.mean_of_table(table)
     np.testing.assert_allclose(vector([0, 2]), [0.5, 1.0])
     assert vector([]).tolist() == [0, 0]
-    embed = tapo_embedding.text_embedding(lambda text: [int(x) for x in text.split()], vector)
+    embed = embedding.text_embedding(lambda text: [int(x) for x in text.split()], vector)
     queries = ["0", "0 2", "1", "3", "2 2", ""]
     groups = [[[("search", (Text(query),)) for query in queries]]]
     steps = tapo.encode_steps(groups, steps=6, features=2, embed=embed)

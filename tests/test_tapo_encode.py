@@ -8,7 +8,9 @@ import pytest
 import random_tapo
 import reference_tapo
 
-from tapo_jax import tapo, tapo_encode, tapo_similarity
+from tapo_jax import tapo
+from tapo_jax.tapo import encode
+from tapo_jax.tapo import similarity as tapo_similarity
 from tapo_jax.types import Identity, Number, Region, Text
 
 pairwise = jax.jit(tapo.pairwise_similarity, static_argnames="text")
@@ -92,7 +94,7 @@ def test_text_by_hand():
 def test_long_texts_saturate_but_still_compare():
     groups = [[[("code", (Text(line * 5000),)) for line in ("x = 1\n", "y = 2\n")]]]
     steps = tapo.encode_steps(groups, steps=2, features=32)
-    assert steps.text_PxSxXxF.max() == tapo_encode.MAX_COUNT
+    assert steps.text_PxSxXxF.max() == encode.MAX_COUNT
     sim = np.asarray(tapo.pairwise_similarity(steps))[0]
     expected = np.minimum(*steps.text_PxSxXxF[0, :, 0].astype(int)).sum() * 2 / steps.text_PxSxXxF.astype(int).sum()
     assert abs(sim[0, 1] - expected) < 1e-6 and sim[0, 0] == 1

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tapo_jax.tapo_clusters import membership
+from tapo_jax.tapo.clusters import membership
 
 CONTROLS = ("none", "shuffled", "zero_tools")
 

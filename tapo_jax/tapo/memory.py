@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from tapo_jax.tapo_encode import Call
+from tapo_jax.tapo.encode import Call
 from tapo_jax.types import Identity, Number, Region, Text
 
 # {question id: [{"step": int, "advantage": float, "calls": [[tool, [[kind, fields…], …]], …]}, …]}, newest last

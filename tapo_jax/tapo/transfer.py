@@ -3,13 +3,6 @@
 From Dong et al., "TAPO: Tool-Aware Policy Optimization via Credit Transfer for Multimodal Search Agents", arXiv
 2606.05784.
 
-The usual way through this file, host first, then inside one jit:
-
-    steps = encode_steps(groups, steps=K)                                  # calls -> arrays (numpy)
-    transfer = transfer_credit(steps, success_PxG, advantage_PxG)          # similarity, clusters, correction
-    advantage_BxT = token_advantages(advantage_PxG, transfer.advantage_PxS, step_BxT)
-    metrics = diagnostics(transfer, steps.trajectory_PxS, steps.valid_PxS, success_PxG, advantage_PxG)
-
 Axes: P prompts, G rollouts of each, B = P·G rows (row = p·G + g), K tool steps of a rollout at most, S = G·K step slots
 of a group (slot = g·K + k), T tokens.
 """
@@ -19,18 +12,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tapo_jax import tapo_clusters, tapo_controls
-from tapo_jax.tapo_diagnostics import THRESHOLDS, diagnostic_counts, diagnostics, diagnostics_from_counts
-from tapo_jax.tapo_encode import Steps, encode_steps, name_hash, parameter_slots
-from tapo_jax.tapo_similarity import pairwise_similarity
+from tapo_jax.tapo import clusters, controls
+from tapo_jax.tapo.encode import Steps
+from tapo_jax.tapo.similarity import pairwise_similarity
 
-__all__ = [
-    "THRESHOLDS", "CreditTransfer", "Steps", "credit_transfer", "diagnostic_counts", "diagnostics",
-    "diagnostics_from_counts", "encode_steps", "name_hash", "pairwise_similarity", "parameter_slots",
-    "token_advantages", "transfer_credit",
-]
 AGGREGATES = ("mean", "max", "min")
-CLUSTERINGS = {"components": tapo_clusters.components, "leader": tapo_clusters.leaders}
+CLUSTERINGS = {"components": clusters.components, "leader": clusters.leaders}
 SCOPES = ("prompt", "batch")
 
 
@@ -96,7 +83,7 @@ def credit_transfer(
         cluster_theta = theta
     cluster_theta_PxS = _per_step(cluster_theta, sim_PxSxS.shape[:2], sim_PxSxS.dtype)
 
-    own_PxSxG = tapo_clusters.membership(trajectory_PxS, success_PxG.shape[1])
+    own_PxSxG = clusters.membership(trajectory_PxS, success_PxG.shape[1])
     valid_PxS = jnp.asarray(valid_PxS).astype(bool) & own_PxSxG.any(axis=2)
     successful_PxS = (own_PxSxG & success_PxG[:, None, :]).any(axis=2)
     adv_PxS = jnp.where(own_PxSxG, advantage_PxG[:, None, :], 0).sum(axis=2)
@@ -177,7 +164,7 @@ def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
     of two fused loops, a similarity may round differently, and then no slot equals the maximum.
     """
     S = sim_PxSxS.shape[1]
-    slot_1xS, none = tapo_clusters.narrow_slots(S)
+    slot_1xS, none = clusters.narrow_slots(S)
     key_PxS = label_PxS * S + slot_1xS
     ahead_PxSxS = (sup_PxS[:, None, :] > sup_PxS[:, :, None]) | (
         (sup_PxS[:, None, :] == sup_PxS[:, :, None]) & (key_PxS[:, None, :] < key_PxS[:, :, None])
@@ -207,8 +194,8 @@ def transfer_credit(
         [P / chunks, S, S] arrays exist at a time. On a mesh, P / chunks must be a multiple of the prompts' shards.
     The other arguments: `credit_transfer` and `pairwise_similarity`. Raises ValueError for unknown names.
     """
-    if scope not in SCOPES or control not in tapo_controls.CONTROLS:
-        known = ", ".join([*SCOPES, *tapo_controls.CONTROLS])
+    if scope not in SCOPES or control not in controls.CONTROLS:
+        known = ", ".join([*SCOPES, *controls.CONTROLS])
         raise ValueError(f"scope {scope!r}, control {control!r}; known: {known}")
     if control == "shuffled" and key is None:
         raise ValueError("control='shuffled' draws random steps: pass key=jax.random.key(...)")
@@ -221,14 +208,14 @@ def transfer_credit(
         steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS, key_P = part
         sim_PxSxS = pairwise_similarity(steps, text)
         if control == "shuffled":
-            failing_PxS = tapo_controls.failing_steps(steps.trajectory_PxS, steps.valid_PxS, success_PxG)
-            sim_PxSxS = tapo_controls.shuffle_rows(key_P, sim_PxSxS, failing_PxS)
+            failing_PxS = controls.failing_steps(steps.trajectory_PxS, steps.valid_PxS, success_PxG)
+            sim_PxSxS = controls.shuffle_rows(key_P, sim_PxSxS, failing_PxS)
         result = credit_transfer(
             sim_PxSxS, steps.trajectory_PxS, steps.valid_PxS, success_PxG, advantage_PxG, theta=theta_PxS,
             alpha_min=alpha_min, beta=beta, cluster=cluster, cluster_theta=cluster_theta, aggregate=aggregate,
             support=support, clip=clip, weight_PxG=weight_PxG, questions=P if scope == "batch" else 1,
         )
-        return tapo_controls.zero_tools(result, steps, success_PxG) if control == "zero_tools" else result
+        return controls.zero_tools(result, steps, success_PxG) if control == "zero_tools" else result
 
     part = (steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS, key_P)
     if scope == "batch":

@@ -16,8 +16,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tapo_jax.tapo_clusters import membership
-from tapo_jax.tapo_encode import Steps, name_hash
+from tapo_jax.tapo.clusters import membership
+from tapo_jax.tapo.encode import Steps, name_hash
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ A parameter that only one of two calls has counts as similarity 0, one that neit
 import jax
 import jax.numpy as jnp
 
-from tapo_jax.tapo_encode import MAX_COUNT, Steps
+from tapo_jax.tapo.encode import MAX_COUNT, Steps
 
 TEXT_MEASURES = ("dice", "jaccard", "cosine", "exact")
 

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from tapo_jax.tapo_clusters import membership
-from tapo_jax.tapo_controls import failing_steps
+from tapo_jax.tapo.clusters import membership
+from tapo_jax.tapo.controls import failing_steps
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
