@@ -1,7 +1,7 @@
 """What a sweep consists of and what is known about it, in files: rows × seeds, each a run with a folder of its own.
 
 OUT/sweep.json                      rows, their base and reference, their seeds: what `report sweep OUT` reads
-OUT/<row>/seed_<n>/result.json      of a finished run: small (`report_sweep.condense`), with the config and the model
+OUT/<row>/seed_<n>/result.json      of a finished run: small (`results.condense`), with the config and the model
 OUT/<row>/seed_<n>/failed.json      of a run that failed: {"error": one sentence, "config", "model"}
 WORKDIR/<row>/seed_<n>/             the run itself: asked.json, log.txt, and what `launch/train.py` leaves
 
@@ -18,8 +18,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tapo_jax import report_sweep
 from tapo_jax.config import UserError, flat
+from tapo_jax.report import results
 
 PLACES = ("data.dir", "model.path")  # where something lies is no part of what a run is
 
@@ -110,7 +110,7 @@ def begin(run: Run) -> None:
 
 def keep_result(run: Run, cores: int) -> None:
     """Raises UserError where the run has not come to its end."""
-    found = report_sweep.condense(run.workdir, run.row, run.seed)
+    found = results.condense(run.workdir, run.row, run.seed)
     save(run.result / "result.json", found | {"model": run.model, "cores": cores})
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import check, evaluate, prepare, processes, records, report, sharding, train_step, viewer
+from tapo_jax import check, evaluate, prepare, processes, records, sharding, train_step, viewer
 from tapo_jax.agent import Agent, load_model, make_agent
 from tapo_jax.batch import TrainBatch
 from tapo_jax.checkpoints import Checkpoints
@@ -32,6 +32,7 @@ from tapo_jax.models.shipped import model_directory
 from tapo_jax.optimizer import make_optimizer
 from tapo_jax.outcome import Outcome, Outcomes
 from tapo_jax.programs import Programs, make_outcomes, make_programs
+from tapo_jax.report.curve import write_curve
 from tapo_jax.tapo import adaptive as tapo_adaptive
 from tapo_jax.train_step import TrainState
 from tapo_jax.types import Episode, Prompt
@@ -346,5 +347,5 @@ def leave_results(run: Run, model: nnx.Module, directory: Path) -> None:
         return
     shutil.rmtree(export, ignore_errors=True)
     part.rename(export)
-    report.write_curve(run.workdir / "metrics.jsonl", run.workdir / "curve.png")
+    write_curve(run.workdir / "metrics.jsonl", run.workdir / "curve.png")
     viewer.write_page(sorted((run.workdir / "episodes").glob("step_*.npz")), run.workdir / "episodes.html")

@@ -58,7 +58,7 @@ WALLS = [  # who may never reach whom, directly or through others
         ["tapo_jax/data/tiny_model.py", "tapo_jax/data/experts.py", "tapo_jax/data/cold_start.py"],
     ),
     ("the world is below the rollout", ["tapo_jax/data/atlas_world.py"], ["tapo_jax/episode.py", "tapo_jax/inputs.py"]),
-    ("reports read files", ["tapo_jax/report_sweep.py"], ["tapo_jax/models/", "tapo_jax/metrics.py"]),
+    ("reports read files", ["tapo_jax/report/results.py"], ["tapo_jax/models/", "tapo_jax/metrics.py"]),
 ]
 
 

@@ -9,10 +9,12 @@ import PIL.Image
 import pytest
 import synthetic
 
-from tapo_jax import records, report, report_credit, report_figures, report_statistics, report_sweep, report_tables
+from tapo_jax import records
 from tapo_jax.config import UserError, flat
 from tapo_jax.records import RecordedEpisode, RecordedTurn
-from tapo_jax.report_plots import series, smooth
+from tapo_jax.report import __main__ as report
+from tapo_jax.report import curve, figures, misplaced, results, statistics, tables
+from tapo_jax.report.plots import series, smooth
 
 
 def picture(path):
@@ -27,7 +29,7 @@ def picture(path):
 
 def test_curve(tmp_path):
     path = synthetic.write(tmp_path / "metrics.jsonl", synthetic.lines(40))
-    report.write_curve(path, tmp_path / "curve.png")
+    curve.write_curve(path, tmp_path / "curve.png")
     assert picture(tmp_path / "curve.png").shape == (870, 1500, 3)
 
 
@@ -37,13 +39,13 @@ def test_curve_of_a_run_that_logged_little(tmp_path):
         tmp_path / "metrics.jsonl",
         [{"step": 0, "eval/accuracy": 0.25}, {"step": 1, "reward/mean": None, "loss/entropy": 0.5}],
     )
-    report.write_curve(path, tmp_path / "curve.png")
+    curve.write_curve(path, tmp_path / "curve.png")
     assert picture(tmp_path / "curve.png").size > 0
 
 
 def test_curve_needs_a_step(tmp_path):
     with pytest.raises(UserError, match="holds no step"):
-        report.write_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+        curve.write_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
 
 
 def test_series_leaves_out_what_is_not_there():
@@ -79,21 +81,21 @@ def test_commands(tmp_path, capsys):
 def test_bootstrap():
     """Two seeds 0 and 1: a resample's mean is 0, 0.5 or 1 with probabilities ¼, ½, ¼, so both 2.5 % quantiles are the
     ends."""
-    assert report_statistics.bootstrap([0.0, 1.0]) == (0.0, 1.0)
-    assert report_statistics.bootstrap([0.3]) is None
-    assert report_statistics.bootstrap([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
-    low, high = report_statistics.bootstrap(np.arange(101) / 100)
+    assert statistics.bootstrap([0.0, 1.0]) == (0.0, 1.0)
+    assert statistics.bootstrap([0.3]) is None
+    assert statistics.bootstrap([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
+    low, high = statistics.bootstrap(np.arange(101) / 100)
     # mean 0.5, standard deviation of the mean sqrt(850/10000/101) = 0.02901; the interval is about ± 1.96 of it
     assert (low, high) == pytest.approx((0.5 - 0.0569, 0.5 + 0.0569), abs=0.003)
 
 
 def test_student():
     """1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.302653: half = 2.484138."""
-    assert report_statistics.student([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
+    assert statistics.student([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
 
 
 def result(row, seed, accuracy, *, seconds=10.0):
-    return report_sweep.Result(row, seed, ((0, 0.0, 0.0), (10, seconds, accuracy)), {}, {}, None)
+    return results.Result(row, seed, ((0, 0.0, 0.0), (10, seconds, accuracy)), {}, {}, None)
 
 
 def last(found):
@@ -105,25 +107,25 @@ def test_difference_is_paired_by_seed():
     0.5."""
     ours = {s: result("a", s, 0.4 + 0.2 * s) for s in (0, 1, 2, 7)}
     theirs = {s: result("b", s, 0.3 + 0.2 * s) for s in (0, 1, 2, 5)}
-    found = report_sweep.difference(ours, theirs, last)
+    found = results.difference(ours, theirs, last)
     assert found["values"] == pytest.approx([0.1, 0.1, 0.1])
     assert (found["seeds"], found["improved"], found["verdict"]) == (3, 3, "better")
     assert found["relative"] == pytest.approx(0.2)
-    assert report_sweep.difference(theirs, ours, last)["verdict"] == "worse"
-    assert report_sweep.difference({0: ours[0]}, {1: theirs[1]}, last) is None
+    assert results.difference(theirs, ours, last)["verdict"] == "worse"
+    assert results.difference({0: ours[0]}, {1: theirs[1]}, last) is None
 
 
 def test_verdict_needs_both_intervals():
     """Deltas 0.01, 0.02, 0.09: no resample has a mean of 0, so the bootstrap leaves it out; Student: 0.04 ±
     4.303·0.0252."""
     ours = {s: result("a", s, 0.3 + delta) for s, delta in enumerate((0.01, 0.02, 0.09))}
-    found = report_sweep.difference(ours, {s: result("b", s, 0.3) for s in range(3)}, last)
+    found = results.difference(ours, {s: result("b", s, 0.3) for s in range(3)}, last)
     assert found["interval"][0] > 0 > found["student"][0]
     assert found["verdict"] == "not decided"
 
 
 def test_one_seed_decides_nothing():
-    found = report_sweep.difference({0: result("a", 0, 0.9)}, {0: result("b", 0, 0.1)}, last)
+    found = results.difference({0: result("a", 0, 0.9)}, {0: result("b", 0, 0.1)}, last)
     assert found["interval"] is None and found["verdict"] == "not decided"
 
 
@@ -149,7 +151,7 @@ def test_bases_and_reference_are_found_from_the_configs():
         "theta_5": config(True, theta=0.5),
     }
     configs["other"] = config(True) | {"algorithm.loss": "sapo"}
-    base, reference = report_sweep.bases(configs)
+    base, reference = results.bases(configs)
     assert base == {"beta_2": "off", "on": "off", "theta_5": "off"}
     assert reference == {"beta_2": "on", "theta_5": "on"}
 
@@ -158,7 +160,7 @@ def test_swept_fields():
     configs = {f"beta_{b}": config(True, beta=b) | {"seed": i} for i, b in enumerate((0.8, 0.2, 0.4))} | {
         "theta": config(True, theta=0.9)
     }
-    assert report_figures.swept_fields(configs) == [("tapo.beta", ["beta_0.2", "beta_0.4", "beta_0.8"])]
+    assert figures.swept_fields(configs) == [("tapo.beta", ["beta_0.2", "beta_0.4", "beta_0.8"])]
 
 
 # A sweep.
@@ -195,14 +197,14 @@ def test_condensed_results_give_the_same_report(sweep, tmp_path):
         if (folder / "failed.json").exists():
             (kept / "failed.json").write_text((folder / "failed.json").read_text())
         elif (folder / "metrics.jsonl").exists():
-            condensed = json.dumps(report_sweep.condense(folder, folder.parent.name, int(folder.name[5:])))
+            condensed = json.dumps(results.condense(folder, folder.parent.name, int(folder.name[5:])))
             assert len(condensed) < 40_000
             (kept / "result.json").write_text(condensed)
-    assert report_sweep.summarise(report_sweep.load(tmp_path)) == report_sweep.summarise(report_sweep.load(sweep))
+    assert results.summarise(results.load(tmp_path)) == results.summarise(results.load(sweep))
 
 
 def test_summary_of_a_sweep(sweep):
-    found = report_sweep.summarise(report_sweep.load(sweep))
+    found = results.summarise(results.load(sweep))
     assert (found["step"], found["seconds"]) == (20, 40.0)  # 20 steps of 2 s
     grpo, tapo = found["rows"]["grpo"], found["rows"]["tapo"]
     assert grpo["at_step"]["mean"] == pytest.approx(0.21 + 0.2)  # starts at 0.20, 0.21, 0.22 and gains 0.2
@@ -217,7 +219,7 @@ def test_report_of_a_sweep(sweep):
     (sweep / "sweep.json").write_text(
         json.dumps({"rows": ["tapo", "grpo"], "base": {"beta_12": "beta_2", "grpo": "no such row"}})
     )
-    text = report_tables.write_sweep(sweep)
+    text = tables.write_sweep(sweep)
     (sweep / "sweep.json").unlink()
     assert text == (sweep / "report.md").read_text()
     table = [line for line in text.splitlines() if line.startswith("| ")]
@@ -250,14 +252,14 @@ def test_later_evaluations_count_where_all_runs_of_a_seed_have_them(sweep, tmp_p
     evaluated(run, "eval_2", 0.8, 30)
     (run / "eval_1" / "step_000010.json").write_text("of another checkpoint, not read")
     evaluated(tmp_path / "again" / "grpo" / "seed_1", "eval_1", 0.9, 30)
-    before, after = (report_sweep.load(path) for path in (sweep, tmp_path / "again"))
+    before, after = (results.load(path) for path in (sweep, tmp_path / "again"))
     (*earlier, _), (*same, last) = (found.results["grpo"][0].evals for found in (before, after))
     assert earlier == same and last[2] == pytest.approx(0.65)
     assert [after.results[row][0].evals[-1][2] for row in rows[1:]] == [0.5] * 3
     assert after.results["grpo"][1] == before.results["grpo"][1]
-    text = report_tables.markdown(report_sweep.summarise(after), "again")
+    text = tables.markdown(results.summarise(after), "again")
     assert "4 of 9 runs were evaluated again at their end, with up to 60 answers" in text
-    assert "again" not in report_tables.markdown(report_sweep.summarise(before), "sweep")
+    assert "again" not in tables.markdown(results.summarise(before), "sweep")
 
 
 def test_a_later_evaluation_that_is_not_like_the_run_is_refused(sweep, tmp_path):
@@ -266,18 +268,18 @@ def test_a_later_evaluation_that_is_not_like_the_run_is_refused(sweep, tmp_path)
     evaluated(run, "eval_1", 0.5, 30)
     evaluated(run, "eval_2", 0.5, 10)
     with pytest.raises(UserError, match="different numbers of questions: keep those of one"):
-        report_sweep.load(tmp_path / "again")
+        results.load(tmp_path / "again")
     shutil.rmtree(run / "eval_2")
     evaluated(run, "eval_2", 0.5, 30, temperature=0.0)
     (run / "config.json").write_text(json.dumps(config(False) | {"seed": 0, "eval.temperature": 1.0}))
     with pytest.raises(UserError, match="has the temperature 0.0 and the run 1.0: evaluate again as the run does"):
-        report_sweep.load(tmp_path / "again")
+        results.load(tmp_path / "again")
 
 
 def test_run_without_a_last_evaluation_is_not_finished(tmp_path):
     synthetic.write(tmp_path / "metrics.jsonl", synthetic.lines(20)[:-1])
     with pytest.raises(UserError, match="no evaluation of its last step"):
-        report_sweep.condense(tmp_path, "row", 0)
+        results.condense(tmp_path, "row", 0)
 
 
 def test_run_that_has_only_begun_is_not_finished(tmp_path):
@@ -285,7 +287,7 @@ def test_run_that_has_only_begun_is_not_finished(tmp_path):
     synthetic.write(tmp_path / "a" / "seed_0" / "metrics.jsonl", synthetic.lines(20)[:11])
     (tmp_path / "a" / "seed_0" / "config.json").write_text(json.dumps({"total_steps": 20, "total_epochs": 0.0}))
     with pytest.raises(UserError, match="no evaluation of its last step"):
-        report_sweep.condense(tmp_path / "a" / "seed_0", "a", 0)
+        results.condense(tmp_path / "a" / "seed_0", "a", 0)
 
 
 def test_steps_that_compile_count_as_the_others(tmp_path):
@@ -293,7 +295,7 @@ def test_steps_that_compile_count_as_the_others(tmp_path):
     lines = synthetic.lines(20)
     lines[1] |= {"time/step": 62.0, "perf/compiles": 9}
     synthetic.write(tmp_path / "metrics.jsonl", lines)
-    assert report_sweep.condense(tmp_path, "row", 0)["seconds"] == 40.0
+    assert results.condense(tmp_path, "row", 0)["seconds"] == 40.0
 
 
 def test_runs_that_were_asked_for_and_rows_that_failed_are_not_left_out(tmp_path):
@@ -301,8 +303,8 @@ def test_runs_that_were_asked_for_and_rows_that_failed_are_not_left_out(tmp_path
     (tmp_path / "b" / "seed_0").mkdir(parents=True)
     (tmp_path / "b" / "seed_0" / "failed.json").write_text('{"error": "No disk."}')
     (tmp_path / "sweep.json").write_text(json.dumps({"rows": ["a", "b"], "seeds": {"a": [0, 1], "b": [0]}}))
-    assert report_sweep.load(tmp_path).unfinished == [("a", 1)]
-    text = report_tables.write_sweep(tmp_path)
+    assert results.load(tmp_path).unfinished == [("a", 1)]
+    text = tables.write_sweep(tmp_path)
     assert "| b | 0 + 1 failed | – |" in text and "Not finished: a seed 1." in text
 
 
@@ -351,7 +353,7 @@ def recorded_credit():
 
 def test_credit_of_recorded_episodes():
     """4 failing steps, 4 failing trajectories. At 0.5: 0.9 and 0.6 are near, in two trajectories; at 0.7 only 0.9."""
-    rows = {row["threshold"]: row for row in report_credit.table(recorded_credit(), (0.3, 0.5, 0.7, 1.0))}
+    rows = {row["threshold"]: row for row in misplaced.table(recorded_credit(), (0.3, 0.5, 0.7, 1.0))}
     assert [rows[t]["correctable_actions"] for t in (0.3, 0.5, 0.7, 1.0)] == [0.75, 0.5, 0.25, 0.0]
     assert [rows[t]["correctable_trajectories"] for t in (0.3, 0.5, 0.7, 1.0)] == [0.5, 0.5, 0.25, 0.0]
 
@@ -372,4 +374,4 @@ def test_credit_command(tmp_path, capsys):
 def test_credit_needs_similarities():
     unknown = dataclasses.replace(step_turn(0.0), slot=-1, witness=None)
     with pytest.raises(UserError, match="without TAPO's similarities"):
-        report_credit.table([credit_episode(0, False, [unknown])])
+        misplaced.table([credit_episode(0, False, [unknown])])

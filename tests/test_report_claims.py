@@ -2,10 +2,10 @@
 
 import pytest
 
-from tapo_jax import report_claims
 from tapo_jax.config import flat
-from tapo_jax.report_claims import FAILS, HOLDS, OPEN, decided
-from tapo_jax.report_sweep import Result, Sweep
+from tapo_jax.report import claims as report_claims
+from tapo_jax.report.claims import FAILS, HOLDS, OPEN, decided
+from tapo_jax.report.results import Result, Sweep
 
 
 def result(row, seed, accuracy, *, entropy=0.2, correctable=0.6, share=0.0001, falls=0.0, loss="grpo", **tapo):

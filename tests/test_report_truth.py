@@ -8,11 +8,13 @@ import pytest
 import recorded
 from rollout_world import chat, pixels
 
-from tapo_jax import records, report, report_truth, rewards
+from tapo_jax import records, rewards
 from tapo_jax.config import UserError
 from tapo_jax.data.atlas_world import Game, Settings, parse_id
 from tapo_jax.data.experts import Flaws, expert, play
 from tapo_jax.episode import open_prompt
+from tapo_jax.report import __main__ as report
+from tapo_jax.report import truth
 
 NONE = {field.name: 0.0 for field in dataclasses.fields(Flaws)}
 
@@ -36,7 +38,7 @@ def judged(episodes: int = 12, *, game: Game, **flaws: float):
             for shown, turn in zip(made.turns, episode.turns, strict=True)
         ]
         made = dataclasses.replace(made, turns=tuple(turns))
-        found.append((question, [(turn.call_name, right) for turn, right in report_truth.steps_of(made)]))
+        found.append((question, [(turn.call_name, right) for turn, right in truth.steps_of(made)]))
     return found
 
 
@@ -47,7 +49,7 @@ def game():
 
 def test_every_step_of_a_perfect_player_is_right(game):
     for _, steps in judged(game=game):
-        assert [name for name, _ in steps[:3]] == [report_truth.ZOOM, report_truth.IMAGE, report_truth.TEXT]
+        assert [name for name, _ in steps[:3]] == [truth.ZOOM, truth.IMAGE, truth.TEXT]
         assert all(right for _, right in steps)
 
 
@@ -68,8 +70,8 @@ def test_a_question_asked_one_hop_too_early_is_wrong(game):
 
 def test_a_zoom_that_nobody_searched_is_not_known(game):
     steps = [step for _, steps in judged(game=game, wrong_image=1.0) for step in steps]
-    assert {right for name, right in steps if name == report_truth.ZOOM} == {None}
-    assert not all(right for name, right in steps if name == report_truth.IMAGE)  # of the whole scene
+    assert {right for name, right in steps if name == truth.ZOOM} == {None}
+    assert not all(right for name, right in steps if name == truth.IMAGE)  # of the whole scene
 
 
 def test_table_by_hand():
@@ -79,7 +81,7 @@ def test_table_by_hand():
     def episode(advantage: float, success: bool, *steps: tuple[str, bool]):
         turns = tuple(
             records.RecordedTurn(
-                "", report_truth.TEXT, {}, f"1. {title}\n…", slot=k, correctable=witnessed, adv_before=advantage,
+                "", truth.TEXT, {}, f"1. {title}\n…", slot=k, correctable=witnessed, adv_before=advantage,
                 adv_after=min(advantage + 0.25 * witnessed, max(advantage, 0.0)),
             )  # fmt: skip
             for k, (title, witnessed) in enumerate(steps)
@@ -91,20 +93,20 @@ def test_table_by_hand():
         )  # fmt: skip
 
     right, wrong = "Peru, capital", "Peru, currency"
-    rows = report_truth.table([
+    rows = truth.table([
         episode(-0.5, False, (right, True), (wrong, True), (wrong, False)),
         episode(-0.5, False, (right, False)),
         episode(0.0, False, (right, True)),
         episode(1.0, True, (right, True)),
     ])
-    assert [row["tool"] for row in rows] == ["all", report_truth.ZOOM, report_truth.IMAGE, report_truth.TEXT]
-    assert rows[0] | {"tool": report_truth.TEXT} == rows[3]
+    assert [row["tool"] for row in rows] == ["all", truth.ZOOM, truth.IMAGE, truth.TEXT]
+    assert rows[0] | {"tool": truth.TEXT} == rows[3]
     assert rows[3] == {
-        "tool": report_truth.TEXT, "punished": 4, "undeserved": 0.5, "found": 0.5, "precision": 0.5,
+        "tool": truth.TEXT, "punished": 4, "undeserved": 0.5, "found": 0.5, "precision": 0.5,
         "right": [0.0, 0.25 / 3], "wrong": [-0.5, -0.375],
     }  # fmt: skip
     nothing = {"undeserved": None, "found": None, "precision": None, "right": [None, None], "wrong": [None, None]}
-    assert rows[1] == {"tool": report_truth.ZOOM, "punished": 0} | nothing
+    assert rows[1] == {"tool": truth.ZOOM, "punished": 0} | nothing
 
 
 def test_command(tmp_path, capsys):
@@ -112,7 +114,7 @@ def test_command(tmp_path, capsys):
     records.save(tmp_path / "episodes" / "step_000020.npz", episodes)
     report.main(["truth", str(tmp_path)])
     rows = json.loads((tmp_path / "truth.json").read_text())
-    assert rows == report_truth.table(episodes) and rows[0]["punished"] > 5
+    assert rows == truth.table(episodes) and rows[0]["punished"] > 5
     assert f"{rows[0]['undeserved']:.1%}" in capsys.readouterr().out
 
     other = [dataclasses.replace(episode, prompt_id="mmsearch/17") for episode in episodes]

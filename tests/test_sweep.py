@@ -13,8 +13,10 @@ import pytest
 import tiny_run
 from rich.console import Console
 
-from tapo_jax import records, report, report_sweep, report_tables, sweep, sweep_processes
+from tapo_jax import records, sweep, sweep_processes
 from tapo_jax.config import UserError
+from tapo_jax.report import __main__ as report
+from tapo_jax.report import results, tables
 from tapo_jax.sweep import Run
 from tapo_jax.sweep_table import Progress
 
@@ -116,7 +118,7 @@ def test_runs_end_in_order_and_failures_are_kept(tmp_path):
     assert [entry for entry in seen if entry[2] != "running"] == [
         ("good", 0, "done"), ("bad", 0, "failed"), ("good", 1, "done"), ("bad", 1, "failed"), ("shot", 0, "failed")
     ]  # fmt: skip
-    kept = report_sweep.load(tmp_path / "out")
+    kept = results.load(tmp_path / "out")
     assert kept.results["good"][1].evals[-1] == (2.0, 3.0, 0.2)
     assert ("bad", 0, "The disk is full.") in kept.failed
     (shot,) = [sentence for row, _, sentence in kept.failed if row == "shot"]
@@ -238,7 +240,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_ends_with_a_report(tmp_path, monkey
     first, last = (json.loads((run.result / "result.json").read_text()) for run in (runs[0], runs[2]))
     assert first["evals"][0] == last["evals"][0]  # the same model on the same questions
     assert first["steps"] == 3 and first["model"] == sweep.fingerprint(model)
-    text = report_tables.write_sweep(tmp_path / "out")
+    text = tables.write_sweep(tmp_path / "out")
     assert "**Failed:** broken, seed 0: The checkpoint" in text and "| broken | 0 + 1 failed |" in text
     assert "| TAPO improves grpo | **not decided** |" in text
     # Without TAPO the steps are recorded with what they resemble, so that misplaced credit can be counted.

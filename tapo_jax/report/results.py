@@ -20,7 +20,7 @@ import numpy as np
 
 from tapo_jax.config import UserError, flat
 from tapo_jax.records import read_metrics
-from tapo_jax.report_statistics import mean_of, student
+from tapo_jax.report.statistics import mean_of, student
 
 CURVES = (
     "reward/accuracy",

@@ -1,15 +1,5 @@
-"""What a run or a sweep came to, from its files: `python -m tapo_jax.report COMMAND DIRECTORY`.
+"""The figure of one run: reward, accuracy, held-out accuracy, TAPO, entropy, tool calls and seconds, by step."""
 
-curve RUN    RUN/curve.png: reward, accuracy, held-out accuracy, TAPO, entropy, tool calls, seconds
-credit RUN   the share of failing tool steps that a success made too, by threshold; RUN/credit.png, RUN/credit.json
-truth RUN    of a run on Atlas, the share of punished tool steps that were right, and how many of them TAPO finds
-page RUN     RUN/episodes.html: recorded episodes, turn by turn
-sweep DIR    DIR/report.md, DIR/report.json and figures; `report_sweep.py` says what a sweep's directory holds
-"""
-
-import argparse
-import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tapo_jax import report_credit, report_tables, report_truth, viewer
 from tapo_jax.config import UserError
 from tapo_jax.records import read_metrics
-from tapo_jax.report_plots import BLUE, GOLD, INK, RED, SOFT, new_figure, series, smooth, title
+from tapo_jax.report.plots import BLUE, GOLD, INK, RED, SOFT, new_figure, series, smooth, title
 
 _TIMES = (
     ("time/decode", "decode", "#2f6fde"),
@@ -145,61 +134,3 @@ def draw_seconds(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     title(axes, f"seconds per step, TAPO {100 * share:.2f} %")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=7.5, frameon=False, loc="upper right", ncols=2, labelcolor=INK)
-
-
-# The command line.
-
-
-def recordings(run: Path) -> list[Path]:
-    """The recorded steps of a run, in order. Raises UserError where there are none."""
-    found = sorted((run / "episodes").glob("step_*.npz"))
-    if not found:
-        raise UserError(
-            f"{run} has no recorded episodes (episodes/step_*.npz): give the folder of a run; log.episodes_every says "
-            "how often a step is recorded."
-        )
-    return found
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tapo_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("curve", "credit", "truth", "page", "sweep"):
-        command = commands.add_parser(name)
-        command.add_argument("directory", type=Path)
-        if name == "page":
-            command.add_argument(
-                "--questions", type=int, default=viewer.MAX_GROUPS, help="how many the page shows at most"
-            )
-    given = parser.parse_args(arguments)
-    if not given.directory.is_dir():
-        raise UserError(f"{given.directory} is no directory: give the folder of a run or of a sweep.")
-    if given.command == "curve":
-        write_curve(given.directory / "metrics.jsonl", given.directory / "curve.png")
-        print(given.directory / "curve.png")
-    elif given.command == "sweep":
-        print(report_tables.write_sweep(given.directory))
-    else:
-        paths = recordings(given.directory)
-        try:
-            if given.command == "page":
-                viewer.write_page(paths, given.directory / "episodes.html", max_groups=given.questions)
-                print(given.directory / "episodes.html")
-            else:
-                write = report_truth.write_truth if given.command == "truth" else report_credit.write_credit
-                print(write(paths, given.directory))
-        except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"A recording in {given.directory / 'episodes'} cannot be read ({type(error).__name__}: {error}): "
-                "remove the damaged file."
-            ) from error
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -1,5 +1,8 @@
 """How much credit a run misplaced, from its recorded episodes: the share of failing tool steps, and of failing
-trajectories, that a successful sample of the same question made too, at each threshold of similarity."""
+trajectories, that a successful sample of the same question made too, at each threshold of similarity.
+
+The first figure of the paper (arXiv 2606.05784) for one's own agent.
+"""
 
 import json
 from collections.abc import Sequence
@@ -8,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from tapo_jax import credit, records
+from tapo_jax import records
 from tapo_jax.config import UserError
 from tapo_jax.records import RecordedEpisode
-from tapo_jax.report_plots import BLUE, INK, RED, new_figure, title
+from tapo_jax.report.plots import BLUE, INK, RED, new_figure, title
+
+GRID = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # 0.3 … 1.0
 
 
 def write_credit(paths: Sequence[Path], out: Path) -> str:
@@ -28,11 +33,11 @@ def write_credit(paths: Sequence[Path], out: Path) -> str:
     _plot(rows, each, out / "credit.png")
     success = sum(e.success for e in everything)
     text = f"{len(everything)} episodes of {len(by_step)} recorded steps, {success} of them right"
-    return f"{text}\n\n{credit.text_table(rows)}\n\nwritten to {out / 'credit.json'} and credit.png"
+    return f"{text}\n\n{text_table(rows)}\n\nwritten to {out / 'credit.json'} and credit.png"
 
 
-def table(episodes: Sequence[RecordedEpisode], thresholds: Sequence[float] = credit.GRID) -> list[dict[str, Any]]:
-    """The rows of `credit.from_similarities`. A step's similarity is the recorded one, to its nearest witness.
+def table(episodes: Sequence[RecordedEpisode], thresholds: Sequence[float] = GRID) -> list[dict[str, Any]]:
+    """The rows of `from_similarities`. A step's similarity is the recorded one, to its nearest witness.
 
     Raises UserError where tool steps were recorded without it.
     """
@@ -52,7 +57,40 @@ def table(episodes: Sequence[RecordedEpisode], thresholds: Sequence[float] = cre
     sim_N, group_N, sample_N = (
         np.array([step[i] for step in steps], kind) for i, kind in enumerate((np.float32, int, int))
     )
-    return credit.from_similarities(sim_N, group_N, sample_N, sum(not e.success for e in episodes), thresholds)
+    return from_similarities(sim_N, group_N, sample_N, sum(not e.success for e in episodes), thresholds)
+
+
+def from_similarities(
+    sim_N, group_N, episode_N, failing_trajectories: int, thresholds: Sequence[float] = GRID
+) -> list[dict]:
+    """The table from the failing steps themselves: sim_N of each to its nearest witness, and its group and episode.
+
+    failing_trajectories: all of them, those without a step included.
+    """
+    rows = []
+    for threshold in thresholds:
+        near_N = sim_N >= np.float32(threshold)
+        found = {(g, e) for g, e, near in zip(group_N, episode_N, near_N, strict=True) if near}
+        rows.append({
+            "threshold": threshold,
+            "correctable_actions": int(near_N.sum()) / max(len(sim_N), 1),
+            "correctable_trajectories": len(found) / max(failing_trajectories, 1),
+            "actions": int(near_N.sum()),
+            "failing_actions": len(sim_N),
+            "trajectories": len(found),
+            "failing_trajectories": failing_trajectories,
+        })
+    return rows
+
+
+def text_table(rows: list[dict]) -> str:
+    """The rows as aligned text."""
+    lines = [f"{'threshold':>9}  {'correctable actions':>24}  {'correctable trajectories':>24}"]
+    for row in rows:
+        actions = f"{row['correctable_actions']:.1%} ({row['actions']}/{row['failing_actions']})"
+        trajectories = f"{row['correctable_trajectories']:.1%} ({row['trajectories']}/{row['failing_trajectories']})"
+        lines.append(f"{row['threshold']:>9.2f}  {actions:>24}  {trajectories:>24}")
+    return "\n".join(lines)
 
 
 def _plot(rows: Sequence[dict[str, Any]], each: dict[int, list[dict[str, Any]]], out: Path) -> None:

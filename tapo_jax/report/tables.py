@@ -5,15 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tapo_jax import report_claims, report_figures
-from tapo_jax.report_sweep import load, summarise
+from tapo_jax.report import claims
+from tapo_jax.report import figures as report_figures
+from tapo_jax.report.results import load, summarise
 
 
 def write_sweep(directory: Path) -> str:
     """Writes report.md, report.json and the figures beside the rows; returns the Markdown. Raises UserError."""
     sweep = load(directory)
     summary = summarise(sweep)
-    summary["claims"] = report_claims.claims(sweep, summary["step"])
+    summary["claims"] = claims.claims(sweep, summary["step"])
     figures = {
         "held-out accuracy over training": ("report_curves.png", report_figures.draw_curves),
         "paired differences to the base and to the reference": (
@@ -91,7 +92,7 @@ def markdown(summary: Mapping[str, Any], name: str) -> str:
         lines += ["", f"**Failed:** {row}, seed {seed}: {' '.join(sentence.split())}"]
     if summary["unfinished"]:
         lines += ["", "Not finished: " + ", ".join(f"{row} seed {seed}" for row, seed in summary["unfinished"]) + "."]
-    lines += report_claims.markdown(summary.get("claims", ()))
+    lines += claims.markdown(summary.get("claims", ()))
     return "\n".join(lines) + "\n"
 
 

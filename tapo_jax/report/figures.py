@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from tapo_jax.report_claims import SHARE_OF_TIME
-from tapo_jax.report_plots import BLUE, GOLD, GREEN, INK, RED, SOFT, new_figure, title
-from tapo_jax.report_statistics import bootstrap
-from tapo_jax.report_sweep import THRESHOLDS, Result, Sweep
+from tapo_jax.report.claims import SHARE_OF_TIME
+from tapo_jax.report.plots import BLUE, GOLD, GREEN, INK, RED, SOFT, new_figure, title
+from tapo_jax.report.results import THRESHOLDS, Result, Sweep
+from tapo_jax.report.statistics import bootstrap
 
 COLOURS = (
     BLUE,

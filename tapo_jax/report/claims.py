@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from tapo_jax.report_plots import smooth
-from tapo_jax.report_statistics import mean_of, student
-from tapo_jax.report_sweep import PUBLISHED, SEEDS, THRESHOLDS, Result, Sweep
+from tapo_jax.report.plots import smooth
+from tapo_jax.report.results import PUBLISHED, SEEDS, THRESHOLDS, Result, Sweep
+from tapo_jax.report.statistics import mean_of, student
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
 SHARE_OF_TIME = 0.0006
