@@ -6,7 +6,10 @@ import pytest
 import random_tapo
 import reference_tapo
 
-from tapo_jax import bench, bench_reference, bench_tapo, tapo
+from tapo_jax import tapo
+from tapo_jax.bench import __main__ as bench
+from tapo_jax.bench import tapo as bench_tapo
+from tapo_jax.bench import tapo_loops
 
 
 def test_loop_of_the_benchmark_equals_the_reference():
@@ -17,10 +20,10 @@ def test_loop_of_the_benchmark_equals_the_reference():
     advantage = np.where(success, 0.9, -0.6).astype(np.float32)
     kernel = np.asarray(jax.jit(tapo.transfer_credit)(steps, success, advantage).advantage_PxS)
     agree = 0
-    for p, slots in enumerate(bench_reference.as_lists(steps)):
+    for p, slots in enumerate(tapo_loops.as_lists(steps)):
         own = advantage[p].astype(float).tolist()
-        result = bench_reference.transfer(slots, success[p].tolist(), own, 0.7, 0.25, 0.8)
-        sim = [[bench_reference.similarity(a, b) for b in slots] for a in slots]
+        result = tapo_loops.transfer(slots, success[p].tolist(), own, 0.7, 0.25, 0.8)
+        sim = [[tapo_loops.similarity(a, b) for b in slots] for a in slots]
         expected = reference_tapo.group_transfer(
             sim, steps.trajectory_PxS[p].tolist(), steps.valid_PxS[p].tolist(), success[p].tolist(), own,
             theta=0.7, alpha_min=0.25, beta=0.8,

@@ -11,8 +11,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from tapo_jax import bench_model, compile_check, flops
+from tapo_jax import compile_check, flops
 from tapo_jax.abstract_run import Program
+from tapo_jax.bench import model
 from tapo_jax.models.image_processor import ImageProcessor
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +94,7 @@ def test_other_errors_of_the_compiler_are_not_swallowed():
 
 def model_directory(path: Path) -> Path:
     """Shapes alone: a configuration without weights."""
-    (path / "config.json").write_text(json.dumps(bench_model.ATLAS.to_hf()))
+    (path / "config.json").write_text(json.dumps(model.ATLAS.to_hf()))
     processor = ImageProcessor(patch=8, max_pixels=128 * 128)
     (path / "preprocessor_config.json").write_text(json.dumps(processor.to_hf()))
     return path

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tapo_jax import bench_model, hlo_costs, sharding
+from tapo_jax import hlo_costs, sharding
 from tapo_jax.batch import ModelInputs
+from tapo_jax.bench import model
 from tapo_jax.models import attention, cache, decode_kernel, qwen3_vl
 from tapo_jax.models.config import Qwen3VLConfig
 
@@ -52,7 +53,7 @@ def test_an_empty_slot_gives_nothing_and_what_lies_behind_is_not_seen():
     np.testing.assert_array_equal(ours, again)
 
 
-CONFIG = Qwen3VLConfig(**{**vars(bench_model.ATLAS), "head_dim": A, "mrope_section": (24, 20, 20), "layers": 2})
+CONFIG = Qwen3VLConfig(**{**vars(model.ATLAS), "head_dim": A, "mrope_section": (24, 20, 20), "layers": 2})
 DEEP = Qwen3VLConfig(**{**vars(CONFIG), "layers": cache.UNROLLED_LAYERS + 1})
 
 

@@ -140,7 +140,7 @@ def test_only_the_rollout_joins_device_and_tools():
 def test_the_package_needs_no_tensorflow_and_no_torch():
     """One benchmark compares with PyTorch where that is installed; nothing else imports it at once."""
     users = {file for file in FILES if {"tensorflow", "torch"} & tops(file)}
-    assert users <= {"tapo_jax/bench_model_torch.py"}
+    assert users <= {"tapo_jax/bench/model_torch.py"}
     assert not [file for file in FILES if users & inside(file)]
 
 

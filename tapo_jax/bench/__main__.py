@@ -1,8 +1,4 @@
-"""Benchmarks: `python -m tapo_jax.bench NAME` runs tapo_jax/bench_NAME.py, prints a table and writes JSON.
-
-A benchmark is a module with `add_arguments(parser)` and `run(args) -> list[dict]`, one dict a row; every row has the
-same keys.
-"""
+"""Benchmarks: `python -m tapo_jax.bench NAME` runs NAME.py of this folder, prints a table and writes JSON."""
 
 import argparse
 import importlib
@@ -13,12 +9,7 @@ from pathlib import Path
 
 import jax
 
-
-def names() -> list[str]:
-    """What can be run: the benchmark modules beside this file."""
-    files = sorted(Path(__file__).parent.glob("bench_*.py"))
-    modules = [importlib.import_module(f"tapo_jax.{file.stem}") for file in files]
-    return [module.__name__.removeprefix("tapo_jax.bench_") for module in modules if hasattr(module, "run")]
+NAMES = ("tapo", "losses", "model")
 
 
 def table(rows: list[dict]) -> str:
@@ -33,14 +24,14 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tapo_jax.bench", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="name", required=True)
-    for name in names():
-        module = importlib.import_module(f"tapo_jax.bench_{name}")
+    for name in NAMES:
+        module = importlib.import_module(f"tapo_jax.bench.{name}")
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
         command.add_argument("--out", default=f"bench_{name}.json", help="JSON file to write")
         command.add_argument("--repeats", type=int, default=15, help="timed calls after warm-up; the median counts")
         module.add_arguments(command)
     args = parser.parse_args(argv)
-    rows = importlib.import_module(f"tapo_jax.bench_{args.name}").run(args)
+    rows = importlib.import_module(f"tapo_jax.bench.{args.name}").run(args)
     machine = {
         "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "cores": os.cpu_count(),
         "load": os.getloadavg()[0], "jax": jax.__version__, "python": platform.python_version(),

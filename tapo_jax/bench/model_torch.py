@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
 
-from tapo_jax.bench_model import Measured, Size, added_mib, conversations, written_mask
+from tapo_jax.bench.model_work import Measured, Size, added_mib, conversations, written_mask
 from tapo_jax.models import hf
 
 

@@ -10,39 +10,22 @@ gradient's norm. MiB: what a call needs at most beside what lay there before it.
 chips of known peak. Without a PyTorch for this device, or with --no-torch, what concerns it stays empty.
 """
 
-import ctypes
 import dataclasses
 import importlib.util
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from tapo_jax import flops
+from tapo_jax.bench.model_work import Measured, Size
 from tapo_jax.models import shipped
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.published import MODELS
 
 ATLAS = Qwen3VLConfig.from_hf(json.loads((shipped.DIRECTORY / "config.json").read_text()))
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """rows, tokens: of forward and train step. slots, prompt: rows and tokens of the prefill; the slots then decode
-    `chunk` steps. patches: of each row's image, a square number. remat: of the train step."""
-
-    config: Qwen3VLConfig
-    rows: int
-    tokens: int
-    slots: int
-    prompt: int
-    chunk: int
-    patches: int
-    dtype: str
-    remat: str
 
 
 _POD = dict(rows=4, tokens=4096, slots=16, prompt=2048, chunk=32, patches=1024, dtype="bfloat16", remat="full")
@@ -67,12 +50,12 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     # Both frameworks share the card: neither may take all of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from tapo_jax import bench_model_jax  # noqa: PLC0415 - jax starts its devices only after the line above
+    from tapo_jax.bench import model_jax  # noqa: PLC0415 - jax starts its devices only after the line above
 
     size = SIZES[args.size]
     size = dataclasses.replace(size, rows=args.rows or size.rows)
     size = dataclasses.replace(size, config=dataclasses.replace(size.config, layers=args.layers or size.config.layers))
-    here = bench_model_jax.Here(size)
+    here = model_jax.Here(size)
     there = None if args.no_torch else reference(here.model, size)
     return [row(name, getattr(here, name)(args.repeats), there and getattr(there, name)(args.repeats)) for name in WORK]
 
@@ -84,22 +67,9 @@ def reference(model: nnx.Module, size: Size) -> Any:
     """The same weights in transformers, or None where there is no PyTorch for this device."""
     if importlib.util.find_spec("torch") is None:
         return None
-    from tapo_jax import bench_model_torch  # noqa: PLC0415 - torch belongs to the test extra
+    from tapo_jax.bench import model_torch  # noqa: PLC0415 - torch belongs to the test extra
 
-    return bench_model_torch.make(model, size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Of one step. cpu: seconds of all threads. value: what the two sides are compared by. flops: the model's own
-    count."""
-
-    seconds: float
-    cpu: float
-    mib: float | None
-    value: Any
-    tokens: int = 0
-    flops: float = 0.0
+    return model_torch.make(model, size)
 
 
 def row(name: str, here: Measured, there: Measured | None) -> dict:
@@ -131,42 +101,3 @@ def agreement(name: str, here: Any, there: Any) -> str:
         return f"{100 * np.mean(here == there):.1f} %"
     difference = np.abs(np.asarray(here, np.float64) - np.asarray(there, np.float64))
     return f"{difference.max():.1e}" if name == "forward" else f"{difference / there:.1e}"
-
-
-def conversations(
-    config: Qwen3VLConfig, rows: int, tokens: int, patches: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(token_BxT, pixels_NxF of all rows, grid_Bx3): every row an image between its marks, then random text."""
-    rng = np.random.default_rng(0)
-    side, places = int(patches**0.5), patches // config.vision.merge**2
-    token_BxT = rng.integers(16, min(config.vocab, 100_000), (rows, tokens)).astype(np.int32)
-    token_BxT[:, : places + 2] = [config.vision_start, *[config.image_token] * places, config.vision_end]
-    pixels_NxF = rng.standard_normal((rows * patches, config.vision.patch_features), np.float32)
-    return token_BxT, pixels_NxF, np.array([[1, side, side]] * rows, np.int32)
-
-
-def written_mask(token_BxT: np.ndarray, patches: int, config: Qwen3VLConfig) -> np.ndarray:
-    """The text after the image is taken as the policy's own."""
-    mask_BxT = np.ones(token_BxT.shape, bool)
-    mask_BxT[:, : patches // config.vision.merge**2 + 2] = False
-    return mask_BxT
-
-
-def added_mib(call) -> tuple[float | None, Any]:
-    """(MiB that the process needs at most beside what it has now, the call's value); None where the system does not
-    tell. What earlier calls freed is given back to the system first: a call that takes it again needs it too."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to what is resident
-        before = _resident("VmRSS")
-    except OSError:
-        return None, call()
-    value = call()
-    return (_resident("VmHWM") - before) / 1024, value
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])

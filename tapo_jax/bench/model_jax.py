@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from tapo_jax import flops, sharding, slots, train_step
 from tapo_jax.batch import ModelInputs, TrainBatch
-from tapo_jax.bench_model import Measured, Size, added_mib, conversations, written_mask
+from tapo_jax.bench.model_work import Measured, Size, added_mib, conversations, written_mask
 from tapo_jax.models import positions
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.qwen3_vl import Qwen3VL

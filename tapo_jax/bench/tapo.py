@@ -11,7 +11,8 @@ import time
 import jax
 import numpy as np
 
-from tapo_jax import bench_reference, benchmarking, tapo
+from tapo_jax import tapo
+from tapo_jax.bench import tapo_loops, timing
 from tapo_jax.types import Region, Text
 
 THETA, ALPHA_MIN, BETA = 0.7, 0.25, 0.8
@@ -28,7 +29,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> list[dict]:
-    speed = benchmarking.matmul_flops(args.repeats)
+    speed = timing.matmul_flops(args.repeats)
     return [measure(size, mix, args, speed) for size in args.sizes for mix in args.mixes]
 
 
@@ -51,19 +52,19 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
     arrays = jax.device_put((steps, success, advantage, step))
     compiled = jax.jit(kernel).lower(*arrays).compile()
     cpu = time.process_time()
-    median, fastest = benchmarking.timed(compiled, *arrays, repeats=args.repeats)
+    median, fastest = timing.timed(compiled, *arrays, repeats=args.repeats)
     cpu = (time.process_time() - cpu) / (args.repeats + 1)
     step_advantage, token_advantage = (np.asarray(x) for x in compiled(*arrays))
 
     # The loop on the large batch would take a quarter of an hour: it runs some of the prompts, and its time is scaled.
     looped = min(args.loop_prompts, P, 8 if size == "large" else P)
-    slots = bench_reference.as_lists(jax.tree.map(lambda x: x[:looped], steps))
+    slots = tapo_loops.as_lists(jax.tree.map(lambda x: x[:looped], steps))
     lists = [x[:looped].tolist() for x in (success, advantage.astype(float), step.reshape(P, G, -1))]
     start, loop_cpu = time.perf_counter(), time.process_time()
     different = 0
     for p, group in enumerate(slots):
-        corrected = bench_reference.transfer(group, lists[0][p], lists[1][p], THETA, ALPHA_MIN, BETA)
-        tokens = bench_reference.token_rows(lists[1][p], corrected, K, lists[2][p])
+        corrected = tapo_loops.transfer(group, lists[0][p], lists[1][p], THETA, ALPHA_MIN, BETA)
+        tokens = tapo_loops.token_rows(lists[1][p], corrected, K, lists[2][p])
         different += int((np.abs(np.array(corrected) - step_advantage[p]) > 1e-5).sum())
         if not different and not np.allclose(tokens, token_advantage.reshape(P, G, -1)[p], atol=1e-5):
             raise AssertionError(f"kernel and loop disagree on the tokens of prompt {p}")
@@ -80,9 +81,9 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
         "loop_cpu_s": loop_cpu,
         "faster": loop / median,
         "differ": different,  # a float32 and a float64 similarity on two sides of a threshold
-        "memory_mib": benchmarking.memory_mib(compiled),
+        "memory_mib": timing.memory_mib(compiled),
         "gflop": operations(P, S, G, words, levels) / 1e9,
-        "min_mib": (benchmarking.nbytes(arrays) + token_advantage.nbytes + step_advantage.nbytes) / 2**20,
+        "min_mib": (timing.nbytes(arrays) + token_advantage.nbytes + step_advantage.nbytes) / 2**20,
         "encode_ms": encode * 1e3,
         "share_of_update": median / (6 * PARAMETERS * P * G * args.tokens / speed),
     }

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from tapo_jax import benchmarking, losses
+from tapo_jax import losses
+from tapo_jax.bench import timing
 
 
 def add_arguments(parser) -> None:
@@ -25,7 +26,7 @@ def run(args) -> list[dict]:
             return losses.policy_loss(logp, old, advantage, mask, algorithm=algorithm)
 
         compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*arrays).compile()
-        median, fastest = benchmarking.timed(compiled, *arrays, repeats=args.repeats)
+        median, fastest = timing.timed(compiled, *arrays, repeats=args.repeats)
         rows.append({
             "loss": algorithm,
             "aggregation": aggregation,
@@ -33,6 +34,6 @@ def run(args) -> list[dict]:
             "ms": median * 1e3,
             "fastest_ms": fastest * 1e3,
             "ns_per_token": median * 1e9 / (args.rows * args.tokens),
-            "memory_mib": benchmarking.memory_mib(compiled),
+            "memory_mib": timing.memory_mib(compiled),
         })
     return rows
