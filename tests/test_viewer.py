@@ -14,8 +14,10 @@ import PIL.Image
 import pytest
 from recorded import recorded
 
-from tapo_jax import records, viewer, viewer_map
+from tapo_jax import records
 from tapo_jax.records import RecordedEpisode, RecordedTurn
+from tapo_jax.viewer import credit_map
+from tapo_jax.viewer import page as viewer
 
 
 class Page(HTMLParser):
@@ -277,7 +279,7 @@ def test_page_without_episodes(tmp_path):
 
 def test_shades_are_ordered_and_symmetric():
     """sqrt(0.25) = 0.5, so a quarter of the scale has half of the levels."""
-    assert [viewer_map.shade(v, 2.0) for v in (-9.0, -2.0, -0.5, -1e-9, 0.0, 1e-9, 0.5, 2.0, 9.0)] == [
+    assert [credit_map.shade(v, 2.0) for v in (-9.0, -2.0, -0.5, -1e-9, 0.0, 1e-9, 0.5, 2.0, 9.0)] == [
         -10,
         -10,
         -5,
@@ -288,5 +290,5 @@ def test_shades_are_ordered_and_symmetric():
         10,
         10,
     ]
-    assert viewer_map.shade(math.nan, 2.0) == 0
-    assert len({shade["fill"] for shade in viewer_map.SHADES}) == 21
+    assert credit_map.shade(math.nan, 2.0) == 0
+    assert len({shade["fill"] for shade in credit_map.SHADES}) == 21

@@ -11,7 +11,7 @@ from PIL import Image as PillowImage
 
 from tapo_jax.chat import parse_turn
 from tapo_jax.records import RecordedEpisode, RecordedTurn
-from tapo_jax.viewer_map import credit_map, shade
+from tapo_jax.viewer.credit_map import credit_map, shade
 
 MAX_SIDE = 512  # pixels; a larger image is made smaller on the page
 _ICONS = {"image_zoom_in_tool": "Z", "image_search_tool": "I", "text_search_tool": "T"}

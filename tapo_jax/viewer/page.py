@@ -1,6 +1,6 @@
 """Recorded episodes -> one self-contained HTML page: what the policy did turn by turn, and what TAPO made of it.
 
-The page (`viewer.html`) loads nothing: images are data URIs, each kept once, and its Content-Security-Policy allows
+The page (`page.html`) loads nothing: images are data URIs, each kept once, and its Content-Security-Policy allows
 only its own style and script, named by their hashes. What the policy, a tool or a data set wrote reaches the page as
 escaped text; everything else in it is a number or a name of our own. Imports no jax.
 """
@@ -17,8 +17,8 @@ import jinja2
 
 from tapo_jax import records
 from tapo_jax.records import RecordedEpisode
-from tapo_jax.viewer_map import SHADES
-from tapo_jax.viewer_model import Group, Views
+from tapo_jax.viewer.credit_map import SHADES
+from tapo_jax.viewer.views import Group, Views
 
 MAX_GROUPS = 48  # questions on a page
 
@@ -60,7 +60,7 @@ def render(groups: Sequence[Group], *, title: str, total: int) -> str:
     page.learn(episodes)
     views = [page.group(group) for group in groups]
     _open_one(views)
-    return environment.get_template("viewer.html").render(
+    return environment.get_template("page.html").render(
         title=title,
         total=total,
         groups=views,

@@ -1,5 +1,5 @@
 """The credit map of one question: a row for every sample, a cell for every turn coloured by its advantage before and
-after TAPO, and an arrow from each witness to the steps that borrowed from it. Geometry only; `viewer.html` draws it
+after TAPO, and an arrow from each witness to the steps that borrowed from it. Geometry only; `page.html` draws it
 as SVG."""
 
 import math
