@@ -11,11 +11,12 @@ from pathlib import Path
 
 from absl import flags
 
-from tapo_jax import sweep, sweep_processes
 from tapo_jax.check import check
 from tapo_jax.config import beside, check_positive, run_main
 from tapo_jax.models.shipped import model_directory
-from tapo_jax.sweep_table import Progress
+from tapo_jax.sweep import processes
+from tapo_jax.sweep import runs as sweep
+from tapo_jax.sweep.table import Progress
 
 SWEEP = flags.DEFINE_string("sweep", None, "A sweep or a row of configs/ablations.py, or several: support,beta_0.4.")
 SEEDS = flags.DEFINE_string("seeds", "0-2", "Seeds: 0,1,2 or 0-4.")
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
         for run in runs:
             (run.result / "failed.json").unlink(missing_ok=True)
     with Progress(runs) as watch:
-        sweep_processes.work(runs, jobs=JOBS.value, cache=workdir / "compiled", watch=watch)
+        processes.work(runs, jobs=JOBS.value, cache=workdir / "compiled", watch=watch)
     states = [sweep.state(run) for run in runs]
     print(", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "waiting")))
     if states.count("waiting"):

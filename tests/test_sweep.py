@@ -13,12 +13,14 @@ import pytest
 import tiny_run
 from rich.console import Console
 
-from tapo_jax import records, sweep, sweep_processes
+from tapo_jax import records
 from tapo_jax.config import UserError
 from tapo_jax.report import __main__ as report
 from tapo_jax.report import results, tables
-from tapo_jax.sweep import Run
-from tapo_jax.sweep_table import Progress
+from tapo_jax.sweep import processes
+from tapo_jax.sweep import runs as sweep
+from tapo_jax.sweep.runs import Run
+from tapo_jax.sweep.table import Progress
 
 TESTS = Path(__file__).parent
 
@@ -47,7 +49,7 @@ def fake(root: Path, name: str, seed: int = 0, **asked) -> Run:
 
 
 def work(runs, root: Path, *, jobs=1, watch=lambda run, state: None) -> list[str]:
-    sweep_processes.work(runs, jobs=jobs, cache=root / "compiled", watch=watch)
+    processes.work(runs, jobs=jobs, cache=root / "compiled", watch=watch)
     return [sweep.state(run) for run in runs]
 
 
@@ -140,7 +142,7 @@ def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path):
     run, seen = fake(tmp_path, "good"), []
     run.workdir.mkdir(parents=True)
     with open(run.workdir / "lock", "w") as lock:
-        sweep_processes.fcntl.flock(lock, sweep_processes.fcntl.LOCK_EX)
+        processes.fcntl.flock(lock, processes.fcntl.LOCK_EX)
         assert work([run], tmp_path, watch=lambda run, state: seen.append(state)) == ["waiting"]
     assert seen == ["elsewhere"]
 

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tapo_jax import sweep, sweep_processes
-from tapo_jax.sweep import Run
+from tapo_jax.sweep import processes
+from tapo_jax.sweep import runs as sweep
+from tapo_jax.sweep.runs import Run
 
 STYLES = {"done": "green", "failed": "bold red", "running": "cyan", "interrupted": "yellow", "elsewhere": "dim"}
 REFRESH_S = 2.0
@@ -66,5 +67,5 @@ def cell(run: Run, state: str) -> tuple[str, str]:
     elif state == "failed":
         text = f"failed: {json.loads((run.result / 'failed.json').read_text())['error']}"
     elif state == "running":
-        text = "{}/{}".format(*sweep_processes.progress(run))
+        text = "{}/{}".format(*processes.progress(run))
     return text, STYLES.get(state, "")

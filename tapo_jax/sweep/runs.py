@@ -5,7 +5,7 @@ OUT/<row>/seed_<n>/result.json      of a finished run: small (`results.condense`
 OUT/<row>/seed_<n>/failed.json      of a run that failed: {"error": one sentence, "config", "model"}
 WORKDIR/<row>/seed_<n>/             the run itself: asked.json, log.txt, and what `launch/train.py` leaves
 
-WORKDIR may be OUT. Every file is written whole or not at all. The processes are in `sweep_processes.py`.
+WORKDIR may be OUT. Every file is written whole or not at all. The processes are in `processes.py`.
 """
 
 import dataclasses

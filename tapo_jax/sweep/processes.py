@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from tapo_jax import sweep
 from tapo_jax.config import UserError
 from tapo_jax.processes import StopRequest
-from tapo_jax.sweep import Run
+from tapo_jax.sweep import runs as sweep
+from tapo_jax.sweep.runs import Run
 
 POLL_S = 0.2
 

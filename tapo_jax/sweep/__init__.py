@@ -1,0 +1,1 @@
+"""Rows × seeds in processes, and their results in files. The parent starts no device."""
