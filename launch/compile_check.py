@@ -29,7 +29,7 @@ flags.mark_flags_as_required(["config", "topology"])
 def main(argv: list[str]) -> None:
     del argv
     prepare_environment()
-    from tapo_jax.compile_check import run_check  # noqa: PLC0415 - jax reads the environment when it is imported
+    from tapo_jax.compile_check.check import run_check  # noqa: PLC0415 - jax reads the environment when it is imported
 
     if not run_check(
         CONFIG.value, TOPOLOGY.value, tuple(PROGRAMS.value), out=OUT.value, short=SHORT.value

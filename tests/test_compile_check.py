@@ -11,9 +11,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from tapo_jax import compile_check, flops
-from tapo_jax.abstract_run import Program
+from tapo_jax import flops
 from tapo_jax.bench import model
+from tapo_jax.compile_check import check
+from tapo_jax.compile_check.programs import Program
 from tapo_jax.models.image_processor import ImageProcessor
 
 ROOT = Path(__file__).parents[1]
@@ -61,8 +62,8 @@ RUN = Run(jax.sharding.AbstractMesh((4,), ("fsdp",)))
 GIB = 2**30
 
 
-def report(compiled: Compiled, **more) -> compile_check.Report:
-    return compile_check.report(RUN, Program("train", lambda: compiled, 4 * 2048.0, **more), V5E)
+def report(compiled: Compiled, **more) -> check.Report:
+    return check.report(RUN, Program("train", lambda: compiled, 4 * 2048.0, **more), V5E)
 
 
 def test_donated_arguments_count_once_and_neighbours_count():
@@ -77,14 +78,14 @@ def test_flops_are_of_one_chip():
     # The program does 2 · 8 · 16 · 16 = 4,096 flops on a chip; the model's own count of all four chips is 8,192.
     found = report(Compiled(Memory(1, 1, 1, 1, 0)))
     assert (found.flops, found.model_flops) == (4096, 2048)
-    assert compile_check.row(found)[compile_check.COLUMNS.index("ratio")] == "2.00"
+    assert check.row(found)[check.COLUMNS.index("ratio")] == "2.00"
 
 
 def test_what_the_compiler_cannot_place_does_not_fit():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.51G of 15.75G hbm. Exceeded by 6.76G."
     found = report(Compiled(error=message))
     assert (found.fits, found.error) == (False, "Used 22.51G of 15.75G hbm")
-    assert "| no |" in compile_check.markdown(compile_check.COLUMNS, [compile_check.row(found)])
+    assert "| no |" in check.markdown(check.COLUMNS, [check.row(found)])
 
 
 def test_other_errors_of_the_compiler_are_not_swallowed():
@@ -127,10 +128,10 @@ def test_the_programs_of_the_test_config_compile_for_a_tpu(tmp_path):
 
 
 def test_an_unknown_topology_is_the_users_mistake():
-    with pytest.raises(compile_check.UserError, match="--topology=v5e:3x5 cannot be compiled for here"):
-        compile_check.topology_devices("v5e:3x5")
+    with pytest.raises(check.UserError, match="--topology=v5e:3x5 cannot be compiled for here"):
+        check.topology_devices("v5e:3x5")
 
 
 def test_an_unknown_program_is_the_users_mistake():
-    with pytest.raises(compile_check.UserError, match="--programs is 'sing': choose one of train, extend, decode"):
-        compile_check.run_check(None, "v5e:2x2", ("sing",))
+    with pytest.raises(check.UserError, match="--programs is 'sing': choose one of train, extend, decode"):
+        check.run_check(None, "v5e:2x2", ("sing",))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tapo_jax import hlo_costs, sharding
+from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs
 from tapo_jax.bench import model
+from tapo_jax.compile_check import hlo_costs
 from tapo_jax.models import attention, cache, decode_kernel, qwen3_vl
 from tapo_jax.models.config import Qwen3VLConfig
 

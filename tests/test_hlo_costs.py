@@ -2,7 +2,7 @@
 
 import pytest
 
-from tapo_jax import hlo_costs, hlo_text
+from tapo_jax.compile_check import hlo_costs, hlo_text
 
 # What the TPU compiler writes: layouts with memory spaces (S(1) is the chip's scratch memory), a kernel whose attribute
 # goes over several lines, a loop with a counter.

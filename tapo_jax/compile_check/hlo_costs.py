@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tapo_jax.hlo_text import Computation, Instruction, Module, Shape, read
+from tapo_jax.compile_check.hlo_text import Computation, Instruction, Module, Shape, read
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # These move nothing by themselves.

@@ -16,8 +16,9 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from tapo_jax import flops, hlo_costs
-from tapo_jax.abstract_run import PROGRAMS, Abstract, Program, abstract_run
+from tapo_jax import flops
+from tapo_jax.compile_check import hlo_costs
+from tapo_jax.compile_check.programs import PROGRAMS, Abstract, Program, abstract_run
 from tapo_jax.config import UserError, check_choice
 from tapo_jax.flops import GIB, Chip
 from tapo_jax.inputs import most_patches
