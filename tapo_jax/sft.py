@@ -22,9 +22,9 @@ from flax import nnx
 from optax import contrib
 
 from tapo_jax import sharding
+from tapo_jax.atlas.play import Settings
 from tapo_jax.chat import Chat
 from tapo_jax.data import tiny_model
-from tapo_jax.data.atlas_world import Settings
 from tapo_jax.data.cold_start import Batch, ColdStart
 from tapo_jax.data.experts import Flaws
 from tapo_jax.logprobs import token_logp

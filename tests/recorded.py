@@ -6,7 +6,7 @@ from rollout_world import chat, pixels
 
 from tapo_jax import records, rewards, tapo
 from tapo_jax.advantages import group_advantages
-from tapo_jax.data.atlas_world import Game, Settings
+from tapo_jax.atlas.play import Game, Settings
 from tapo_jax.data.experts import Flaws, expert, play
 from tapo_jax.episode import Limits, open_prompt
 from tapo_jax.inputs import tool_steps

@@ -6,16 +6,16 @@ import pathlib
 import numpy as np
 import pytest
 
-from tapo_jax.data import atlas
-from tapo_jax.data.atlas_world import Settings, make_prompt
-from tapo_jax.data.questions import ask, corpus
-from tapo_jax.data.scene import BACKGROUND, COLOURS, draw_scene
-from tapo_jax.data.world import ATTRIBUTES, fictional_world, real_world
+from tapo_jax.atlas import dataset
+from tapo_jax.atlas.play import Settings, make_prompt
+from tapo_jax.atlas.questions import ask, corpus
+from tapo_jax.atlas.scene import BACKGROUND, COLOURS, draw_scene
+from tapo_jax.atlas.world import ATTRIBUTES, fictional_world, real_world
 
 
 @pytest.fixture(scope="module")
 def worlds():
-    return {split: real_world(split) for split in atlas.SPLITS}
+    return {split: real_world(split) for split in dataset.SPLITS}
 
 
 def test_the_splits_share_no_country(worlds):
@@ -48,7 +48,7 @@ def test_outlines_fill_a_unit_square(worlds):
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     def digests(folder, seed):
-        atlas.prepare(folder, settings=Settings(), seed=seed, sizes=(6, 4))
+        dataset.prepare(folder, settings=Settings(), seed=seed, sizes=(6, 4))
         files = sorted(pathlib.Path(folder).rglob("*.array_record*"))
         return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
@@ -57,8 +57,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
 
 
 def test_prompts_round_trip(tmp_path, worlds):
-    builder = atlas.prepare(tmp_path, settings=Settings(hops=(2,)), seed=5, sizes=(3, 8))
-    prompts = atlas.AtlasPrompts(builder, "held_out")
+    builder = dataset.prepare(tmp_path, settings=Settings(hops=(2,)), seed=5, sizes=(3, 8))
+    prompts = dataset.AtlasPrompts(builder, "held_out")
     assert len(prompts) == 8 and len({prompt.id for prompt in prompts}) == 8
     for prompt in prompts:
         assert prompt.hops == 2 and prompt.images[0].shape == (256, 256, 3) and prompt.images[0].dtype == np.uint8

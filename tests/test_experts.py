@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tapo_jax import rewards
+from tapo_jax.atlas.play import Settings
 from tapo_jax.chat import Chat
 from tapo_jax.data import tiny_model
-from tapo_jax.data.atlas_world import Settings
 from tapo_jax.data.cold_start import ColdStart
 from tapo_jax.data.experts import Flaws
 from tapo_jax.models.image_processor import ImageProcessor

@@ -9,8 +9,8 @@ import recorded
 from rollout_world import chat, pixels
 
 from tapo_jax import records, rewards
+from tapo_jax.atlas.play import Game, Settings, parse_id
 from tapo_jax.config import UserError
-from tapo_jax.data.atlas_world import Game, Settings, parse_id
 from tapo_jax.data.experts import Flaws, expert, play
 from tapo_jax.episode import open_prompt
 from tapo_jax.report import __main__ as report

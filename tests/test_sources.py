@@ -11,9 +11,9 @@ import pytest
 
 from configs import tapo_grpo
 from tapo_jax import rewards
+from tapo_jax.atlas.dataset import decode_image
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
-from tapo_jax.data.atlas import decode_image
 from tapo_jax.data.jsonl import JsonlPrompts
 from tapo_jax.retrieval_service import make_server, read_corpus
 from tapo_jax.tools.base import ToolRunner

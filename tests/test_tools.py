@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from tapo_jax.data.atlas_world import Settings, make_tools
-from tapo_jax.data.scene import draw_scene
-from tapo_jax.data.world import real_world
+from tapo_jax.atlas.play import Settings, make_tools
+from tapo_jax.atlas.scene import draw_scene
+from tapo_jax.atlas.world import real_world
 from tapo_jax.tools.base import BadCall, ToolRunner, call_parameters, compose, function_schema
 from tapo_jax.tools.image_search import silhouette
 from tapo_jax.tools.text_search import TextSearch

@@ -8,11 +8,11 @@ import dataclasses
 import jax
 import numpy as np
 
+from tapo_jax.atlas import play as atlas_world
+from tapo_jax.atlas.questions import ask
 from tapo_jax.batch import ModelInputs
 from tapo_jax.chat import Chat
-from tapo_jax.data import atlas_world
 from tapo_jax.data.experts import Flaws, expert, play, zoom_turn
-from tapo_jax.data.questions import ask
 from tapo_jax.episode import Limits, Opening, open_prompt
 from tapo_jax.inputs import PixelStore, make_row, model_inputs
 from tapo_jax.models.config import Qwen3VLConfig

@@ -12,10 +12,10 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
+from tapo_jax.atlas.questions import Question
+from tapo_jax.atlas.scene import Placed
+from tapo_jax.atlas.world import ATTRIBUTES, NEIGHBOURS
 from tapo_jax.chat import Chat
-from tapo_jax.data.questions import Question
-from tapo_jax.data.scene import Placed
-from tapo_jax.data.world import ATTRIBUTES, NEIGHBOURS
 from tapo_jax.episode import Conversation, Limits, Opening
 from tapo_jax.tools.base import ToolRunner
 from tapo_jax.types import Episode

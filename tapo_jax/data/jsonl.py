@@ -9,8 +9,8 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+from tapo_jax.atlas.dataset import decode_image
 from tapo_jax.config import UserError
-from tapo_jax.data.atlas import decode_image
 from tapo_jax.types import Prompt
 
 

@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tapo_jax import rewards
+from tapo_jax.atlas import dataset
+from tapo_jax.atlas.play import Settings, make_tools
+from tapo_jax.atlas.world import real_world
 from tapo_jax.config import UserError
-from tapo_jax.data import atlas
-from tapo_jax.data.atlas_world import Settings, make_tools
 from tapo_jax.data.jsonl import JsonlPrompts
-from tapo_jax.data.world import real_world
 from tapo_jax.tools.base import Tool
 from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.types import Episode, Prompt
@@ -89,13 +89,13 @@ def _function(field: str, path: str) -> Callable:
 
 
 def _atlas_prompts(config: Any, split: str) -> Sequence[Prompt]:
-    if split not in atlas.SPLITS:
-        raise UserError(f"The split '{split}' does not exist: Atlas has {', '.join(atlas.SPLITS)}.")
+    if split not in dataset.SPLITS:
+        raise UserError(f"The split '{split}' does not exist: Atlas has {', '.join(dataset.SPLITS)}.")
     settings, sizes = atlas_settings(config), tuple(config.data.sizes)
     described = json.dumps([dataclasses.asdict(settings), config.data.world_seed, sizes])
     folder = hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
-    builder = atlas.prepare(_data_dir(config) / folder, settings=settings, seed=config.data.world_seed, sizes=sizes)
-    return atlas.AtlasPrompts(builder, split)
+    builder = dataset.prepare(_data_dir(config) / folder, settings=settings, seed=config.data.world_seed, sizes=sizes)
+    return dataset.AtlasPrompts(builder, split)
 
 
 def atlas_settings(config: Any) -> Settings:

@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tapo_jax.atlas.questions import ask, corpus
+from tapo_jax.atlas.scene import COLOURS
+from tapo_jax.atlas.world import fictional_world
 from tapo_jax.data.copying_init import write_copying_heads
 from tapo_jax.data.experts import answer_turn, search_call, tool_call, zoom_call
-from tapo_jax.data.questions import ask, corpus
-from tapo_jax.data.scene import COLOURS
-from tapo_jax.data.world import fictional_world
 from tapo_jax.models import hf
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 from tapo_jax.models.qwen3_vl import Qwen3VL

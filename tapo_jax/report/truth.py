@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tapo_jax.atlas.play import parse_id
 from tapo_jax.config import UserError
-from tapo_jax.data.atlas_world import parse_id
 from tapo_jax.records import RecordedEpisode, RecordedTurn, load
 
 ZOOM, IMAGE, TEXT = "image_zoom_in_tool", "image_search_tool", "text_search_tool"

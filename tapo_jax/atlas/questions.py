@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from tapo_jax.data.world import ATTRIBUTES, NEIGHBOURS, Country, World
+from tapo_jax.atlas.world import ATTRIBUTES, NEIGHBOURS, Country, World
 
 _ASK = {
     "capital": "What is the capital of {}?",

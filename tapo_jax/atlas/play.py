@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from tapo_jax.data.questions import Question, ask, corpus
-from tapo_jax.data.scene import Placed, draw_outline, draw_scene
-from tapo_jax.data.world import ATTRIBUTES, World, fictional_world, real_world
+from tapo_jax.atlas.questions import Question, ask, corpus
+from tapo_jax.atlas.scene import Placed, draw_outline, draw_scene
+from tapo_jax.atlas.world import ATTRIBUTES, World, fictional_world, real_world
 from tapo_jax.tools.base import Tool, ToolRunner
 from tapo_jax.tools.image_search import ImageSearch
 from tapo_jax.tools.text_search import TextSearch

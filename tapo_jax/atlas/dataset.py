@@ -12,8 +12,8 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from tapo_jax.data.atlas_world import Settings, make_prompt
-from tapo_jax.data.world import real_world
+from tapo_jax.atlas.play import Settings, make_prompt
+from tapo_jax.atlas.world import real_world
 from tapo_jax.types import Prompt
 
 SPLITS = ("train", "held_out")

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from tapo_jax.data.world import Country
+from tapo_jax.atlas.world import Country
 
 COLOURS = {
     "red": (214, 39, 40), "blue": (31, 90, 200), "green": (30, 140, 50), "orange": (240, 140, 20),
