@@ -2,7 +2,7 @@
 
     python launch/sft.py --config=configs/sft_atlas.py --workdir=/tmp/atlas_sft
 
-About an hour on two cores with nothing else to do. WORKDIR/export can take the place of tapo_jax/data/atlas_tiny.
+About an hour on two cores with nothing else to do. WORKDIR/export can take the place of tapo_jax/cold_start/atlas_tiny.
 Arguments: `steps=…`, `seed=…`.
 """
 

@@ -3,7 +3,7 @@
 from absl import flags, logging
 from ml_collections import config_flags
 
-from tapo_jax import sft
+from tapo_jax.cold_start import sft
 from tapo_jax.config import run_main
 
 _CONFIG = config_flags.DEFINE_config_file(

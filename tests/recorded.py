@@ -6,8 +6,9 @@ from rollout_world import chat, pixels
 
 from tapo_jax import records, rewards, tapo
 from tapo_jax.advantages import group_advantages
-from tapo_jax.atlas.play import Game, Settings
-from tapo_jax.data.experts import Flaws, expert, play
+from tapo_jax.atlas.play import Settings
+from tapo_jax.cold_start.batches import AtlasSession
+from tapo_jax.cold_start.experts import Flaws, expert, play
 from tapo_jax.episode import Limits, open_prompt
 from tapo_jax.inputs import tool_steps
 from tapo_jax.records import RecordedEpisode
@@ -18,18 +19,18 @@ WEIGHTS = {"accuracy": 1.0, "format": 0.5}
 LIMITS = Limits(max_turns=STEPS, max_new_tokens=512, max_length=8192)  # in bytes: the tokenizer has no merges
 
 
-def played(groups: int, group_size: int, *, seed: int = 0, game: Game | None = None) -> list[list[Episode]]:
+def played(groups: int, group_size: int, *, seed: int = 0, session: AtlasSession | None = None) -> list[list[Episode]]:
     """Scored episodes of `groups` questions by players that make mistakes."""
-    game = game or Game.fictional(seed, Settings())
+    session = session or AtlasSession.fictional(seed, Settings())
     rng, store = np.random.default_rng(seed), pixels()
     found = []
     for _ in range(groups):
-        prompt, question, scene = game.prompt(rng)
-        start = open_prompt(prompt, chat=chat(), image_tokens=store.tokens, tools=game.runner.schemas)
+        prompt, question, scene = session.prompt(rng)
+        start = open_prompt(prompt, chat=chat(), image_tokens=store.tokens, tools=session.runner.schemas)
         group = []
         for sample in range(group_size):
             script = expert(question, scene, rng, Flaws())
-            episode = play(start, script, runner=game.runner, chat=chat(), limits=LIMITS, image_tokens=store.tokens)
+            episode = play(start, script, runner=session.runner, chat=chat(), limits=LIMITS, image_tokens=store.tokens)
             episode.sample = sample
             episode.rewards = rewards.score(episode)
             episode.reward = rewards.total(episode.rewards, WEIGHTS)
@@ -39,10 +40,10 @@ def played(groups: int, group_size: int, *, seed: int = 0, game: Game | None = N
 
 
 def recorded(
-    groups: int, group_size: int, *, step: int = 20, seed: int = 0, game: Game | None = None
+    groups: int, group_size: int, *, step: int = 20, seed: int = 0, session: AtlasSession | None = None
 ) -> list[RecordedEpisode]:
     """The episodes of one step, with TAPO's corrections."""
-    episodes = played(groups, group_size, seed=seed, game=game)
+    episodes = played(groups, group_size, seed=seed, session=session)
     reward_PxG = np.array([[e.reward for e in group] for group in episodes], np.float32)
     success_PxG = np.array([[e.success for e in group] for group in episodes])
     calls = [[[(t.call.name, t.call.parameters) for t in tool_steps(e, STEPS)] for e in group] for group in episodes]

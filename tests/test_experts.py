@@ -8,9 +8,9 @@ import pytest
 from tapo_jax import rewards
 from tapo_jax.atlas.play import Settings
 from tapo_jax.chat import Chat
-from tapo_jax.data import tiny_model
-from tapo_jax.data.cold_start import ColdStart
-from tapo_jax.data.experts import Flaws
+from tapo_jax.cold_start import tiny_model
+from tapo_jax.cold_start.batches import ColdStart
+from tapo_jax.cold_start.experts import Flaws
 from tapo_jax.models.image_processor import ImageProcessor
 
 NONE = Flaws(**{field.name: 0.0 for field in dataclasses.fields(Flaws)})

@@ -55,7 +55,7 @@ WALLS = [  # who may never reach whom, directly or through others
     (
         "training does not know how the shipped weights were made",
         ["tapo_jax/train.py", "tapo_jax/agent.py"],
-        ["tapo_jax/data/tiny_model.py", "tapo_jax/data/experts.py", "tapo_jax/data/cold_start.py"],
+        ["tapo_jax/cold_start/tiny_model.py", "tapo_jax/cold_start/experts.py", "tapo_jax/cold_start/batches.py"],
     ),
     ("the world is below the rollout", ["tapo_jax/atlas/play.py"], ["tapo_jax/episode.py", "tapo_jax/inputs.py"]),
     ("reports read files", ["tapo_jax/report/results.py"], ["tapo_jax/models/", "tapo_jax/metrics.py"]),

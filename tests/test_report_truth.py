@@ -9,9 +9,10 @@ import recorded
 from rollout_world import chat, pixels
 
 from tapo_jax import records, rewards
-from tapo_jax.atlas.play import Game, Settings, parse_id
+from tapo_jax.atlas.play import Settings, parse_id
+from tapo_jax.cold_start.batches import AtlasSession
+from tapo_jax.cold_start.experts import Flaws, expert, play
 from tapo_jax.config import UserError
-from tapo_jax.data.experts import Flaws, expert, play
 from tapo_jax.episode import open_prompt
 from tapo_jax.report import __main__ as report
 from tapo_jax.report import truth
@@ -19,16 +20,16 @@ from tapo_jax.report import truth
 NONE = {field.name: 0.0 for field in dataclasses.fields(Flaws)}
 
 
-def judged(episodes: int = 12, *, game: Game, **flaws: float):
+def judged(episodes: int = 12, *, session: AtlasSession, **flaws: float):
     """For every episode its question and the (tool, right) of its steps, by a player who always makes the given
     mistakes."""
     rng, store, found = np.random.default_rng(3), pixels(), []
     for _ in range(episodes):
-        prompt, question, scene = game.prompt(rng)
+        prompt, question, scene = session.prompt(rng)
         script = expert(question, scene, rng, Flaws(**NONE | flaws))
-        start = open_prompt(prompt, chat=chat(), image_tokens=store.tokens, tools=game.runner.schemas)
+        start = open_prompt(prompt, chat=chat(), image_tokens=store.tokens, tools=session.runner.schemas)
         episode = play(
-            start, script, runner=game.runner, chat=chat(), limits=recorded.LIMITS, image_tokens=store.tokens
+            start, script, runner=session.runner, chat=chat(), limits=recorded.LIMITS, image_tokens=store.tokens
         )
         episode.rewards = rewards.score(episode)
         slots = iter(range(len(episode.turns)))
@@ -43,33 +44,33 @@ def judged(episodes: int = 12, *, game: Game, **flaws: float):
 
 
 @pytest.fixture(scope="module")
-def game():
-    return Game.fictional(1, Settings(hops=(1, 2), outlines=2))
+def session():
+    return AtlasSession.fictional(1, Settings(hops=(1, 2), outlines=2))
 
 
-def test_every_step_of_a_perfect_player_is_right(game):
-    for _, steps in judged(game=game):
+def test_every_step_of_a_perfect_player_is_right(session):
+    for _, steps in judged(session=session):
         assert [name for name, _ in steps[:3]] == [truth.ZOOM, truth.IMAGE, truth.TEXT]
         assert all(right for _, right in steps)
 
 
-def test_whoever_takes_the_wrong_relation_was_right_until_then(game):
+def test_whoever_takes_the_wrong_relation_was_right_until_then(session):
     """Both neighbours stand in one passage, so the search for it is right; what follows is about another country."""
-    several = lambda name: len(game.world.countries[name].neighbours) > 1  # noqa: E731
-    seen = [steps for question, steps in judged(24, game=game, wrong_relation=1.0) if several(question.chain[0])]
+    several = lambda name: len(session.world.countries[name].neighbours) > 1  # noqa: E731
+    seen = [steps for question, steps in judged(24, session=session, wrong_relation=1.0) if several(question.chain[0])]
     seen = [steps for steps in seen if len(steps) == 4]
     assert len(seen) > 3
     assert all([right for _, right in steps] == [True, True, True, False] for steps in seen)
 
 
-def test_a_question_asked_one_hop_too_early_is_wrong(game):
+def test_a_question_asked_one_hop_too_early_is_wrong(session):
     """The attribute of the country before the last; with one look-up nothing can be skipped."""
-    for question, steps in judged(24, game=game, skip_hop=1.0):
+    for question, steps in judged(24, session=session, skip_hop=1.0):
         assert [right for _, right in steps] == [True, True, question.hops == 1]
 
 
-def test_a_zoom_that_nobody_searched_is_not_known(game):
-    steps = [step for _, steps in judged(game=game, wrong_image=1.0) for step in steps]
+def test_a_zoom_that_nobody_searched_is_not_known(session):
+    steps = [step for _, steps in judged(session=session, wrong_image=1.0) for step in steps]
     assert {right for name, right in steps if name == truth.ZOOM} == {None}
     assert not all(right for name, right in steps if name == truth.IMAGE)  # of the whole scene
 

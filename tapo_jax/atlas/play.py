@@ -6,8 +6,8 @@ import numpy as np
 
 from tapo_jax.atlas.questions import Question, ask, corpus
 from tapo_jax.atlas.scene import Placed, draw_outline, draw_scene
-from tapo_jax.atlas.world import ATTRIBUTES, World, fictional_world, real_world
-from tapo_jax.tools.base import Tool, ToolRunner
+from tapo_jax.atlas.world import ATTRIBUTES, World
+from tapo_jax.tools.base import Tool
 from tapo_jax.tools.image_search import ImageSearch
 from tapo_jax.tools.text_search import TextSearch
 from tapo_jax.tools.zoom import ZoomTool
@@ -73,22 +73,3 @@ def parse_id(prompt_id: str) -> tuple[str, list[str]]:
     if attribute not in ATTRIBUTES or not chain:
         raise ValueError(f"'{prompt_id}' is no question of Atlas")
     return attribute, chain
-
-
-class Game:
-    """A world with its tools running."""
-
-    def __init__(self, world: World, settings: Settings):
-        self.world, self.settings = world, settings
-        self.runner = ToolRunner(make_tools(world, settings), workers=1, timeout_s=10.0, retries=0, threaded=False)
-
-    @classmethod
-    def fictional(cls, seed: int, settings: Settings) -> "Game":
-        return cls(fictional_world(seed), settings)
-
-    @classmethod
-    def real(cls, split: str, settings: Settings) -> "Game":
-        return cls(real_world(split), settings)
-
-    def prompt(self, rng: np.random.Generator) -> tuple[Prompt, Question, tuple[Placed, ...]]:
-        return make_prompt(self.world, self.settings, rng)

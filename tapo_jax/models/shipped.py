@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tapo_jax.config import UserError
 
-DIRECTORY = Path(__file__).parents[1] / "data" / "atlas_tiny"
+DIRECTORY = Path(__file__).parents[1] / "cold_start" / "atlas_tiny"
 
 
 def model_directory(path: str, shape: str = "") -> Path:

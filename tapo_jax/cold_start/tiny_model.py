@@ -1,7 +1,7 @@
 """The tiny Atlas model: a Qwen3-VL of about a million parameters in a directory of Hugging Face form, with its own
 tokenizer.
 
-    python -m tapo_jax.data.tiny_model DIR        # tokenizer, template, configs and random weights
+    python -m tapo_jax.cold_start.tiny_model DIR        # tokenizer, template, configs and random weights
 """
 
 import json
@@ -17,8 +17,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tapo_jax.atlas.questions import ask, corpus
 from tapo_jax.atlas.scene import COLOURS
 from tapo_jax.atlas.world import fictional_world
-from tapo_jax.data.copying_init import write_copying_heads
-from tapo_jax.data.experts import answer_turn, search_call, tool_call, zoom_call
+from tapo_jax.cold_start.copying_init import write_copying_heads
+from tapo_jax.cold_start.experts import answer_turn, search_call, tool_call, zoom_call
 from tapo_jax.models import hf
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 from tapo_jax.models.qwen3_vl import Qwen3VL

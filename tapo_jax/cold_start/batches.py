@@ -8,14 +8,17 @@ import dataclasses
 import jax
 import numpy as np
 
-from tapo_jax.atlas import play as atlas_world
-from tapo_jax.atlas.questions import ask
+from tapo_jax.atlas.play import Settings, make_prompt, make_tools
+from tapo_jax.atlas.questions import Question, ask
+from tapo_jax.atlas.scene import Placed
+from tapo_jax.atlas.world import World, fictional_world, real_world
 from tapo_jax.batch import ModelInputs
 from tapo_jax.chat import Chat
-from tapo_jax.data.experts import Flaws, expert, play, zoom_turn
+from tapo_jax.cold_start.experts import Flaws, expert, play, zoom_turn
 from tapo_jax.episode import Limits, Opening, open_prompt
 from tapo_jax.inputs import PixelStore, make_row, model_inputs
 from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.tools.base import ToolRunner
 from tapo_jax.types import Episode, Prompt
 
 
@@ -28,6 +31,25 @@ class Batch:
     weight_BxT: np.ndarray
 
 
+class AtlasSession:
+    """A world with its tools running."""
+
+    def __init__(self, world: World, settings: Settings):
+        self.world, self.settings = world, settings
+        self.runner = ToolRunner(make_tools(world, settings), workers=1, timeout_s=10.0, retries=0, threaded=False)
+
+    @classmethod
+    def fictional(cls, seed: int, settings: Settings) -> "AtlasSession":
+        return cls(fictional_world(seed), settings)
+
+    @classmethod
+    def real(cls, split: str, settings: Settings) -> "AtlasSession":
+        return cls(real_world(split), settings)
+
+    def prompt(self, rng: np.random.Generator) -> tuple[Prompt, Question, tuple[Placed, ...]]:
+        return make_prompt(self.world, self.settings, rng)
+
+
 class ColdStart:
     """Draws batches. `context_weight` is the weight of text that the policy reads but does not write (0 on images)."""
 
@@ -37,7 +59,7 @@ class ColdStart:
         config: Qwen3VLConfig,
         processor,
         *,
-        settings: atlas_world.Settings,
+        settings: Settings,
         flaws: Flaws,
         seed: int,
         context_weight: float,
@@ -45,16 +67,16 @@ class ColdStart:
         self._chat, self._config, self._processor = chat, config, processor
         self._settings, self._flaws, self._seed, self._context_weight = settings, flaws, seed, context_weight
         self._limits = Limits(max_turns=12, max_new_tokens=96, max_length=2048)
-        self._world_number, self._game, self._uses = -1, None, 0
+        self._world_number, self._session, self._uses = -1, None, 0
 
     def _draw(self, rng: np.random.Generator, outlines: int | None = None):
         """A question in an invented world; a new world after every 256. outlines: another number of them."""
         if self._uses % 256 == 0:
             self._world_number += 1
-            self._game = atlas_world.Game.fictional(self._seed * 1_000_003 + self._world_number, self._settings)
+            self._session = AtlasSession.fictional(self._seed * 1_000_003 + self._world_number, self._settings)
         self._uses += 1
         settings = self._settings if outlines is None else dataclasses.replace(self._settings, outlines=outlines)
-        return atlas_world.make_prompt(self._game.world, settings, rng)
+        return make_prompt(self._session.world, settings, rng)
 
     def episode(self, rng: np.random.Generator) -> Episode:
         """One expert episode."""
@@ -63,7 +85,7 @@ class ColdStart:
         opening = self._open(prompt, pixels)
         script = expert(question, scene, rng, self._flaws)
         return play(
-            opening, script, runner=self._game.runner, chat=self._chat, limits=self._limits, image_tokens=pixels.tokens
+            opening, script, runner=self._session.runner, chat=self._chat, limits=self._limits, image_tokens=pixels.tokens
         )
 
     def full(self, rng: np.random.Generator, rows: int, length: int, patches: int) -> Batch:
@@ -98,7 +120,7 @@ class ColdStart:
             ids, mask = opening.token_T.tolist(), [False] * len(opening.token_T)
             for number, placed in enumerate(scene):
                 if number:  # the prompt asks about the first one
-                    question = ask(self._game.world, placed.name, placed.colour, 1, rng)
+                    question = ask(self._session.world, placed.name, placed.colour, 1, rng)
                     again = self._ids(f"\n<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
                     ids, mask = ids + again, mask + [False] * len(again)
                 turn = [*self._ids(zoom_turn(placed, rng)), self._chat.stop_ids[0]]
@@ -107,7 +129,7 @@ class ColdStart:
         return self._batch(kept, length, patches, pixels)
 
     def _open(self, prompt: Prompt, pixels: PixelStore) -> Opening:
-        return open_prompt(prompt, chat=self._chat, image_tokens=pixels.tokens, tools=self._game.runner.schemas)
+        return open_prompt(prompt, chat=self._chat, image_tokens=pixels.tokens, tools=self._session.runner.schemas)
 
     def _ids(self, text: str) -> list[int]:
         return self._chat.tokenizer.encode(text, add_special_tokens=False).ids
