@@ -12,17 +12,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tapo_jax import rewards
-from tapo_jax.chat import Chat
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
-from tapo_jax.episode import Limits
 from tapo_jax.inputs import PixelStore, most_patches
 from tapo_jax.models import hf, lora
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.qwen3_vl import Qwen3VL
-from tapo_jax.rollout import rollout
-from tapo_jax.sampler import Sampler
+from tapo_jax.rollout.chat import Chat
+from tapo_jax.rollout.episode import Limits
+from tapo_jax.rollout.rounds import rollout
+from tapo_jax.rollout.sampler import Sampler
 from tapo_jax.tools.base import Tool, ToolRunner
 from tapo_jax.types import Episode, Prompt
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tapo_jax import processes
 from tapo_jax.agent import Agent
 from tapo_jax.data import sources
-from tapo_jax.rollout import FINISHES
+from tapo_jax.rollout.summary import FINISHES
 from tapo_jax.types import Episode, Prompt
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution

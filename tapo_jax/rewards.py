@@ -5,7 +5,7 @@ import string
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from tapo_jax.chat import parse_turn
+from tapo_jax.rollout.chat import parse_turn
 from tapo_jax.types import Episode
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")

@@ -12,9 +12,9 @@ import jax  # noqa: E402
 import rollout_world as world  # noqa: E402
 import test_rollout  # noqa: E402
 
-from tapo_jax import episode as episode_module  # noqa: E402
 from tapo_jax import sharding  # noqa: E402
-from tapo_jax.schedule import Shapes  # noqa: E402
+from tapo_jax.rollout import episode as episode_module  # noqa: E402
+from tapo_jax.rollout.schedule import Shapes  # noqa: E402
 
 
 def main(port: str, rank: int, first: int, stop: int, out: str) -> None:

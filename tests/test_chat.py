@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tapo_jax.chat import Chat, parse_turn
 from tapo_jax.cold_start import tiny_model
 from tapo_jax.config import UserError
+from tapo_jax.rollout.chat import Chat, parse_turn
 
 CALL = '<think>t</think><tool_call>{"name": "text_search_tool", "arguments": {"query": "Peru, capital"}}</tool_call>'
 

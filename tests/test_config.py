@@ -54,5 +54,5 @@ def test_run_main_prints_the_sentence_and_exits_1():
 
 
 def test_config_imports_no_jax():
-    program = "import sys, tapo_jax.config, tapo_jax.episode, tapo_jax.records\nassert 'jax' not in sys.modules"
+    program = "import sys, tapo_jax.config, tapo_jax.rollout.episode, tapo_jax.records\nassert 'jax' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent, check=False).returncode == 0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tapo_jax.drawing import draw, pick, turn_keys
+from tapo_jax.rollout.drawing import draw, pick, turn_keys
 
 LOGITS_V = np.log(np.array([0.5, 0.2, 0.2, 0.1], np.float32))
 NONE_V = np.zeros(4, bool)

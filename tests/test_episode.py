@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rollout_world as world
 
-from tapo_jax.episode import Conversation, Limits, Opening
+from tapo_jax.rollout.episode import Conversation, Limits, Opening
 from tapo_jax.types import Image, Prompt, ToolCall, ToolResult, root_image
 
 CHAT = world.chat()
@@ -199,5 +199,5 @@ def test_an_open_episode_has_no_result():
 
 
 def test_it_imports_no_jax():
-    code = "import sys, tapo_jax.episode; sys.exit('jax' in sys.modules)"
+    code = "import sys, tapo_jax.rollout.episode; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,11 +7,11 @@ import pytest
 
 from tapo_jax import rewards
 from tapo_jax.atlas.play import Settings
-from tapo_jax.chat import Chat
 from tapo_jax.cold_start import tiny_model
 from tapo_jax.cold_start.batches import ColdStart
 from tapo_jax.cold_start.experts import Flaws
 from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.rollout.chat import Chat
 
 NONE = Flaws(**{field.name: 0.0 for field in dataclasses.fields(Flaws)})
 

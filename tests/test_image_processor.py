@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from tapo_jax.chat import Chat
 from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.rollout.chat import Chat
 
 TOKENIZER = Path(__file__).parents[2] / "shared" / "data" / "qwen3_tokenizer"
 PUBLISHED = ImageProcessor()

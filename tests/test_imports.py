@@ -50,14 +50,14 @@ def reached(file: str) -> set[str]:
 
 
 WALLS = [  # who may never reach whom, directly or through others
-    ("the rollout knows nothing of learning", ["tapo_jax/drawing.py", "tapo_jax/sampler.py"], ["tapo_jax/logprobs.py"]),
+    ("the rollout knows nothing of learning", ["tapo_jax/rollout/rounds.py"], ["tapo_jax/logprobs.py"]),
     ("the mesh knows no model", ["tapo_jax/sharding.py"], ["tapo_jax/models/"]),
     (
         "training does not know how the shipped weights were made",
         ["tapo_jax/train.py", "tapo_jax/agent.py"],
         ["tapo_jax/cold_start/tiny_model.py", "tapo_jax/cold_start/experts.py", "tapo_jax/cold_start/batches.py"],
     ),
-    ("the world is below the rollout", ["tapo_jax/atlas/play.py"], ["tapo_jax/episode.py", "tapo_jax/inputs.py"]),
+    ("the world is below the rollout", ["tapo_jax/atlas/play.py"], ["tapo_jax/rollout/episode.py", "tapo_jax/inputs.py"]),
     ("reports read files", ["tapo_jax/report/results.py"], ["tapo_jax/models/", "tapo_jax/metrics.py"]),
 ]
 
@@ -87,8 +87,8 @@ def test_tapo_needs_no_model_no_config_and_no_episode():
     [
         "tapo_jax/config.py",
         "tapo_jax/types.py",
-        "tapo_jax/episode.py",
-        "tapo_jax/chat.py",
+        "tapo_jax/rollout/episode.py",
+        "tapo_jax/rollout/chat.py",
         "tapo_jax/rewards.py",
         "tapo_jax/records.py",
         "tapo_jax/models/config.py",
@@ -126,15 +126,15 @@ def test_one_file_knows_the_names_in_safetensors_files():
 
 def test_the_sampler_knows_no_tools_and_no_text():
     assert not any(
-        name.startswith(("tapo_jax.tools", "tapo_jax.chat", "tapo_jax.episode"))
-        for name in imports("tapo_jax/sampler.py")
+        name.startswith(("tapo_jax.tools", "tapo_jax.rollout.chat", "tapo_jax.rollout.episode"))
+        for name in imports("tapo_jax/rollout/sampler.py")
     )
 
 
 def test_only_the_rollout_joins_device_and_tools():
     """Files that import both the sampler and the tools' runner: the rollout, and agent.py, which builds both."""
-    both = [file for file in FILES if {"tapo_jax/sampler.py", "tapo_jax/tools/base.py"} <= inside(file)]
-    assert set(both) <= {"tapo_jax/rollout.py", "tapo_jax/agent.py"}
+    both = [file for file in FILES if {"tapo_jax/rollout/sampler.py", "tapo_jax/tools/base.py"} <= inside(file)]
+    assert set(both) <= {"tapo_jax/rollout/rounds.py", "tapo_jax/rollout/board.py", "tapo_jax/agent.py"}
 
 
 def test_the_package_needs_no_tensorflow_and_no_torch():

@@ -13,9 +13,9 @@ from tapo_jax.atlas.play import Settings, parse_id
 from tapo_jax.cold_start.batches import AtlasSession
 from tapo_jax.cold_start.experts import Flaws, expert, play
 from tapo_jax.config import UserError
-from tapo_jax.episode import open_prompt
 from tapo_jax.report import __main__ as report
 from tapo_jax.report import truth
+from tapo_jax.rollout.episode import open_prompt
 
 NONE = {field.name: 0.0 for field in dataclasses.fields(Flaws)}
 

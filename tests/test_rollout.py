@@ -15,15 +15,15 @@ import pytest
 import rollout_world as world
 from flax import nnx
 
-from tapo_jax import episode as episode_module
 from tapo_jax import inputs, metrics, sharding
 from tapo_jax.config import UserError
-from tapo_jax.episode import Limits
 from tapo_jax.logprobs import token_logp
 from tapo_jax.models import qwen3_vl
-from tapo_jax.rollout import rollout
-from tapo_jax.sampler import Sampler
-from tapo_jax.schedule import Shapes
+from tapo_jax.rollout import episode as episode_module
+from tapo_jax.rollout.episode import Limits
+from tapo_jax.rollout.rounds import rollout
+from tapo_jax.rollout.sampler import Sampler
+from tapo_jax.rollout.schedule import Shapes
 from tapo_jax.types import Prompt
 
 CAPACITY, CHUNK, STEPS = 192, 5, 5

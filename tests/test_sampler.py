@@ -12,8 +12,9 @@ from flax import nnx
 from tapo_jax.inputs import make_row
 from tapo_jax.models import qwen3_vl
 from tapo_jax.models.qwen3_vl import Qwen3VL
-from tapo_jax.sampler import Sampler, generate
-from tapo_jax.schedule import Draw, Extension, Round, Shapes
+from tapo_jax.rollout.generate import generate
+from tapo_jax.rollout.sampler import Sampler
+from tapo_jax.rollout.schedule import Draw, Extension, Round, Shapes
 from tapo_jax.types import root_image
 
 CONFIG, IMAGE = world.config(), world.config().image_token

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapo_jax.inputs import Row
-from tapo_jax.schedule import Draw, Extension, Piece, Shapes, cover, group, most_in_a_shard, place, plan
+from tapo_jax.rollout.schedule import Draw, Extension, Piece, Shapes, cover, group, most_in_a_shard, place, plan
 
 SHAPES = Shapes(
     extend_rows=(2, 8), decode_rows=(2, 4, 8), lengths=(16, 64), patches=(32, 64), windows=(48, 96), chunk=8, merge=2,

@@ -11,9 +11,9 @@ from pathlib import Path
 import rollout_world as world
 from ml_collections import ConfigDict
 
-from tapo_jax.chat import ParsedTurn
 from tapo_jax.config import beside, run_main
 from tapo_jax.models import hf
+from tapo_jax.rollout.chat import ParsedTurn
 from tapo_jax.types import ToolCall
 
 STOPS = 24  # ids that end a turn, of 262: turns of about eleven tokens
@@ -58,8 +58,9 @@ def config(model: Path, name: str = "tapo_grpo.py", **fields) -> ConfigDict:
 
 def patch(setattr_) -> None:
     """Puts the little world in the place of Atlas. setattr_(target, name, value)."""
-    from tapo_jax import agent, episode
+    from tapo_jax import agent
     from tapo_jax.data import sources
+    from tapo_jax.rollout import episode
 
     chat = world.chat(STOPS)
     setattr_(episode, "parse_turn", read_turn)

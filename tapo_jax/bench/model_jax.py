@@ -11,13 +11,14 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tapo_jax import flops, sharding, slots, train_step
+from tapo_jax import flops, sharding, train_step
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.bench.model_work import Measured, Size, added_mib, conversations, written_mask
 from tapo_jax.models import positions
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.optimizer import make_optimizer
+from tapo_jax.rollout import slots
 
 OPTIMIZER = ConfigDict(
     dict(

@@ -13,11 +13,11 @@ from tapo_jax.atlas.questions import Question, ask
 from tapo_jax.atlas.scene import Placed
 from tapo_jax.atlas.world import World, fictional_world, real_world
 from tapo_jax.batch import ModelInputs
-from tapo_jax.chat import Chat
 from tapo_jax.cold_start.experts import Flaws, expert, play, zoom_turn
-from tapo_jax.episode import Limits, Opening, open_prompt
 from tapo_jax.inputs import PixelStore, make_row, model_inputs
 from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.rollout.chat import Chat
+from tapo_jax.rollout.episode import Limits, Opening, open_prompt
 from tapo_jax.tools.base import ToolRunner
 from tapo_jax.types import Episode, Prompt
 

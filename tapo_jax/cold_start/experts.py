@@ -15,8 +15,8 @@ import numpy as np
 from tapo_jax.atlas.questions import Question
 from tapo_jax.atlas.scene import Placed
 from tapo_jax.atlas.world import ATTRIBUTES, NEIGHBOURS
-from tapo_jax.chat import Chat
-from tapo_jax.episode import Conversation, Limits, Opening
+from tapo_jax.rollout.chat import Chat
+from tapo_jax.rollout.episode import Conversation, Limits, Opening
 from tapo_jax.tools.base import ToolRunner
 from tapo_jax.types import Episode
 

@@ -23,13 +23,13 @@ from optax import contrib
 
 from tapo_jax import sharding
 from tapo_jax.atlas.play import Settings
-from tapo_jax.chat import Chat
 from tapo_jax.cold_start import tiny_model
 from tapo_jax.cold_start.batches import Batch, ColdStart
 from tapo_jax.cold_start.experts import Flaws
 from tapo_jax.logprobs import token_logp
 from tapo_jax.models import hf, qwen3_vl
 from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.rollout.chat import Chat
 
 
 def mixture(step: int, config: Any) -> dict[str, float]:

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import flops, programs, sharding, slots, train_step
+from tapo_jax import flops, programs, sharding, train_step
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.check import check, check_rows
 from tapo_jax.config import check_choice
@@ -29,7 +29,8 @@ from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.published import MODELS
 from tapo_jax.optimizer import make_optimizer
-from tapo_jax.schedule import Shapes
+from tapo_jax.rollout import slots
+from tapo_jax.rollout.schedule import Shapes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image as PillowImage
 
-from tapo_jax.chat import parse_turn
 from tapo_jax.records import RecordedEpisode, RecordedTurn
+from tapo_jax.rollout.chat import parse_turn
 from tapo_jax.viewer.credit_map import credit_map, shade
 
 MAX_SIDE = 512  # pixels; a larger image is made smaller on the page

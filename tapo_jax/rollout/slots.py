@@ -22,10 +22,10 @@ from flax import nnx
 
 from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs
-from tapo_jax.drawing import draw, turn_keys
 from tapo_jax.models import qwen3_vl
 from tapo_jax.models.cache import Cache, init_cache
 from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.rollout.drawing import draw, turn_keys
 
 
 @jax.tree_util.register_dataclass

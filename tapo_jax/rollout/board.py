@@ -1,32 +1,18 @@
-"""Sampler × conversations × tools -> episodes. The only place where device arrays meet tool threads.
-
-A round: every slot with new tokens is extended; a decoding chunk starts; while it runs, the tools called in the round
-before finish on their threads; then tool results are appended, turns that ended are parsed and their calls submitted,
-and a slot whose episode has finished takes the next one. With `tool_wait_s` infinite nothing in this depends on time:
-every result of a round is waited for and all are handled in slot order, so a rollout repeats bit for bit. In a pod
-every process plays its own prompts and makes the same calls in lockstep (`Sampler.plan`).
-"""
+"""The host's state of one rollout: which episode plays in which slot, what every slot needs next, what has finished."""
 
 import concurrent.futures
 import dataclasses
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from tapo_jax.chat import Chat
-from tapo_jax.config import UserError
-from tapo_jax.episode import Conversation, Limits, Opening, open_prompt
 from tapo_jax.inputs import PixelStore, Row, make_row
-from tapo_jax.sampler import Chunk, Sampler
-from tapo_jax.schedule import Draw, Extension
+from tapo_jax.rollout.chat import Chat
+from tapo_jax.rollout.episode import Conversation, Limits, Opening, open_prompt
+from tapo_jax.rollout.sampler import Sampler
+from tapo_jax.rollout.schedule import Draw, Extension
 from tapo_jax.tools.base import ToolRunner
 from tapo_jax.types import Episode, Prompt
-
-POLL_S = 0.002
-FINISHES = ("answer", "length", "turns", "malformed")
-ERRORS = ("unparsable", "unknown_tool", "bad_arguments", "bad_image", "bad_box", "timeout", "exception")
 
 
 @dataclasses.dataclass
@@ -45,82 +31,7 @@ class Player:
     future: concurrent.futures.Future | None = None
 
 
-def rollout(
-    sampler: Sampler,
-    params: Any,
-    prompts: Sequence[Prompt],
-    *,
-    chat: Chat,
-    pixels: PixelStore,
-    runner: ToolRunner,
-    group_size: int,
-    limits: Limits,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    step: int,
-    tool_wait_s: float = float("inf"),
-    first_prompt: int = 0,
-    system: str = "",
-) -> tuple[list[Episode], dict[str, float]]:
-    """Plays `group_size` episodes of each of this process's prompts. Rewards are left to the caller.
-
-    params: the weights, as `nnx.merge` takes them. first_prompt: number of prompts[0] among the prompts of all
-    processes: the random keys come from (seed, step, prompt, sample, turn). tool_wait_s: how long a round waits for
-    tools after its decoding; finite values trade repeatability for never waiting on one slow tool.
-    Returns episodes in prompt-major order (p·G + g) and metrics: means over this process's episodes, and seconds as
-    time/*. Raises UserError where an episode may become longer than a slot.
-    """
-    if limits.max_length > sampler.shapes.capacity:
-        raise UserError(
-            f"rollout.max_length is {limits.max_length}: a slot of the sampler holds {sampler.shapes.capacity} tokens."
-        )
-    game = _Game(sampler, prompts, chat, pixels, runner, group_size, limits, first_prompt, system)
-    seconds = {"time/prefill": 0.0, "time/decode": 0.0, "time/tool_wait": 0.0}
-    start = time.perf_counter()
-    while True:
-        game.fill_slots()
-        extensions, copies, draws = game.needs()
-        plan = sampler.plan(extensions, copies, draws, more=game.playing)
-        if not plan.more:
-            break
-        began = time.perf_counter()
-        sampler.extend(params, plan, extensions)
-        sampler.copy(plan, copies)
-        sampler.wait()
-        game.mark_sent(extensions, copies)
-        seconds["time/prefill"] += (decoding := time.perf_counter()) - began
-        chunk = None
-        if plan.decode_rows:
-            chunk = sampler.decode(params, plan, draws, temperature=temperature, top_p=top_p, seed=seed, step=step)
-        game.collect_tools(_while_decoding(game.futures(), chunk))
-        written = chunk.fetch() if chunk else []
-        seconds["time/decode"] += (decoded := time.perf_counter()) - decoding
-        game.collect_tools(_wait(game.futures(), tool_wait_s, idle=not draws and not extensions))
-        seconds["time/tool_wait"] += time.perf_counter() - decoded
-        game.take_turns(draws, written)
-    episodes = [episode for episode in game.episodes if episode is not None]
-    return episodes, {**seconds, **summary(episodes, tuple(runner.tools), time.perf_counter() - start)}
-
-
-def _while_decoding(futures: set[concurrent.futures.Future], chunk: Chunk | None) -> bool:
-    """Waits until all futures are done or the chunk is; True: all futures are done."""
-    while futures and chunk is not None and not chunk.is_ready():
-        _, futures = concurrent.futures.wait(futures, timeout=POLL_S)
-    return all(future.done() for future in futures)
-
-
-def _wait(futures: set[concurrent.futures.Future], tool_wait_s: float, *, idle: bool) -> bool:
-    """Waits for the tools; where there is nothing else to do at least for the first of them. True: what is done may be
-    taken."""
-    timeout = None if tool_wait_s == float("inf") else tool_wait_s
-    _, left = concurrent.futures.wait(futures, timeout=timeout)
-    if idle and futures and left == futures:
-        concurrent.futures.wait(left, return_when=concurrent.futures.FIRST_COMPLETED)
-    return True
-
-
-class _Game:
+class Board:
     """The host's state of one rollout: who plays in which slot, and the episodes that have finished."""
 
     def __init__(
@@ -274,34 +185,3 @@ class _Game:
         token_T = np.array(conversation.token[player.sent :], np.int32)
         images = conversation.images[player.sent_images :]
         player.row, player.row_end = make_row(token_T, images, self._sampler.config, self._pixels, player.position)
-
-
-# What happened, in numbers.
-
-
-def summary(episodes: Sequence[Episode], tools: Sequence[str], seconds: float) -> dict[str, float]:
-    """Means over the episodes; the same names whatever happened. A call of an unknown tool counts among the errors
-    only."""
-    turns = [turn for episode in episodes for turn in episode.turns]
-    calls = [turn for turn in turns if turn.result is not None]
-    count = max(len(episodes), 1)
-    written = sum(int(episode.mask_T.sum()) for episode in episodes)
-    metrics = {
-        "rollout/turns": len(turns) / count,
-        "rollout/length": sum(len(episode.token_T) for episode in episodes) / count,
-        "rollout/written": written / count,
-        "rollout/images": sum(len(episode.images) for episode in episodes) / count,
-        "tools/calls": sum(turn.call is not None and turn.call.name in tools for turn in calls) / count,
-        "tools/errors": sum(turn.result.error is not None for turn in calls) / count,
-        "time/tools": sum(turn.result.seconds for turn in calls),
-        "perf/tokens_per_s": written / seconds,
-    }
-    for finish in FINISHES:
-        metrics[f"rollout/finish_{finish}"] = sum(episode.finish == finish for episode in episodes) / count
-    for name in tools:
-        metrics[f"tools/calls/{name}"] = sum(turn.call is not None and turn.call.name == name for turn in calls) / count
-    for kind in ERRORS:
-        metrics[f"tools/errors/{kind}"] = sum(turn.result.error == kind for turn in calls) / count
-    other = sum(turn.result.error not in (None, *ERRORS) for turn in calls)
-    metrics["tools/errors/other"] = other / count
-    return metrics

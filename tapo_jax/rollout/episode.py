@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tapo_jax.chat import Chat, parse_turn
+from tapo_jax.rollout.chat import Chat, parse_turn
 from tapo_jax.types import Episode, Image, Prompt, ToolCall, ToolResult, Turn, root_image
 
 

@@ -1,0 +1,36 @@
+"""What happened in a rollout, in numbers."""
+
+from collections.abc import Sequence
+
+from tapo_jax.types import Episode
+
+FINISHES = ("answer", "length", "turns", "malformed")
+ERRORS = ("unparsable", "unknown_tool", "bad_arguments", "bad_image", "bad_box", "timeout", "exception")
+
+
+def summary(episodes: Sequence[Episode], tools: Sequence[str], seconds: float) -> dict[str, float]:
+    """Means over the episodes; the same names whatever happened. A call of an unknown tool counts among the errors
+    only."""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    calls = [turn for turn in turns if turn.result is not None]
+    count = max(len(episodes), 1)
+    written = sum(int(episode.mask_T.sum()) for episode in episodes)
+    metrics = {
+        "rollout/turns": len(turns) / count,
+        "rollout/length": sum(len(episode.token_T) for episode in episodes) / count,
+        "rollout/written": written / count,
+        "rollout/images": sum(len(episode.images) for episode in episodes) / count,
+        "tools/calls": sum(turn.call is not None and turn.call.name in tools for turn in calls) / count,
+        "tools/errors": sum(turn.result.error is not None for turn in calls) / count,
+        "time/tools": sum(turn.result.seconds for turn in calls),
+        "perf/tokens_per_s": written / seconds,
+    }
+    for finish in FINISHES:
+        metrics[f"rollout/finish_{finish}"] = sum(episode.finish == finish for episode in episodes) / count
+    for name in tools:
+        metrics[f"tools/calls/{name}"] = sum(turn.call is not None and turn.call.name == name for turn in calls) / count
+    for kind in ERRORS:
+        metrics[f"tools/errors/{kind}"] = sum(turn.result.error == kind for turn in calls) / count
+    other = sum(turn.result.error not in (None, *ERRORS) for turn in calls)
+    metrics["tools/errors/other"] = other / count
+    return metrics
