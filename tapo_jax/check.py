@@ -2,8 +2,9 @@
 
 from ml_collections import ConfigDict
 
-from tapo_jax import advantages, losses, optimizer, tapo
+from tapo_jax import tapo
 from tapo_jax.config import UserError, check_choice, check_positive
+from tapo_jax.learn import advantages, losses, optimizer
 from tapo_jax.models.stack import REMAT
 from tapo_jax.tapo import controls, similarity
 

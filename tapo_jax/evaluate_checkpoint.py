@@ -9,11 +9,12 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from tapo_jax import check, evaluate, records, sharding, train_step, viewer
+from tapo_jax import check, evaluate, records, sharding, viewer
 from tapo_jax.agent import load_model, make_agent
-from tapo_jax.checkpoints import fingerprint
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
+from tapo_jax.learn.checkpoints import fingerprint
+from tapo_jax.learn.state import split_model
 from tapo_jax.models.shipped import model_directory
 
 _GIVE = "give a WORKDIR, a WORKDIR/checkpoints/N or a model directory"
@@ -36,7 +37,7 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
         )
     model, _ = load_model(directory, config.model, mesh)
     agent = make_agent(config, directory, model, sources.tools(config), mesh)
-    params = train_step.split_model(model)[1]
+    params = split_model(model)[1]
     if saved is not None:
         params = read_params(saved, params)
     episodes, played = evaluate.play(agent, params, prompts, temperature=config.eval.temperature, seed=config.seed)

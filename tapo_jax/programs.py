@@ -10,18 +10,19 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import micro_batches, prepare, sharding, tapo, train_step
+from tapo_jax import sharding, tapo
 from tapo_jax.agent import Agent
 from tapo_jax.inputs import most_patches
+from tapo_jax.learn import assign_credit, micro_batches, train_step
+from tapo_jax.learn.outcomes import Outcomes
+from tapo_jax.learn.state import TrainState
 from tapo_jax.models.config import Qwen3VLConfig
-from tapo_jax.outcome import Outcomes
 from tapo_jax.tapo import embedding
-from tapo_jax.train_step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Signatures in `train_step.py` and `prepare.py`. index_U: the numbers of the mini-batches, on the device.
+    """Signatures in `train_step.py` and `assign_credit.py`. index_U: the numbers of the mini-batches, on the device.
 
     old_log_probs: of the rows of the second and later updates of a batch; log_probs: of all, for the reference model.
 
@@ -71,7 +72,7 @@ def make_programs(
         old_log_probs=train_step.make_log_probs(
             graphdef, objective, forbidden_V, mesh, rungs=sizes, later_updates=True
         ),
-        prepare=prepare.make_prepare(
+        prepare=assign_credit.make_prepare(
             mesh,
             estimator=a.estimator,
             dynamic_sampling=a.dynamic_sampling,

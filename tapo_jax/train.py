@@ -17,24 +17,25 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import check, evaluate, prepare, processes, records, sharding, train_step, viewer
+from tapo_jax import check, evaluate, processes, records, sharding, viewer
 from tapo_jax.agent import Agent, load_model, make_agent
 from tapo_jax.batch import TrainBatch
-from tapo_jax.checkpoints import Checkpoints
 from tapo_jax.config import UserError, flat, total_steps
 from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
 from tapo_jax.inputs import pack
+from tapo_jax.learn import assign_credit, train_step
+from tapo_jax.learn.checkpoints import Checkpoints
+from tapo_jax.learn.optimizer import make_optimizer
+from tapo_jax.learn.outcomes import Outcome, Outcomes
+from tapo_jax.learn.state import TrainState, init_state, split_model
 from tapo_jax.metrics import Clock, MetricWriter, compile_count, throughput
 from tapo_jax.models import hf, lora
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.shipped import model_directory
-from tapo_jax.optimizer import make_optimizer
-from tapo_jax.outcome import Outcome, Outcomes
 from tapo_jax.programs import Programs, make_outcomes, make_programs
 from tapo_jax.report.curve import write_curve
 from tapo_jax.tapo import adaptive as tapo_adaptive
-from tapo_jax.train_step import TrainState
 from tapo_jax.types import Episode, Prompt
 
 
@@ -64,7 +65,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     # -------------------------------------------------------------------------------------- model
     model, model_config = load_model(directory, config.model, mesh)
     agent = make_agent(config, directory, model, sources.tools(config), mesh)
-    graphdef, params = train_step.split_model(model)
+    graphdef, params = split_model(model)
     # -------------------------------------------------------------------------------------- init or restore
     optimizer, schedule = make_optimizer(
         config.optimizer,
@@ -76,7 +77,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     tools = list(agent.runner.tools)
     adaptive = config.tapo.enabled and config.tapo.adaptive_theta
     thresholds = tapo_adaptive.init(tools, config.tapo.theta) if adaptive else None
-    state = train_step.init_state(params, logical_axes(model_config), optimizer, mesh, thresholds)
+    state = init_state(params, logical_axes(model_config), optimizer, mesh, thresholds)
     outcomes = make_outcomes(config, agent, params)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     parts = {"prompts": prompts, "witnesses": outcomes}
@@ -171,7 +172,7 @@ def load_reference(config: ConfigDict, directory: Path, mesh: Mesh) -> Any:
     """The parameters that the KL term pulls towards: the model that the run began with. None without a KL term."""
     if config.algorithm.kl_coef == 0:
         return None
-    return train_step.split_model(load_model(directory, config.model, mesh)[0])[1]
+    return split_model(load_model(directory, config.model, mesh)[0])[1]
 
 
 def write_config(config: ConfigDict, workdir: Path, resumed: int | None, writer: MetricWriter) -> None:
@@ -261,7 +262,7 @@ def to_device(run: Run, episodes: Sequence[Episode], step: int) -> tuple[TrainBa
 
 def with_advantages(
     run: Run, state: TrainState, batch: TrainBatch, outcome: Outcome, step: int
-) -> tuple[TrainBatch, TrainState, prepare.Credit, dict[str, jax.Array]]:
+) -> tuple[TrainBatch, TrainState, assign_credit.Credit, dict[str, jax.Array]]:
     seed_step_2 = sharding.put_replicated(np.array([run.config.seed, step], np.int32), run.mesh)
     advantage_BxT, mask_BxT, credit, thresholds, metrics = run.programs.prepare(
         batch, outcome, state.thresholds, seed_step_2
@@ -283,13 +284,13 @@ def reward_means(episodes: Sequence[Episode]) -> dict[str, float]:
     return {f"reward/{name}": float(np.mean([e.rewards[name] for e in episodes])) for name in episodes[0].rewards}
 
 
-def remember(run: Run, episodes: Sequence[Episode], credit: prepare.Credit, step: int) -> None:
+def remember(run: Run, episodes: Sequence[Episode], credit: assign_credit.Credit, step: int) -> None:
     """Successful rollouts become witnesses for later steps, where the config has such a memory."""
     if run.outcomes.remembered:
         run.outcomes.remember(grouped(run, episodes), step, jax.device_get(credit.advantage_PxG)[run.local])
 
 
-def record_episodes(run: Run, episodes: Sequence[Episode], credit: prepare.Credit, step: int) -> None:
+def record_episodes(run: Run, episodes: Sequence[Episode], credit: assign_credit.Credit, step: int) -> None:
     """Process 0 keeps its episodes with the credit of their steps, for the page and the credit report."""
     credit = jax.device_get(credit)
     if jax.process_index() > 0:

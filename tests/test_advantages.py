@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tapo_jax import advantages
+from tapo_jax.learn import advantages
 
 REWARD = np.array([[1.0, 0.0, 1.0, 0.0]], np.float32)
 # mean 1/2; squared deviations sum to 4 · 1/4 = 1, so std (ddof 1) = sqrt(1/3).

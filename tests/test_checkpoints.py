@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tapo_jax import sharding
-from tapo_jax.checkpoints import Checkpoints, fingerprint
 from tapo_jax.config import UserError
-from tapo_jax.train_step import TrainState
+from tapo_jax.learn.checkpoints import Checkpoints, fingerprint
+from tapo_jax.learn.state import TrainState
 
 DATA = {"next_index": 7}
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from rollout_world import model
 
-from tapo_jax import evaluate, evaluate_checkpoint, train_step
-from tapo_jax.checkpoints import Checkpoints
+from tapo_jax import evaluate, evaluate_checkpoint
 from tapo_jax.config import UserError
+from tapo_jax.learn.checkpoints import Checkpoints
+from tapo_jax.learn.state import TrainState, split_model
 from tapo_jax.types import Episode, Prompt
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -137,7 +138,7 @@ def test_table():
 def save_checkpoint(workdir: Path, step: int, params) -> Path:
     """A checkpoint as a run writes it; the optimizer's moments are zeros."""
     zero, moments = jnp.int32(0), {"mu": jax.tree.map(jnp.zeros_like, params)}
-    state = train_step.TrainState(update=zero, params=params, opt_state=moments, skipped=zero, skipped_in_a_row=zero)
+    state = TrainState(update=zero, params=params, opt_state=moments, skipped=zero, skipped_in_a_row=zero)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     checkpoints.save(step, state, data={}, seed=0)
     checkpoints.close()
@@ -148,7 +149,7 @@ def save_checkpoint(workdir: Path, step: int, params) -> Path:
 def saved(tmp_path_factory):
     """A run's folder with one checkpoint of random weights, and these weights."""
     workdir = tmp_path_factory.mktemp("run")
-    params = train_step.split_model(model())[1]
+    params = split_model(model())[1]
     return save_checkpoint(workdir, 12, params), params
 
 

@@ -1,7 +1,8 @@
 import jax
 import numpy as np
 
-from tapo_jax import gigpo, tapo
+from tapo_jax import tapo
+from tapo_jax.learn import gigpo
 
 
 def test_returns_by_hand():

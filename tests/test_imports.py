@@ -50,7 +50,7 @@ def reached(file: str) -> set[str]:
 
 
 WALLS = [  # who may never reach whom, directly or through others
-    ("the rollout knows nothing of learning", ["tapo_jax/rollout/rounds.py"], ["tapo_jax/logprobs.py"]),
+    ("the rollout knows nothing of learning", ["tapo_jax/rollout/rounds.py"], ["tapo_jax/learn/logprobs.py"]),
     ("the mesh knows no model", ["tapo_jax/sharding.py"], ["tapo_jax/models/"]),
     (
         "training does not know how the shipped weights were made",
@@ -70,9 +70,9 @@ def test_walls(importers, forbidden):
 
 
 def test_losses_and_advantages_are_functions_of_arrays():
-    assert tops("tapo_jax/losses.py") == {"jax"}
-    assert tops("tapo_jax/advantages.py") <= {"jax", "numpy"}
-    for file in ("tapo_jax/losses.py", "tapo_jax/advantages.py"):
+    assert tops("tapo_jax/learn/losses.py") == {"jax"}
+    assert tops("tapo_jax/learn/advantages.py") <= {"jax", "numpy"}
+    for file in ("tapo_jax/learn/losses.py", "tapo_jax/learn/advantages.py"):
         assert inside(file) == set()
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from torch_models import CONFIGS
 
 from tapo_jax import sharding
-from tapo_jax.logprobs import token_logp
+from tapo_jax.learn.logprobs import token_logp
 from tapo_jax.models import hf, parameters, qwen3_vl
 
 CONFIG = CONFIGS["grouped"]

@@ -6,7 +6,7 @@ import numpy as np
 import pinned_losses
 import pytest
 
-from tapo_jax import losses
+from tapo_jax.learn import losses
 
 INPUTS = {name: np.array(value, np.float64) for name, value in pinned_losses.INPUTS.items()}
 CLIP = dict(clip_low=0.2, clip_high=0.28)

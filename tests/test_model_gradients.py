@@ -11,7 +11,7 @@ from flax import nnx
 from torch_models import CONFIGS, conversation, models, torch_logits
 
 from tapo_jax.batch import ModelInputs
-from tapo_jax.logprobs import token_logp
+from tapo_jax.learn.logprobs import token_logp
 from tapo_jax.models import hf, parameters, positions, qwen3_vl
 
 TOLERANCE = 1e-3

@@ -7,8 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 from test_train_step import CONFIG
 
-from tapo_jax import optimizer
 from tapo_jax.config import UserError
+from tapo_jax.learn import optimizer
 from tapo_jax.models import parameters
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from tapo_jax.outcome import Outcomes
+from tapo_jax.learn.outcomes import Outcomes
 from tapo_jax.tapo import name_hash
 from tapo_jax.types import Episode, Identity, Prompt, ToolCall, ToolResult, Turn
 

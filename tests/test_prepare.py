@@ -5,9 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from tapo_jax import prepare, sharding, tapo
+from tapo_jax import sharding, tapo
 from tapo_jax.batch import ModelInputs, TrainBatch
-from tapo_jax.outcome import Outcome
+from tapo_jax.learn import assign_credit
+from tapo_jax.learn.outcomes import Outcome
 from tapo_jax.tapo import adaptive as tapo_adaptive
 from tapo_jax.types import Identity
 
@@ -39,7 +40,7 @@ def run(
     settings = (
         dict(estimator="dr_grpo", dynamic_sampling=False, overlong_buffer=0, max_length=T, transfer=transfer) | options
     )  # noqa: C408
-    program = prepare.make_prepare(mesh, **settings)
+    program = assign_credit.make_prepare(mesh, **settings)
     placed = sharding.put_rows(batch, mesh, B), sharding.put_rows(outcome, mesh, P)
     thresholds, seed_step_2 = sharding.put_replicated((thresholds, np.zeros(2, np.int32)), mesh)
     return jax.device_get(program(*placed, thresholds, seed_step_2))

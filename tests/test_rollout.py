@@ -17,7 +17,7 @@ from flax import nnx
 
 from tapo_jax import inputs, metrics, sharding
 from tapo_jax.config import UserError
-from tapo_jax.logprobs import token_logp
+from tapo_jax.learn.logprobs import token_logp
 from tapo_jax.models import qwen3_vl
 from tapo_jax.rollout import episode as episode_module
 from tapo_jax.rollout.episode import Limits

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tapo_jax import losses, tapo
+from tapo_jax import tapo
+from tapo_jax.learn import losses
 from tapo_jax.types import Text
 
 OPTIONS = dict(theta=0.7, alpha_min=0.25, beta=0.8)

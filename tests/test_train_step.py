@@ -10,12 +10,14 @@ import optax
 import pytest
 from flax import nnx
 
-from tapo_jax import micro_batches as cut
-from tapo_jax import sharding, train_step
+from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs, TrainBatch
+from tapo_jax.learn import micro_batches as cut
+from tapo_jax.learn import train_step
+from tapo_jax.learn.state import init_state, split_model
+from tapo_jax.learn.train_step import Objective
 from tapo_jax.models import parameters, qwen3_vl
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
-from tapo_jax.train_step import Objective
 
 VISION = VisionConfig(
     depth=1, hidden=16, mlp=16, heads=2, patch=4, merge=2, temporal=1, channels=3, out=16, positions=16, deepstack=(0,)
@@ -84,10 +86,10 @@ def setup(objective: Objective, *, mesh_shape=(1, 1, 1), optimizer=None, seed: i
     """-> (state, update, mesh, place): `place` puts a host batch on the mesh."""
     devices = jax.devices()[: int(np.prod(mesh_shape))]
     mesh = sharding.make_mesh(*mesh_shape, devices=devices)
-    graphdef, params = train_step.split_model(qwen3_vl.Qwen3VL(CONFIG, rngs=nnx.Rngs(seed)))
+    graphdef, params = split_model(qwen3_vl.Qwen3VL(CONFIG, rngs=nnx.Rngs(seed)))
     schedule = lambda count: 0.1 * count  # noqa: E731
     optimizer = optax.sgd(1.0) if optimizer is None else optimizer
-    state = train_step.init_state(params, parameters.logical_axes(CONFIG), optimizer, mesh)
+    state = init_state(params, parameters.logical_axes(CONFIG), optimizer, mesh)
     update = train_step.make_update(graphdef, optimizer, schedule, objective, FORBIDDEN_V, state, mesh, rungs=rungs)
     return state, update, mesh, lambda batch: sharding.put_rows(batch, mesh, B)
 
@@ -221,7 +223,7 @@ def test_one_update_a_batch_is_the_policy_gradient():
     """old = sg[logp], so r = 1 and GRPO's gradient is that of -Σ w·A·logp / tokens; SGD with rate 1 subtracts it."""
     batch = make_batch()
     before, after, _ = run(Objective(updates_per_batch=1, importance_cap=None), batch)
-    graphdef, params = train_step.split_model(qwen3_vl.Qwen3VL(CONFIG, rngs=nnx.Rngs(0)))
+    graphdef, params = split_model(qwen3_vl.Qwen3VL(CONFIG, rngs=nnx.Rngs(0)))
 
     def surrogate(params):
         inputs = jax.tree.map(jnp.asarray, batch.inputs)
@@ -275,7 +277,7 @@ def test_log_probs_come_back_in_the_order_of_the_rows():
     batch = make_batch(images=True)
     objective = Objective(updates_per_batch=2, micro_batches=2, temperature=0.7)
     state, _, mesh, place = setup(objective, mesh_shape=(2, 1, 1))
-    graphdef, params = train_step.split_model(qwen3_vl.Qwen3VL(CONFIG, rngs=nnx.Rngs(0)))
+    graphdef, params = split_model(qwen3_vl.Qwen3VL(CONFIG, rngs=nnx.Rngs(0)))
     log_probs = train_step.make_log_probs(graphdef, objective, FORBIDDEN_V, mesh)
     got_BxT = jax.device_get(log_probs(state.params, place(batch).inputs))
     inputs = jax.tree.map(jnp.asarray, batch.inputs)

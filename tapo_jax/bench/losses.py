@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from tapo_jax import losses
 from tapo_jax.bench import timing
+from tapo_jax.learn import losses
 
 
 def add_arguments(parser) -> None:

@@ -11,13 +11,15 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tapo_jax import flops, sharding, train_step
+from tapo_jax import flops, sharding
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.bench.model_work import Measured, Size, added_mib, conversations, written_mask
+from tapo_jax.learn import train_step
+from tapo_jax.learn.optimizer import make_optimizer
+from tapo_jax.learn.state import init_state, split_model
 from tapo_jax.models import positions
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.qwen3_vl import Qwen3VL
-from tapo_jax.optimizer import make_optimizer
 from tapo_jax.rollout import slots
 
 OPTIMIZER = ConfigDict(
@@ -43,7 +45,7 @@ class Here:
         make = jax.jit(lambda: nnx.state(Qwen3VL(self.config, rngs=nnx.Rngs(0), param_dtype=dtype, dtype=dtype)))
         self.model = nnx.eval_shape(lambda: Qwen3VL(self.config, rngs=nnx.Rngs(0), param_dtype=dtype, dtype=dtype))
         nnx.update(self.model, make())
-        self.graphdef, self.params = train_step.split_model(self.model)
+        self.graphdef, self.params = split_model(self.model)
         self.forbidden_V = np.zeros(self.config.vocab, bool)
         self.slots: slots.SlotState | None = None
 
@@ -129,7 +131,7 @@ class Here:
         )
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         optimizer, schedule = make_optimizer(OPTIMIZER, total_steps=100)
-        state = train_step.init_state(self.params, logical_axes(self.config), optimizer, mesh)
+        state = init_state(self.params, logical_axes(self.config), optimizer, mesh)
         objective = train_step.Objective(importance_cap=None, remat=size.remat)
         update = train_step.make_update(self.graphdef, optimizer, schedule, objective, self.forbidden_V, state, mesh)
         self.params = None

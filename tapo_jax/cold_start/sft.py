@@ -26,7 +26,7 @@ from tapo_jax.atlas.play import Settings
 from tapo_jax.cold_start import tiny_model
 from tapo_jax.cold_start.batches import Batch, ColdStart
 from tapo_jax.cold_start.experts import Flaws
-from tapo_jax.logprobs import token_logp
+from tapo_jax.learn.logprobs import token_logp
 from tapo_jax.models import hf, qwen3_vl
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.rollout.chat import Chat

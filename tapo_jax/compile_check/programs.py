@@ -17,18 +17,20 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import flops, programs, sharding, train_step
+from tapo_jax import flops, programs, sharding
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.check import check, check_rows
 from tapo_jax.config import check_choice
 from tapo_jax.inputs import most_patches
+from tapo_jax.learn import train_step
+from tapo_jax.learn.optimizer import make_optimizer
+from tapo_jax.learn.state import TrainState, split_model
 from tapo_jax.models import hf
 from tapo_jax.models.attention import decodes_in_place
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.published import MODELS
-from tapo_jax.optimizer import make_optimizer
 from tapo_jax.rollout import slots
 from tapo_jax.rollout.schedule import Shapes
 
@@ -82,7 +84,7 @@ def abstract_run(config: ConfigDict, devices: list) -> Abstract:
     )
     model_config = model_shapes(config.model)
     model = hf.abstract(model_config, param_dtype=config.model.param_dtype, dtype=config.model.dtype)
-    graphdef, params = train_step.split_model(model)
+    graphdef, params = split_model(model)
     axes = logical_axes(model_config)
     optimizer, schedule = make_optimizer(
         config.optimizer,
@@ -117,7 +119,7 @@ def train_program(run: Abstract) -> Program:
     it can have."""
     config, mesh = run.config, run.mesh
     scalar = _array((), jnp.int32, sharding.replicated(mesh))
-    state = train_step.TrainState(scalar, run.params, run.opt_state, scalar, scalar)
+    state = TrainState(scalar, run.params, run.opt_state, scalar, scalar)
     objective = train_step.make_objective(config)
     forbidden_V = np.zeros(run.model_config.vocab, bool)
     rungs = programs.rungs(config, run.model_config)

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from tapo_jax import advantages, processes, tapo
+from tapo_jax import processes, tapo
 from tapo_jax.inputs import tool_steps
+from tapo_jax.learn import advantages
 from tapo_jax.tapo import Steps, name_hash
 from tapo_jax.tapo import memory as tapo_memory
 from tapo_jax.types import Episode

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from tapo_jax.config import UserError
-from tapo_jax.train_step import TrainState
+from tapo_jax.learn.state import TrainState
 
 
 @jax.jit

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tapo_jax import advantages, sharding, tapo
-from tapo_jax import gigpo as gigpo_lib
+from tapo_jax import sharding, tapo
 from tapo_jax.batch import TrainBatch
-from tapo_jax.outcome import Outcome
+from tapo_jax.learn import advantages
+from tapo_jax.learn import gigpo as gigpo_lib
+from tapo_jax.learn.outcomes import Outcome
 from tapo_jax.tapo import CreditTransfer, memory
 from tapo_jax.tapo import adaptive as tapo_adaptive
 from tapo_jax.tapo.adaptive import AdaptiveTheta
@@ -45,7 +46,7 @@ def make_prepare(
     published settings and without effect). dynamic_sampling: groups whose rewards are all equal leave the loss (their
     mask becomes False). overlong_buffer: tokens before max_length in which a penalty grows to 1.
     adaptive: None, or tools, quantile and rate of thresholds that adapt (`tapo_adaptive`); thresholds is None without.
-    gigpo: None, or discount and omega of the comparator `tapo_jax.gigpo`: its advantages of turns are used then, and
+    gigpo: None, or discount and omega of the comparator `tapo_jax.learn.gigpo`: its advantages of turns are used then, and
     Credit says what TAPO would have seen.
     seed_step_2: int32, what the control that shuffles draws from.
     """
