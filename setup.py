@@ -10,7 +10,15 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["tapo_jax", "tapo_jax.*"]),
     # The tiny model that ships with the package, a directory in Hugging Face form, and page templates.
-    package_data={"tapo_jax": ["cold_start/*/*.json", "cold_start/*/*.safetensors", "cold_start/*/*.jinja", "cold_start/*/*.txt", "viewer/*.html"]},
+    package_data={
+        "tapo_jax": [
+            "cold_start/*/*.json",
+            "cold_start/*/*.safetensors",
+            "cold_start/*/*.jinja",
+            "cold_start/*/*.txt",
+            "viewer/*.html",
+        ]
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",

@@ -111,9 +111,7 @@ SWEEPS = {
     "memory": ("grpo_few", "tapo_few", "memory"),
     "group": (*BOTH, "grpo_group_4", "tapo_group_4", "grpo_group_16", "tapo_group_16"),
     "hops": ("grpo_hops_1", "tapo_hops_1", "grpo_hops_2", "tapo_hops_2", "grpo_hops_3", "tapo_hops_3"),
-    "outlines": (
-        *BOTH, "grpo_outlines_1", "tapo_outlines_1", "grpo_outlines_1_hops_2", "tapo_outlines_1_hops_2"
-    ),
+    "outlines": (*BOTH, "grpo_outlines_1", "tapo_outlines_1", "grpo_outlines_1_hops_2", "tapo_outlines_1_hops_2"),
     "pair": BOTH,
 }
 

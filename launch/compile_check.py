@@ -31,9 +31,7 @@ def main(argv: list[str]) -> None:
     prepare_environment()
     from tapo_jax.compile_check.check import run_check  # noqa: PLC0415 - jax reads the environment when it is imported
 
-    if not run_check(
-        CONFIG.value, TOPOLOGY.value, tuple(PROGRAMS.value), out=OUT.value, short=SHORT.value
-    ):
+    if not run_check(CONFIG.value, TOPOLOGY.value, tuple(PROGRAMS.value), out=OUT.value, short=SHORT.value):
         raise UserError("A program does not fit the memory of its chips: see the table.")
 
 

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from tapo_jax import rewards
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
-from tapo_jax.inputs import PixelStore, most_patches
 from tapo_jax.models import hf, lora
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.models.inputs import PixelStore, most_patches
 from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits
@@ -111,7 +111,9 @@ def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Seque
         capacity=rollout_config.max_length,
         chunk=rollout_config.decode_chunk,
         image_patches=pixels.max_patches,
-        most_patches=most_patches(rollout_config, model.config.vision.merge),
+        most_patches=most_patches(
+            rollout_config.max_image_tokens, rollout_config.max_length, model.config.vision.merge
+        ),
         stop_ids=chat.stop_ids,
         forbidden_V=chat.forbidden_V(model.config.vocab),
     )

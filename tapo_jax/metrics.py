@@ -18,9 +18,9 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from tapo_jax import flops
-from tapo_jax.inputs import PixelStore
+from tapo_jax.models import flops
 from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.models.inputs import PixelStore
 from tapo_jax.records import read_metrics
 from tapo_jax.types import Episode
 
@@ -93,7 +93,7 @@ class MetricWriter:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open until close()
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1) if tensorboard else None
         self._bar = tqdm(total=total_steps, initial=max(last, 0), unit="step", dynamic_ncols=True)
 

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from tapo_jax import sharding, tapo
 from tapo_jax.agent import Agent
-from tapo_jax.inputs import most_patches
 from tapo_jax.learn import assign_credit, micro_batches, train_step
 from tapo_jax.learn.outcomes import Outcomes
 from tapo_jax.learn.state import TrainState
 from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.models.inputs import most_patches
 from tapo_jax.tapo import embedding
 
 
@@ -90,7 +90,10 @@ def make_programs(
 
 def rungs(config: ConfigDict, model_config: Qwen3VLConfig) -> tuple[tuple[int, int], ...]:
     """train.length_buckets and patch_buckets with the largest that an episode can have, in pairs."""
-    longest, most = config.rollout.max_length, most_patches(config.rollout, model_config.vision.merge)
+    longest, most = (
+        config.rollout.max_length,
+        most_patches(config.rollout.max_image_tokens, config.rollout.max_length, model_config.vision.merge),
+    )
     lengths = (*(n for n in config.train.length_buckets if n < longest), longest)
     return micro_batches.make_rungs(lengths, (*(n for n in config.train.patch_buckets if n < most), most))
 

@@ -23,8 +23,8 @@ from tapo_jax.batch import TrainBatch
 from tapo_jax.config import UserError, flat, total_steps
 from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
-from tapo_jax.inputs import pack
 from tapo_jax.learn import assign_credit, train_step
+from tapo_jax.learn.batches import pack
 from tapo_jax.learn.checkpoints import Checkpoints
 from tapo_jax.learn.optimizer import make_optimizer
 from tapo_jax.learn.outcomes import Outcome, Outcomes

@@ -4,7 +4,7 @@ import numpy as np
 
 from tapo_jax.types import Identity, Number, Region, Text
 
-WORDS = "eiffel tower height paris built café 1889 the 北京 x".split()
+WORDS = ["eiffel", "tower", "height", "paris", "built", "café", "1889", "the", "北京", "x"]
 
 
 def arrays(seed, P, G, K, quantum=None):

@@ -8,8 +8,8 @@ from tapo_jax import records, rewards, tapo
 from tapo_jax.atlas.play import Settings
 from tapo_jax.cold_start.batches import AtlasSession
 from tapo_jax.cold_start.experts import Flaws, expert, play
-from tapo_jax.inputs import tool_steps
 from tapo_jax.learn.advantages import group_advantages
+from tapo_jax.learn.batches import tool_steps
 from tapo_jax.records import RecordedEpisode
 from tapo_jax.rollout.episode import Limits, open_prompt
 from tapo_jax.types import Episode

@@ -116,8 +116,22 @@ def find_clusters(sim, witnesses, theta, kind):
 
 
 def group_transfer(
-    sim, trajectory, valid, success, advantage, *, theta, alpha_min, beta, cluster="components", cluster_theta=None,
-    aggregate="mean", support=True, clip=True, weight=None, question=None,
+    sim,
+    trajectory,
+    valid,
+    success,
+    advantage,
+    *,
+    theta,
+    alpha_min,
+    beta,
+    cluster="components",
+    cluster_theta=None,
+    aggregate="mean",
+    support=True,
+    clip=True,
+    weight=None,
+    question=None,
 ):
     """One group: dict of lists over its slots, with the names of CreditTransfer's fields, and "clusters"."""
     slots, G = range(len(valid)), len(success)
@@ -158,6 +172,4 @@ def group_transfer(
 
 def token_rows(advantage, step_advantage, steps, step):
     """One group: per-token advantages of its rollouts. step[g][t] is k or -1; slot = g * steps + k."""
-    return [
-        [step_advantage[g * steps + k] if k >= 0 else advantage[g] for k in step[g]] for g in range(len(advantage))
-    ]
+    return [[step_advantage[g * steps + k] if k >= 0 else advantage[g] for k in step[g]] for g in range(len(advantage))]

@@ -8,13 +8,13 @@ import sys
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402
-import rollout_world as world  # noqa: E402
-import test_rollout  # noqa: E402
+import jax
+import rollout_world as world
+import test_rollout
 
-from tapo_jax import sharding  # noqa: E402
-from tapo_jax.rollout import episode as episode_module  # noqa: E402
-from tapo_jax.rollout.schedule import Shapes  # noqa: E402
+from tapo_jax import sharding
+from tapo_jax.rollout import episode as episode_module
+from tapo_jax.rollout.schedule import Shapes
 
 
 def main(port: str, rank: int, first: int, stop: int, out: str) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tapo_jax.inputs import PixelStore
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.models.inputs import PixelStore
 from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.rollout.chat import Chat, ParsedTurn
 from tapo_jax.tools.base import ToolRunner, function_schema

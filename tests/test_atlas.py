@@ -73,7 +73,7 @@ def test_a_scene_shows_each_outline_in_its_box_and_colour(worlds):
     pixels, placed = draw_scene(countries, size=256, outline=(0.18, 0.25), rng=rng)
     outside = np.ones(pixels.shape[:2], bool)
     for item in placed:
-        x1, y1, x2, y2 = (int(round(value * 256)) for value in item.box)
+        x1, y1, x2, y2 = (round(value * 256) for value in item.box)
         inside = pixels[max(y1 - 1, 0) : y2 + 2, max(x1 - 1, 0) : x2 + 2]
         assert (inside == np.array(COLOURS[item.colour])).all(-1).mean() > 0.1
         outside[max(y1 - 1, 0) : y2 + 2, max(x1 - 1, 0) : x2 + 2] = False

@@ -25,18 +25,28 @@ def test_loop_of_the_benchmark_equals_the_reference():
         result = tapo_loops.transfer(slots, success[p].tolist(), own, 0.7, 0.25, 0.8)
         sim = [[tapo_loops.similarity(a, b) for b in slots] for a in slots]
         expected = reference_tapo.group_transfer(
-            sim, steps.trajectory_PxS[p].tolist(), steps.valid_PxS[p].tolist(), success[p].tolist(), own,
-            theta=0.7, alpha_min=0.25, beta=0.8,
+            sim,
+            steps.trajectory_PxS[p].tolist(),
+            steps.valid_PxS[p].tolist(),
+            success[p].tolist(),
+            own,
+            theta=0.7,
+            alpha_min=0.25,
+            beta=0.8,
         )
         np.testing.assert_allclose(result, expected["advantage"], rtol=1e-12)
         agree += np.allclose(result, kernel[p], atol=1e-6)
     assert agree >= P - 1  # a float32 and a float64 similarity may fall on two sides of 0.7
 
 
-@pytest.mark.parametrize("arguments", [
-    ["tapo", "--sizes", "small", "--mixes", "search", "--tokens", "8"],
-    ["losses", "--rows", "4", "--tokens", "16"],
-], ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tapo", "--sizes", "small", "--mixes", "search", "--tokens", "8"],
+        ["losses", "--rows", "4", "--tokens", "16"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
 def test_command_prints_a_table_and_writes_json(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(bench_tapo.SIZES, "small", (2, 2, 2, 2))
     out = tmp_path / "out.json"

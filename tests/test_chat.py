@@ -122,7 +122,7 @@ def test_a_directory_without_tokenizer_or_template_is_one_sentence(chat, tmp_pat
 def test_names_are_the_same_tokens_wherever_they_stand(chat):
     """What makes a name easy to copy: after a list number, after a quote and at the start of an answer it is split
     alike."""
-    name = [token for token in chat.tokenizer.encode("Saudi Arabia").ids]
+    name = chat.tokenizer.encode("Saudi Arabia").ids
     for text in (
         "1. Saudi Arabia\n",
         '{"query": "Saudi Arabia, capital"}',

@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from tapo_jax import flops
 from tapo_jax.bench import model
 from tapo_jax.compile_check import check
 from tapo_jax.compile_check.programs import Program
+from tapo_jax.models import flops
 from tapo_jax.models.image_processor import ImageProcessor
 
 ROOT = Path(__file__).parents[1]

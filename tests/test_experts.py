@@ -1,6 +1,7 @@
 """Scripted experts: right without flaws, often wrong with them, and always through the real tools."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -49,12 +50,11 @@ def test_batches_weigh_what_the_policy_writes(directory):
 
 
 def test_what_is_weighed_in_a_copying_sequence_can_be_known_from_before(directory):
-    """Before every weighed token stands a pair (or, inside one word, a longer history) that the sequence had earlier.
-    """
+    """Before every weighed token is a pair (or, inside one word, a longer history) that the sequence had earlier."""
     batch = cold_start(directory, Flaws()).copy(np.random.default_rng(2), 8, 64)
     for token_T, weight_T in zip(batch.inputs.token_BxT, batch.weight_BxT, strict=True):
         places = np.flatnonzero(weight_T)
         assert len(places) and places[0] > 0
         for t in places:
-            earlier = zip(token_T[: t - 1], token_T[1:t], strict=True)
+            earlier = itertools.pairwise(token_T[:t])
             assert (token_T[t - 1], token_T[t]) in set(earlier)

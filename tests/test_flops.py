@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tapo_jax import flops
 from tapo_jax.batch import ModelInputs
 from tapo_jax.compile_check import hlo_costs
-from tapo_jax.models import parameters, published, qwen3_vl
+from tapo_jax.models import flops, parameters, published, qwen3_vl
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 
 VISION = VisionConfig(

@@ -19,7 +19,8 @@ def test_steps_by_hand():
     plain = jax.jit(gigpo.step_advantages, static_argnames="normalise")
     np.testing.assert_allclose(
         plain(returns, anchor, valid, advantage, omega=0.5, normalise=False),
-        [[1 + 1 / 3, 1, -1 - 1 / 6, -1, 2 - 1 / 6, 2]], rtol=1e-6,
+        [[1 + 1 / 3, 1, -1 - 1 / 6, -1, 2 - 1 / 6, 2]],
+        rtol=1e-6,
     )
     scaled = plain(returns, anchor, valid, advantage, omega=1.0, normalise=True)
     np.testing.assert_allclose(scaled[0, 0], 1 + 2 / 3 / np.sqrt(1 / 3), rtol=1e-5)

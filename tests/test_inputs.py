@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import rollout_world as world
 
-from tapo_jax.inputs import PixelStore, bucket, check_episode, make_row, model_inputs, pack, tool_steps
+from tapo_jax.learn.batches import check_episode, pack, tool_steps
+from tapo_jax.models.inputs import PixelStore, bucket, make_row, model_inputs
 from tapo_jax.models.positions import rope_positions, vision_inputs
 from tapo_jax.types import Episode, Image, ToolCall, ToolResult, Turn, root_image
 
@@ -99,9 +100,7 @@ def test_only_executed_calls_are_steps():
     assert tool_steps(make_episode(error="timeout"), 3) == []
     episode = make_episode()
     assert tool_steps(episode, 3) == [episode.turns[0]] and tool_steps(episode, 0) == []
-    failed = pack(
-        [make_episode(error="timeout")], CONFIG, world.pixels(), length=128, patches=64, steps=2
-    )
+    failed = pack([make_episode(error="timeout")], CONFIG, world.pixels(), length=128, patches=64, steps=2)
     assert (failed.step_BxT == -1).all()
 
 

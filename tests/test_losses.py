@@ -163,9 +163,8 @@ def test_all_zero_mask_gives_zero_loss_and_gradient(algorithm, aggregation):
     x, mask = jnp.ones((2, 3)), jnp.zeros((2, 3), bool)
     function = functools.partial(losses.policy_loss, algorithm=algorithm, aggregation=aggregation)
     for denominator in (None, 0, 7):
-        (value, metrics), grad = jax.value_and_grad(
-            lambda lp: function(lp, x, x, mask, denominator=denominator), has_aux=True  # noqa: B023
-        )(x)
+        loss = functools.partial(function, denominator=denominator)
+        (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(x, x, x, mask)
         assert float(value) == 0 and (grad == 0).all()
         assert all(np.isfinite(float(v)) for v in metrics.values())
 
@@ -193,7 +192,6 @@ def test_masked_token_with_any_log_probability_changes_nothing(algorithm, bad):
 def test_huge_ratio_of_a_real_token_stays_finite(algorithm):
     old, mask = jnp.zeros((1, 4)), jnp.ones((1, 4), bool)
     advantage, logp = jnp.array([[1.0, -1.0, 1.0, -1.0]]), jnp.array([[200.0, 200.0, -200.0, -200.0]])
-
 
     def objective(x):
         return losses.policy_loss(x, old, advantage, mask, algorithm=algorithm)[0]
@@ -285,7 +283,9 @@ def test_importance_weight_ignores_masked_infinities():
 def test_unknown_names_raise():
     x, mask = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
     for options, message in [
-        (dict(algorithm="ppo"), "ppo"), (dict(aggregation="mean"), "token_mean"), (dict(clip_dual=1.0), "clip_dual"),
+        (dict(algorithm="ppo"), "ppo"),
+        (dict(aggregation="mean"), "token_mean"),
+        (dict(clip_dual=1.0), "clip_dual"),
     ]:
         with pytest.raises(ValueError, match=message):
             losses.policy_loss(x, x, x, mask, **options)

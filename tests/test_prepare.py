@@ -13,7 +13,7 @@ from tapo_jax.tapo import adaptive as tapo_adaptive
 from tapo_jax.types import Identity
 
 P, G, K, T = 2, 4, 2, 6
-TRANSFER = dict(theta=0.7, alpha_min=0.25, beta=0.8, text="dice")  # noqa: C408
+TRANSFER = dict(theta=0.7, alpha_min=0.25, beta=0.8, text="dice")
 
 
 def run(
@@ -39,7 +39,7 @@ def run(
     )  # fmt: skip
     settings = (
         dict(estimator="dr_grpo", dynamic_sampling=False, overlong_buffer=0, max_length=T, transfer=transfer) | options
-    )  # noqa: C408
+    )
     program = assign_credit.make_prepare(mesh, **settings)
     placed = sharding.put_rows(batch, mesh, B), sharding.put_rows(outcome, mesh, P)
     thresholds, seed_step_2 = sharding.put_replicated((thresholds, np.zeros(2, np.int32)), mesh)

@@ -11,7 +11,7 @@ def test_tapo_example(capsys):
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "tapo.encode_steps" in block]
     assert len(code.splitlines()) <= 20 and "models" not in code
     names = {}
-    exec(code, names)  # noqa: S102
+    exec(code, names)
     # The failing rollouts' right calls: -0.58 + 0.8·sim·1·1.15 with sim ≥ 0.8 passes 0 and is clipped.
     np.testing.assert_array_equal(names["transfer"].advantage_PxS, np.float32([[1.15, 1.15, 0, -0.58, -0.58, 0]]))
     first = capsys.readouterr().out.splitlines()[0]

@@ -82,9 +82,15 @@ def test_table_by_hand():
     def episode(advantage: float, success: bool, *steps: tuple[str, bool]):
         turns = tuple(
             records.RecordedTurn(
-                "", truth.TEXT, {}, f"1. {title}\n…", slot=k, correctable=witnessed, adv_before=advantage,
+                "",
+                truth.TEXT,
+                {},
+                f"1. {title}\n…",
+                slot=k,
+                correctable=witnessed,
+                adv_before=advantage,
                 adv_after=min(advantage + 0.25 * witnessed, max(advantage, 0.0)),
-            )  # fmt: skip
+            )
             for k, (title, witnessed) in enumerate(steps)
         )
         return records.RecordedEpisode(
@@ -94,12 +100,14 @@ def test_table_by_hand():
         )  # fmt: skip
 
     right, wrong = "Peru, capital", "Peru, currency"
-    rows = truth.table([
-        episode(-0.5, False, (right, True), (wrong, True), (wrong, False)),
-        episode(-0.5, False, (right, False)),
-        episode(0.0, False, (right, True)),
-        episode(1.0, True, (right, True)),
-    ])
+    rows = truth.table(
+        [
+            episode(-0.5, False, (right, True), (wrong, True), (wrong, False)),
+            episode(-0.5, False, (right, False)),
+            episode(0.0, False, (right, True)),
+            episode(1.0, True, (right, True)),
+        ]
+    )
     assert [row["tool"] for row in rows] == ["all", truth.ZOOM, truth.IMAGE, truth.TEXT]
     assert rows[0] | {"tool": truth.TEXT} == rows[3]
     assert rows[3] == {

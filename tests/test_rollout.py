@@ -15,8 +15,9 @@ import pytest
 import rollout_world as world
 from flax import nnx
 
-from tapo_jax import inputs, metrics, sharding
+from tapo_jax import metrics, sharding
 from tapo_jax.config import UserError
+from tapo_jax.learn import batches
 from tapo_jax.learn.logprobs import token_logp
 from tapo_jax.models import qwen3_vl
 from tapo_jax.rollout import episode as episode_module
@@ -70,7 +71,7 @@ def sampled(sampler):
 
 
 def pack(episodes):
-    return inputs.pack(episodes, world.config(), world.pixels(), length=CAPACITY, patches=256, steps=STEPS)
+    return batches.pack(episodes, world.config(), world.pixels(), length=CAPACITY, patches=256, steps=STEPS)
 
 
 @jax.jit

@@ -9,8 +9,8 @@ import pytest
 import rollout_world as world
 from flax import nnx
 
-from tapo_jax.inputs import make_row
 from tapo_jax.models import qwen3_vl
+from tapo_jax.models.inputs import make_row
 from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.rollout.generate import generate
 from tapo_jax.rollout.sampler import Sampler
@@ -186,7 +186,7 @@ def test_a_chunk_stops_at_the_allowance_and_leaves_the_others_alone(sampler):
 def test_an_extension_of_padding_past_the_capacity_keeps_every_token(sampler):
     """A slot of 64 places that holds 40 is given 20 more, in a call of 32: the last 8 places of the call lie past its
     end."""
-    row, end = prompt_row("x" * 3)
+    row, _ = prompt_row("x" * 3)
     ids = np.resize(row.token_T, 60)
     straight, middle = make_row(ids[:32], [], CONFIG, world.pixels())
     more, far = make_row(ids[32:40], [], CONFIG, world.pixels(), middle)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tapo_jax.inputs import Row
+from tapo_jax.models.inputs import Row
 from tapo_jax.rollout.schedule import Draw, Extension, Piece, Shapes, cover, group, most_in_a_shard, place, plan
 
 SHAPES = Shapes(

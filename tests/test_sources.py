@@ -15,9 +15,9 @@ from tapo_jax.atlas.dataset import decode_image
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
 from tapo_jax.data.jsonl import JsonlPrompts
-from tapo_jax.retrieval_service import make_server, read_corpus
 from tapo_jax.tools.base import ToolRunner
 from tapo_jax.tools.remote_search import RemoteTextSearch
+from tapo_jax.tools.retrieval_service import make_server, read_corpus
 from tapo_jax.tools.text_search import TextSearch
 from tapo_jax.types import Prompt, ToolCall
 

@@ -1,5 +1,6 @@
 """Sweeps: which runs there are, that nothing is mixed or left out, and what the processes do."""
 
+import io
 import json
 import os
 import signal
@@ -177,7 +178,7 @@ def test_sigterm_ends_the_children_and_starts_no_other(tmp_path):
 
 def test_the_table_shows_every_run(tmp_path):
     runs = [fake(tmp_path, name, seed) for seed in (0, 1) for name in ("good", "bad")]
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))
+    console = Console(width=100, record=True, file=io.StringIO())
     with Progress(runs, console) as watch:
         work(runs[:2], tmp_path, watch=watch)
     text = console.export_text()

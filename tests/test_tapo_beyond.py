@@ -112,7 +112,9 @@ def test_memory_corrects_a_group_that_fails_throughout():
     steps = tapo.encode_steps(extended, steps=2)
     own = np.float32([[-0.2, -0.4]])
     result = transfer(
-        steps, np.concatenate([np.zeros((1, 2), bool), success], axis=1), np.concatenate([own, advantage], axis=1),
+        steps,
+        np.concatenate([np.zeros((1, 2), bool), success], axis=1),
+        np.concatenate([own, advantage], axis=1),
         weight_PxG=jnp.concatenate([jnp.ones((1, 2)), weight], axis=1),
     )
     cut = tapo_memory.drop_remembered(result, 4)

@@ -69,8 +69,14 @@ def test_batch_scope_equals_one_large_group_of_the_loops(options):
     sim = np.asarray(jax.jit(tapo.pairwise_similarity)(pooled))[0].astype(float).round(6)
     valid, won, own = (x.reshape(-1).tolist() for x in (steps.valid_PxS, success, advantage.astype(float)))
     expected = reference_tapo.group_transfer(
-        sim.tolist(), [i // K for i in range(P * G * K)], valid, won, own, question=[i // G for i in range(P * G)],
-        **BASE, **options,
+        sim.tolist(),
+        [i // K for i in range(P * G * K)],
+        valid,
+        won,
+        own,
+        question=[i // G for i in range(P * G)],
+        **BASE,
+        **options,
     )
     result = jax.jit(lambda s: tapo.transfer_credit(s, success, advantage, scope="batch", **options))(steps)
     for name in ("corrected", "correctable", "cluster", "witness"):
@@ -100,8 +106,10 @@ G, K = 4, 3
 SEED = st.integers(0, 2**32 - 1)
 OPTION = st.fixed_dictionaries(
     dict(
-        theta=st.sampled_from([0.5, 0.7, 0.9]), alpha_min=st.sampled_from([0.0, 0.25, 0.6]),
-        beta=st.sampled_from([0.3, 0.8, 3.0]), aggregate=st.sampled_from(["mean", "max", "min"]),
+        theta=st.sampled_from([0.5, 0.7, 0.9]),
+        alpha_min=st.sampled_from([0.0, 0.25, 0.6]),
+        beta=st.sampled_from([0.3, 0.8, 3.0]),
+        aggregate=st.sampled_from(["mean", "max", "min"]),
         cluster=st.sampled_from(["components", "leader"]),
     )
 )

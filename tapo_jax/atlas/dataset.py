@@ -31,15 +31,17 @@ class Atlas(tfds.core.GeneratorBasedBuilder):
         super().__init__(file_format="array_record", **options)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({
-            "id": tfds.features.Text(),
-            "question": tfds.features.Text(),
-            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-            "answers": tfds.features.Sequence(tfds.features.Text()),
-            "hops": np.int32,
-            "chain": tfds.features.Sequence(tfds.features.Text()),
-            "attribute": tfds.features.Text(),
-        })
+        features = tfds.features.FeaturesDict(
+            {
+                "id": tfds.features.Text(),
+                "question": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                "answers": tfds.features.Sequence(tfds.features.Text()),
+                "hops": np.int32,
+                "chain": tfds.features.Sequence(tfds.features.Text()),
+                "attribute": tfds.features.Text(),
+            }
+        )
         return self.dataset_info_from_configs(features=features, description=Atlas.__doc__)
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
@@ -53,15 +55,18 @@ class Atlas(tfds.core.GeneratorBasedBuilder):
             prompt, question, _ = make_prompt(world, self._settings, rng)
             png = io.BytesIO()
             PIL.Image.fromarray(prompt.images[0]).save(png, format="PNG")
-            yield i, {
-                "id": prompt.id,
-                "question": prompt.question,
-                "image": png.getvalue(),
-                "answers": list(prompt.answers),
-                "hops": prompt.hops,
-                "chain": list(question.chain),
-                "attribute": question.attribute,
-            }
+            yield (
+                i,
+                {
+                    "id": prompt.id,
+                    "question": prompt.question,
+                    "image": png.getvalue(),
+                    "answers": list(prompt.answers),
+                    "hops": prompt.hops,
+                    "chain": list(question.chain),
+                    "attribute": question.attribute,
+                },
+            )
 
 
 class AtlasPrompts(Sequence):

@@ -33,8 +33,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = importlib.import_module(f"tapo_jax.bench.{args.name}").run(args)
     machine = {
-        "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "cores": os.cpu_count(),
-        "load": os.getloadavg()[0], "jax": jax.__version__, "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "jax": jax.__version__,
+        "python": platform.python_version(),
     }
     Path(args.out).write_text(json.dumps({"benchmark": args.name, "machine": machine, "rows": rows}, indent=1) + "\n")
     print(", ".join(f"{name} {value}" for name, value in machine.items()))

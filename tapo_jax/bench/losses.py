@@ -27,13 +27,15 @@ def run(args) -> list[dict]:
 
         compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*arrays).compile()
         median, fastest = timing.timed(compiled, *arrays, repeats=args.repeats)
-        rows.append({
-            "loss": algorithm,
-            "aggregation": aggregation,
-            "tokens": args.rows * args.tokens,
-            "ms": median * 1e3,
-            "fastest_ms": fastest * 1e3,
-            "ns_per_token": median * 1e9 / (args.rows * args.tokens),
-            "memory_mib": timing.memory_mib(compiled),
-        })
+        rows.append(
+            {
+                "loss": algorithm,
+                "aggregation": aggregation,
+                "tokens": args.rows * args.tokens,
+                "ms": median * 1e3,
+                "fastest_ms": fastest * 1e3,
+                "ns_per_token": median * 1e9 / (args.rows * args.tokens),
+                "memory_mib": timing.memory_mib(compiled),
+            }
+        )
     return rows

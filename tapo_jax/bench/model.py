@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from tapo_jax import flops
 from tapo_jax.bench.model_work import Measured, Size
-from tapo_jax.models import shipped
+from tapo_jax.models import flops, shipped
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.published import MODELS
 

@@ -11,13 +11,13 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tapo_jax import flops, sharding
+from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.bench.model_work import Measured, Size, added_mib, conversations, written_mask
 from tapo_jax.learn import train_step
 from tapo_jax.learn.optimizer import make_optimizer
 from tapo_jax.learn.state import init_state, split_model
-from tapo_jax.models import positions
+from tapo_jax.models import flops, positions
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.rollout import slots

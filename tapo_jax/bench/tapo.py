@@ -106,9 +106,9 @@ def random_calls(P: int, G: int, K: int, texts: float):
         topic = rng.choice(words, 12, replace=False)
         draw, corner = rng.random((G, K)), rng.uniform(0, 0.3, (G, K, 2)).astype(np.float32)
         query = [[" ".join(topic[np.argsort(row)[:5]]) for row in rollout] for rollout in rng.random((G, K, 12))]
-        groups.append([
-            [_call(draw[g, k], texts, query[g][k], p, corner[g, k].tolist()) for k in range(K)] for g in range(G)
-        ])
+        groups.append(
+            [[_call(draw[g, k], texts, query[g][k], p, corner[g, k].tolist()) for k in range(K)] for g in range(G)]
+        )
     return groups
 
 

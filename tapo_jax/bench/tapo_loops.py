@@ -11,11 +11,18 @@ def as_lists(steps: Steps) -> list[list[dict]]:
     """One dict for each slot of each prompt."""
     P, S = steps.valid_PxS.shape
     fields = {
-        "valid": steps.valid_PxS, "trajectory": steps.trajectory_PxS,
-        "tool": steps.tool_PxS, "identity": steps.identity_PxS,
-        "root": steps.root_PxSxR, "box": steps.box_PxSxRx4, "has_region": steps.has_region_PxSxR,
-        "text": steps.text_PxSxXxF, "text_hash": steps.text_hash_PxSxX, "has_text": steps.has_text_PxSxX,
-        "number": steps.number_PxSxN, "has_number": steps.has_number_PxSxN,
+        "valid": steps.valid_PxS,
+        "trajectory": steps.trajectory_PxS,
+        "tool": steps.tool_PxS,
+        "identity": steps.identity_PxS,
+        "root": steps.root_PxSxR,
+        "box": steps.box_PxSxRx4,
+        "has_region": steps.has_region_PxSxR,
+        "text": steps.text_PxSxXxF,
+        "text_hash": steps.text_hash_PxSxX,
+        "has_text": steps.has_text_PxSxX,
+        "number": steps.number_PxSxN,
+        "has_number": steps.has_number_PxSxN,
     }
     lists = {name: array.tolist() for name, array in fields.items()}
     return [[{name: lists[name][p][s] for name in lists} for s in range(S)] for p in range(P)]
@@ -92,6 +99,4 @@ def transfer(
 
 def token_rows(advantage: list[float], step_advantage: list[float], steps: int, step: list[list[int]]):
     """Per-token advantages of one group's rollouts."""
-    return [
-        [step_advantage[g * steps + k] if k >= 0 else advantage[g] for k in row] for g, row in enumerate(step)
-    ]
+    return [[step_advantage[g * steps + k] if k >= 0 else advantage[g] for k in row] for g, row in enumerate(step)]

@@ -14,8 +14,8 @@ from tapo_jax.atlas.scene import Placed
 from tapo_jax.atlas.world import World, fictional_world, real_world
 from tapo_jax.batch import ModelInputs
 from tapo_jax.cold_start.experts import Flaws, expert, play, zoom_turn
-from tapo_jax.inputs import PixelStore, make_row, model_inputs
 from tapo_jax.models.config import Qwen3VLConfig
+from tapo_jax.models.inputs import PixelStore, make_row, model_inputs
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits, Opening, open_prompt
 from tapo_jax.tools.base import ToolRunner
@@ -85,7 +85,12 @@ class ColdStart:
         opening = self._open(prompt, pixels)
         script = expert(question, scene, rng, self._flaws)
         return play(
-            opening, script, runner=self._session.runner, chat=self._chat, limits=self._limits, image_tokens=pixels.tokens
+            opening,
+            script,
+            runner=self._session.runner,
+            chat=self._chat,
+            limits=self._limits,
+            image_tokens=pixels.tokens,
         )
 
     def full(self, rng: np.random.Generator, rows: int, length: int, patches: int) -> Batch:

@@ -1,6 +1,6 @@
 """Will a run fit its machines? Compiles the real programs of a config for a TPU topology, on a machine without a TPU.
 
-The environment must be set before jax starts: see `launch/compile_check.py`. The programs are in `abstract_run.py`,
+The environment must be set before jax starts: see `launch/compile_check.py`. The programs are in `programs.py`,
 the reading of what the compiler made of them is in `hlo_costs.py`.
 """
 
@@ -16,13 +16,12 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from tapo_jax import flops
 from tapo_jax.compile_check import hlo_costs
 from tapo_jax.compile_check.programs import PROGRAMS, Abstract, Program, abstract_run
 from tapo_jax.config import UserError, check_choice
-from tapo_jax.flops import GIB, Chip
-from tapo_jax.inputs import most_patches
-from tapo_jax.models import decode_kernel, splash
+from tapo_jax.models import decode_kernel, flops, splash
+from tapo_jax.models.flops import GIB, Chip
+from tapo_jax.models.inputs import most_patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,9 @@ def run_check(
     devices = topology_devices(topology)
     chip = flops.chip(devices[0].device_kind)
     if chip is None:
-        raise UserError(f"--topology={topology} has chips ({devices[0].device_kind}) that tapo_jax/flops.py lacks.")
+        raise UserError(
+            f"--topology={topology} has chips ({devices[0].device_kind}) that tapo_jax/models/flops.py lacks."
+        )
     run = abstract_run(config, devices)
     if not short:
         say(summary(run, chip))
@@ -153,12 +154,14 @@ def summary(run: Abstract, chip: Chip) -> str:
     config, mesh = run.config, run.mesh
     total, tower = count(run.params), count(run.params["vision"])
     rows = config.data.prompts_per_step * config.rollout.group_size
+    merge = run.model_config.vision.merge
+    patches = most_patches(config.rollout.max_image_tokens, config.rollout.max_length, merge)
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
         f"{total / 1e9:.2f} B parameters ({tower / 1e9:.2f} B vision) on {mesh.size} {chip.name} "
         f"({chip.memory / GIB:.0f} GiB each), mesh {shape}\n"
         f"batch of {rows} rows × {config.rollout.max_length} tokens and up to "
-        f"{most_patches(config.rollout, run.model_config.vision.merge)} patches, in {config.train.updates_per_batch} × "
+        f"{patches} patches, in {config.train.updates_per_batch} × "
         f"{config.train.micro_batches} pieces; {config.rollout.slots} slots"
     )
 

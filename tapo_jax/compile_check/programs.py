@@ -17,18 +17,18 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import flops, programs, sharding
+from tapo_jax import programs, sharding
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.check import check, check_rows
 from tapo_jax.config import check_choice
-from tapo_jax.inputs import most_patches
 from tapo_jax.learn import train_step
 from tapo_jax.learn.optimizer import make_optimizer
 from tapo_jax.learn.state import TrainState, split_model
-from tapo_jax.models import hf
+from tapo_jax.models import flops, hf
 from tapo_jax.models.attention import decodes_in_place
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.models.inputs import most_patches
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.published import MODELS
 from tapo_jax.rollout import slots
@@ -184,7 +184,9 @@ def abstract_slots(run: Abstract) -> Slots:
         chunk=config.rollout.decode_chunk,
         merge=model_config.vision.merge,
         image_patches=image_patches(config, model_config),
-        most_patches=most_patches(config.rollout, model_config.vision.merge),
+        most_patches=most_patches(
+            config.rollout.max_image_tokens, config.rollout.max_length, model_config.vision.merge
+        ),
         in_place=in_place,
     )
     with jax.set_mesh(run.mesh):

@@ -1,5 +1,5 @@
 """From rewards and tool calls to the advantage of every token, for the whole batch, on the device: the step between
-rollout and update. The mathematics is in `advantages.py` and `tapo.py`."""
+rollout and update. The mathematics is in `advantages.py` and `tapo_jax.tapo`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -45,8 +45,8 @@ def make_prepare(
     transfer: the settings of `tapo.transfer_credit`, None: TAPO off (its diagnostics are logged all the same, with the
     published settings and without effect). dynamic_sampling: groups whose rewards are all equal leave the loss (their
     mask becomes False). overlong_buffer: tokens before max_length in which a penalty grows to 1.
-    adaptive: None, or tools, quantile and rate of thresholds that adapt (`tapo_adaptive`); thresholds is None without.
-    gigpo: None, or discount and omega of the comparator `tapo_jax.learn.gigpo`: its advantages of turns are used then, and
+    adaptive: None, or tools, quantile and rate of thresholds that adapt (`tapo.adaptive`); thresholds is None without.
+    gigpo: None, or discount and omega of the comparator `gigpo`: its advantages of turns are used then, and
     Credit says what TAPO would have seen.
     seed_step_2: int32, what the control that shuffles draws from.
     """

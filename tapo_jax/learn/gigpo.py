@@ -32,7 +32,7 @@ def step_advantages(return_PxS, anchor_PxS, valid_PxS, advantage_PxG, *, omega=1
     normalise: divide by the standard deviation (ddof 1); False leaves it out (the paper's F_norm = 1).
     A state that only one step saw, and one whose returns are all equal, adds exactly 0. A slot without a step gets 0.
     """
-    P, G = advantage_PxG.shape
+    G = advantage_PxG.shape[1]
     same_PxSxS = (anchor_PxS[:, :, None] == anchor_PxS[:, None, :]) & valid_PxS[:, :, None] & valid_PxS[:, None, :]
     count_PxS = jnp.maximum(same_PxSxS.sum(axis=2), 1)
     # Differences instead of returns: equal returns give exactly 0, whatever their mean rounds to.

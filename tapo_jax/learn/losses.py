@@ -14,8 +14,20 @@ MAX_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a float32 product overflows and th
 
 
 def policy_loss(
-    logp_BxT, old_logp_BxT, advantage_BxT, mask_BxT, *, algorithm="grpo", clip_low=0.2, clip_high=0.2, clip_dual=None,
-    tau_pos=1.0, tau_neg=1.05, aggregation=None, denominator=None, weight_BxT=None,
+    logp_BxT,
+    old_logp_BxT,
+    advantage_BxT,
+    mask_BxT,
+    *,
+    algorithm="grpo",
+    clip_low=0.2,
+    clip_high=0.2,
+    clip_dual=None,
+    tau_pos=1.0,
+    tau_neg=1.05,
+    aggregation=None,
+    denominator=None,
+    weight_BxT=None,
 ):
     """(loss, metrics) of one array of trajectories, differentiable in logp_BxT only.
 

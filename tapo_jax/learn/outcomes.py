@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from tapo_jax import processes, tapo
-from tapo_jax.inputs import tool_steps
 from tapo_jax.learn import advantages
+from tapo_jax.learn.batches import tool_steps
 from tapo_jax.tapo import Steps, name_hash
 from tapo_jax.tapo import memory as tapo_memory
 from tapo_jax.types import Episode

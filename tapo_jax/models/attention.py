@@ -115,7 +115,7 @@ def cached_attention(
         return _block(q_BxtxHxA, k_BxKxSxA, v_BxKxSxA, place_S[None, None] <= last_Bxt[:, :, None])
 
     size = query_block(B, H, k_BxKxSxA.shape[2])
-    if T <= size:
+    if size >= T:
         return block(q_BxTxHxA, 0)
     blocks = -(-T // size)
     padded = jnp.pad(q_BxTxHxA, ((0, 0), (0, blocks * size - T), (0, 0), (0, 0)))

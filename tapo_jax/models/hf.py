@@ -124,7 +124,9 @@ def load(
     return fill(model, values), config
 
 
-def param_shardings(config: Qwen3VLConfig, mesh: jax.sharding.Mesh) -> dict[parameters.Path, jax.sharding.NamedSharding]:
+def param_shardings(
+    config: Qwen3VLConfig, mesh: jax.sharding.Mesh
+) -> dict[parameters.Path, jax.sharding.NamedSharding]:
     """The sharding of every parameter, by path: known before there are arrays."""
     return {path: sharding.layout(mesh, spec.axes, spec.shape) for path, spec in parameters.specs(config).items()}
 

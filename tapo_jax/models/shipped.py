@@ -1,4 +1,4 @@
-"""Where a model is: the tiny model that ships with the package, or the directory that a config names. Imports no jax."""
+"""Where a model is: the one that ships with the package, or the directory that a config names. Imports no jax."""
 
 from pathlib import Path
 

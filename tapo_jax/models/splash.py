@@ -33,7 +33,7 @@ def splash_attention(
 
     interpret: run the kernel step by step on any backend (slow; for tests).
     """
-    B, T, H, A = q_BxTxHxA.shape
+    _, T, H, A = q_BxTxHxA.shape
     if k_BxSxKxA.shape[2] % sharding.pieces("kv_heads"):  # then heads and key/value heads would be split differently
         k_BxSxKxA, v_BxSxKxA = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k_BxSxKxA, v_BxSxKxA))
     q, k, v = (_padded(x.swapaxes(1, 2), axis=2, value=0) for x in (q_BxTxHxA * A**-0.5, k_BxSxKxA, v_BxSxKxA))

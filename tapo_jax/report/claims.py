@@ -142,7 +142,7 @@ def unstable(sweep: Sweep, row: str, reference: str) -> dict[str, Any] | None:
 def betas(
     sweep: Sweep, configs: Mapping[str, Mapping[str, Any]], published: Mapping[str, str], accuracy: Callable
 ) -> list[dict[str, Any] | None]:
-    """"All betas help" and "0.8 is the best", for every base with at least three of them."""
+    """ "All betas help" and "0.8 is the best", for every base with at least three of them."""
     found: list[dict[str, Any] | None] = []
     for base, centre in published.items():
         as_centre = lambda config: is_published(config | {"tapo.beta": PUBLISHED["tapo.beta"]})  # noqa: E731

@@ -1,4 +1,4 @@
-"""The figures of a sweep, drawn from `report_sweep.summarise`. Each returns whether there was anything to draw."""
+"""The figures of a sweep, drawn from `results.summarise`. Each returns whether there was anything to draw."""
 
 import json
 from collections.abc import Mapping, Sequence

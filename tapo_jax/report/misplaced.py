@@ -71,15 +71,17 @@ def from_similarities(
     for threshold in thresholds:
         near_N = sim_N >= np.float32(threshold)
         found = {(g, e) for g, e, near in zip(group_N, episode_N, near_N, strict=True) if near}
-        rows.append({
-            "threshold": threshold,
-            "correctable_actions": int(near_N.sum()) / max(len(sim_N), 1),
-            "correctable_trajectories": len(found) / max(failing_trajectories, 1),
-            "actions": int(near_N.sum()),
-            "failing_actions": len(sim_N),
-            "trajectories": len(found),
-            "failing_trajectories": failing_trajectories,
-        })
+        rows.append(
+            {
+                "threshold": threshold,
+                "correctable_actions": int(near_N.sum()) / max(len(sim_N), 1),
+                "correctable_trajectories": len(found) / max(failing_trajectories, 1),
+                "actions": int(near_N.sum()),
+                "failing_actions": len(sim_N),
+                "trajectories": len(found),
+                "failing_trajectories": failing_trajectories,
+            }
+        )
     return rows
 
 

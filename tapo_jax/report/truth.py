@@ -63,17 +63,19 @@ def table(episodes: Sequence[RecordedEpisode]) -> list[dict[str, Any]]:
     for tool in ("all", ZOOM, IMAGE, TEXT):
         steps = [step for step in known if tool in ("all", step[1].call_name)]
         punished = [(turn.correctable, right) for success, turn, right in steps if not success and turn.adv_before < 0]
-        rows.append({
-            "tool": tool,
-            "punished": len(punished),
-            "undeserved": _mean([right for _, right in punished]),
-            "found": _mean([witnessed for witnessed, right in punished if right]),
-            "precision": _mean([right for witnessed, right in punished if witnessed]),
-            **{
-                name: [_mean([getattr(turn, when) for _, turn, right in steps if right is flag]) for when in _WHEN]
-                for name, flag in (("right", True), ("wrong", False))
-            },
-        })
+        rows.append(
+            {
+                "tool": tool,
+                "punished": len(punished),
+                "undeserved": _mean([right for _, right in punished]),
+                "found": _mean([witnessed for witnessed, right in punished if right]),
+                "precision": _mean([right for witnessed, right in punished if witnessed]),
+                **{
+                    name: [_mean([getattr(turn, when) for _, turn, right in steps if right is flag]) for when in _WHEN]
+                    for name, flag in (("right", True), ("wrong", False))
+                },
+            }
+        )
     return rows
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tapo_jax.inputs import PixelStore, Row, make_row
+from tapo_jax.models.inputs import PixelStore, Row, make_row
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Conversation, Limits, Opening, open_prompt
 from tapo_jax.rollout.sampler import Sampler

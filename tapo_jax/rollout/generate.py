@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from flax import nnx
 
-from tapo_jax.inputs import PixelStore, Row, make_row
 from tapo_jax.models import qwen3_vl
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.models.inputs import PixelStore, Row, make_row
 from tapo_jax.rollout.sampler import Sampler
 from tapo_jax.rollout.schedule import Draw, Extension, Shapes
 from tapo_jax.types import root_image

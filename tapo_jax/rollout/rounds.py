@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tapo_jax.config import UserError
-from tapo_jax.inputs import PixelStore
+from tapo_jax.models.inputs import PixelStore
 from tapo_jax.rollout.board import Board
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits

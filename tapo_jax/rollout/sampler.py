@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 
 from tapo_jax import sharding
 from tapo_jax.config import UserError
-from tapo_jax.inputs import model_inputs
 from tapo_jax.models import qwen3_vl
 from tapo_jax.models.attention import decodes_in_place
+from tapo_jax.models.inputs import model_inputs
 from tapo_jax.rollout import schedule
 from tapo_jax.rollout.schedule import Draw, Extension, Round, Shapes
 from tapo_jax.rollout.slots import SlotState, copy_slots, decode_slots, extend_slots, init_slots

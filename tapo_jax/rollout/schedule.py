@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from tapo_jax.inputs import Row, bucket
+from tapo_jax.models.inputs import Row, bucket
 
 WHOLE_WINDOW = 1024  # a slot of no more places is always worked on as a whole: half of it would save little
 

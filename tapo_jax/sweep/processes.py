@@ -77,7 +77,7 @@ def core_shares(jobs: int) -> list[list[int]]:
 def start(run: Run, cores: Sequence[int], jobs: int, cache: Path) -> Child | None:
     """The child, or None where another process works on this run or has ended it."""
     run.workdir.mkdir(parents=True, exist_ok=True)
-    lock = open(run.workdir / "lock", "w")
+    lock = open(run.workdir / "lock", "w")  # noqa: SIM115 - held until the child has ended
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

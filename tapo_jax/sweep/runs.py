@@ -39,7 +39,7 @@ class Run:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """"0,1,2", "0-4" or both, "0-2,7". Raises UserError."""
+    """ "0,1,2", "0-4" or both, "0-2,7". Raises UserError."""
     seeds: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -79,7 +79,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def state(run: Run) -> str:
-    """"done", "failed" or "waiting" (an interrupted run waits too: it goes on from its checkpoint)."""
+    """ "done", "failed" or "waiting" (an interrupted run waits too: it goes on from its checkpoint)."""
     if (run.result / "result.json").exists():
         return "done"
     return "failed" if (run.result / "failed.json").exists() else "waiting"

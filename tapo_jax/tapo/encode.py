@@ -52,8 +52,14 @@ class Steps:
 
 
 def encode_steps(
-    groups: Sequence[Sequence[Sequence[Call | None]]], *, steps: int, features: int = 256, regions: int | None = None,
-    texts: int | None = None, numbers: int | None = None, embed: Callable[[str], np.ndarray] | None = None,
+    groups: Sequence[Sequence[Sequence[Call | None]]],
+    *,
+    steps: int,
+    features: int = 256,
+    regions: int | None = None,
+    texts: int | None = None,
+    numbers: int | None = None,
+    embed: Callable[[str], np.ndarray] | None = None,
 ) -> Steps:
     """Steps (of numpy arrays) from the calls of every rollout of every prompt.
 
@@ -146,9 +152,7 @@ def parameter_slots(schemas: Sequence[Mapping]) -> dict[str, int]:
 
     An image parameter is compared by the region of its root that it shows. Raises KeyError for a property without kind.
     """
-    kinds = [
-        [prop["x-kind"] for prop in schema["function"]["parameters"]["properties"].values()] for schema in schemas
-    ]
+    kinds = [[prop["x-kind"] for prop in schema["function"]["parameters"]["properties"].values()] for schema in schemas]
     most = {kind: max((row.count(kind) for row in kinds), default=0) for kind in ("region", "image", "text", "number")}
     return {"regions": most["region"] + most["image"], "texts": most["text"], "numbers": most["number"]}
 

@@ -35,7 +35,8 @@ def remember(
         for g, calls in enumerate(groups[p]):
             if success_PxG[p, g]:
                 entry = {
-                    "step": step, "advantage": float(advantage_PxG[p, g]),
+                    "step": step,
+                    "advantage": float(advantage_PxG[p, g]),
                     "calls": [_pack(call) for call in calls if call is not None],
                 }
                 kept[name] = [*kept.get(name, []), entry]

@@ -45,8 +45,22 @@ class CreditTransfer:
 
 
 def credit_transfer(
-    sim_PxSxS, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, *, theta, alpha_min, beta, cluster="components",
-    cluster_theta=None, aggregate="mean", support=True, clip=True, weight_PxG=None, questions=1,
+    sim_PxSxS,
+    trajectory_PxS,
+    valid_PxS,
+    success_PxG,
+    advantage_PxG,
+    *,
+    theta,
+    alpha_min,
+    beta,
+    cluster="components",
+    cluster_theta=None,
+    aggregate="mean",
+    support=True,
+    clip=True,
+    weight_PxG=None,
+    questions=1,
 ) -> CreditTransfer:
     """Step-level advantages of one batch (arXiv 2606.05784; the definitions that it leaves open are this project's).
 
@@ -179,9 +193,24 @@ def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
 
 
 def transfer_credit(
-    steps: Steps, success_PxG, advantage_PxG, *, theta=0.7, alpha_min=0.25, beta=0.8, cluster="components",
-    cluster_theta=None, aggregate="mean", support=True, clip=True, text="dice", scope="prompt", control="none",
-    key=None, weight_PxG=None, chunks=1,
+    steps: Steps,
+    success_PxG,
+    advantage_PxG,
+    *,
+    theta=0.7,
+    alpha_min=0.25,
+    beta=0.8,
+    cluster="components",
+    cluster_theta=None,
+    aggregate="mean",
+    support=True,
+    clip=True,
+    text="dice",
+    scope="prompt",
+    control="none",
+    key=None,
+    weight_PxG=None,
+    chunks=1,
 ) -> CreditTransfer:
     """`pairwise_similarity`, then `credit_transfer`: the whole of TAPO from encoded calls to step advantages.
 
@@ -211,9 +240,21 @@ def transfer_credit(
             failing_PxS = controls.failing_steps(steps.trajectory_PxS, steps.valid_PxS, success_PxG)
             sim_PxSxS = controls.shuffle_rows(key_P, sim_PxSxS, failing_PxS)
         result = credit_transfer(
-            sim_PxSxS, steps.trajectory_PxS, steps.valid_PxS, success_PxG, advantage_PxG, theta=theta_PxS,
-            alpha_min=alpha_min, beta=beta, cluster=cluster, cluster_theta=cluster_theta, aggregate=aggregate,
-            support=support, clip=clip, weight_PxG=weight_PxG, questions=P if scope == "batch" else 1,
+            sim_PxSxS,
+            steps.trajectory_PxS,
+            steps.valid_PxS,
+            success_PxG,
+            advantage_PxG,
+            theta=theta_PxS,
+            alpha_min=alpha_min,
+            beta=beta,
+            cluster=cluster,
+            cluster_theta=cluster_theta,
+            aggregate=aggregate,
+            support=support,
+            clip=clip,
+            weight_PxG=weight_PxG,
+            questions=P if scope == "batch" else 1,
         )
         return controls.zero_tools(result, steps, success_PxG) if control == "zero_tools" else result
 

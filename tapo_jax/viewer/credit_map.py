@@ -2,6 +2,7 @@
 after TAPO, and an arrow from each witness to the steps that borrowed from it. Geometry only; `page.html` draws it
 as SVG."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +36,7 @@ def _colours() -> list[dict[str, Any]]:
     colours = []
     for level in range(-LEVELS, LEVELS + 1):
         at = level / LEVELS
-        (x0, low), (x1, high) = next(pair for pair in zip(_STOPS, _STOPS[1:], strict=False) if at <= pair[1][0])
+        (x0, low), (x1, high) = next(pair for pair in itertools.pairwise(_STOPS) if at <= pair[1][0])
         rgb = [round(a + (b - a) * (at - x0) / (x1 - x0)) for a, b in zip(low, high, strict=True)]
         light = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
         colours.append(

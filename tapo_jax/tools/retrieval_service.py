@@ -47,7 +47,7 @@ def make_server(search: TextSearch, host: str, port: int) -> http.server.Threadi
     """A server that is not yet running; port 0 takes a free one."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802 (the base class's name)
+        def do_POST(self) -> None:
             size = int(self.headers.get("Content-Length") or 0)
             if self.path != "/retrieve" or not 0 < size <= MAX_BODY:
                 self._reply(404 if self.path != "/retrieve" else 413, {"error": "POST /retrieve with a JSON body"})

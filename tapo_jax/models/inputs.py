@@ -10,13 +10,12 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from tapo_jax.batch import ModelInputs, TrainBatch
+from tapo_jax.batch import ModelInputs
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.positions import rope_positions, vision_inputs
-from tapo_jax.types import Episode, Image, Turn
+from tapo_jax.types import Image
 
 
 def bucket(size: int, rungs: Sequence[int]) -> int:
@@ -27,9 +26,10 @@ def bucket(size: int, rungs: Sequence[int]) -> int:
     raise ValueError(f"size {size} is larger than the largest bucket of {tuple(rungs)}")
 
 
-def most_patches(rollout: ConfigDict, merge: int) -> int:
-    """Patches that a conversation can have: rollout.max_image_tokens tokens of merge² each, 0: rollout.max_length."""
-    return (rollout.max_image_tokens or rollout.max_length) * merge**2
+def most_patches(max_image_tokens: int, max_length: int, merge: int) -> int:
+    """Patches that a conversation can have: merge² for each image token, of which there are at most max_image_tokens,
+    or max_length where that is 0."""
+    return (max_image_tokens or max_length) * merge**2
 
 
 class PixelStore:
@@ -155,68 +155,3 @@ def model_inputs(
             for name, value in vision_inputs(np.array(row.grids, np.int32), config).items():
                 vision[name.replace("_N", "_BxN")][b, : row.patches] = value
     return ModelInputs(**text, **(vision if N else {}))
-
-
-# What the trainer reads.
-
-
-def tool_steps(episode: Episode, steps: int) -> list[Turn]:
-    """The executed calls of an episode in order, at most `steps`: slot k of TAPO is the k-th of this list."""
-    return [turn for turn in episode.turns if turn.is_step][:steps]
-
-
-def pack(
-    episodes: Sequence[Episode],
-    config: Qwen3VLConfig,
-    pixels: PixelStore,
-    *,
-    length: int,
-    patches: int,
-    steps: int,
-) -> TrainBatch:
-    """Episodes (B of them, row b is episodes[b]) -> TrainBatch of numpy arrays of `length` tokens and `patches` patches
-    a row (0: without image fields), without old_logp and advantage.
-
-    Raises ValueError where a row does not fit, or where an episode's ids, mask and log-probabilities do not line up.
-    """
-    B = len(episodes)
-    mask_BxT = np.zeros((B, length), bool)
-    step_BxT = np.full((B, length), -1, np.int32)
-    logp_BxT = np.zeros((B, length), np.float32)
-    rows: list[Row | None] = []
-    for episode in episodes:
-        check_episode(episode, config)
-        empty = len(episode.token_T) == 0
-        rows.append(None if empty else make_row(episode.token_T, episode.images, config, pixels)[0])
-    inputs = model_inputs(rows, length=length, patches=patches, config=config, dtype=pixels.dtype)
-    for b, episode in enumerate(episodes):
-        count = len(episode.token_T)
-        mask_BxT[b, :count] = episode.mask_T
-        logp_BxT[b, :count] = episode.sampler_logp_T
-        for k, turn in enumerate(tool_steps(episode, steps)):
-            step_BxT[b, turn.start : turn.stop] = k
-    return TrainBatch(inputs=inputs, mask_BxT=mask_BxT, step_BxT=step_BxT, sampler_logp_BxT=logp_BxT)
-
-
-def check_episode(episode: Episode, config: Qwen3VLConfig) -> None:
-    """Raises ValueError unless ids, mask, log-probabilities, turns and images of an episode line up."""
-    count = len(episode.token_T)
-    written_T = np.zeros(count, bool)
-    for turn in episode.turns:
-        written_T[turn.start : turn.stop] = True
-    starts = np.array(episode.image_start, np.int64)
-    problems = {
-        "mask_T or sampler_logp_T has another length than token_T": not count
-        == len(episode.mask_T)
-        == len(episode.sampler_logp_T),
-        "the first token is in the loss": bool(count and written_T[0]),
-        "mask_T is not the union of the turns": not np.array_equal(written_T, episode.mask_T),
-        "a log-probability outside of the mask": bool(np.any(episode.sampler_logp_T[~written_T])),
-        "a log-probability above 0": bool(np.any(episode.sampler_logp_T > 0)),
-        "image_start has another length than images": len(starts) != len(episode.images),
-        "image_start is no placeholder": bool(np.any(episode.token_T[starts] != config.image_token)),
-        "the policy wrote a placeholder": bool(np.any(episode.token_T[written_T] == config.image_token)),
-    }
-    for problem, found in problems.items():
-        if found:
-            raise ValueError(f"episode {episode.prompt.id!r} sample {episode.sample}: {problem}")
