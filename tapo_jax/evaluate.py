@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tapo_jax import processes
 from tapo_jax.agent import Agent
 from tapo_jax.data import sources
+from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.rollout.summary import FINISHES
 from tapo_jax.types import Episode, Prompt
 
@@ -38,16 +39,8 @@ def play(
     parts = np.array_split(np.arange(len(prompts)), jax.process_count())
     mine = parts[jax.process_index()]
     first = int(mine[0]) if len(mine) else 0
-    return agent.play(
-        params,
-        [prompts[i] for i in mine],
-        group_size=1,
-        temperature=temperature,
-        top_p=1.0,
-        seed=seed,
-        step=0,
-        first_prompt=first,
-    )
+    sampling = Sampling(temperature, seed=seed, first_prompt=first)
+    return agent.play(params, [prompts[i] for i in mine], 1, sampling)
 
 
 def tally(episodes: Sequence[Episode], played: Mapping[str, float]) -> dict[str, float]:

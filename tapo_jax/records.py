@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PillowImage
 
+from tapo_jax.files import write_whole
 from tapo_jax.types import Episode
 
 
@@ -160,11 +160,9 @@ def save(path: Path, episodes: Sequence[RecordedEpisode]) -> None:
             names.append(name_of[key])
         items.append(dataclasses.asdict(dataclasses.replace(episode, images=())) | {"images": names})
     arrays["episodes"] = np.frombuffer(json.dumps(items).encode(), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
 
 
 def load(path: Path) -> list[RecordedEpisode]:

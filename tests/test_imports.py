@@ -103,9 +103,10 @@ def test_the_circle_finder_finds_circles():
 
 
 # room -> the rooms of this project that it may import, and no others.
-VOCABULARY = {"config", "types", "batch"}
+VOCABULARY = {"config", "types", "batch", "files"}
 MAY_IMPORT = {
     "config": set(),
+    "files": set(),
     "types": set(),
     "batch": set(),
     "sharding": {"config"},
@@ -116,10 +117,10 @@ MAY_IMPORT = {
     "atlas": VOCABULARY | {"tools"},
     "rollout": VOCABULARY | {"models", "sharding", "tools"},
     "learn": VOCABULARY | {"models", "processes", "sharding", "tapo"},
-    "records": {"types"},
-    "report": {"atlas", "config", "records", "types", "viewer"},
-    "viewer": {"records", "rollout"},
-    "sweep": {"config", "processes", "report"},
+    "records": {"files", "types"},
+    "report": {"atlas", "config", "files", "records", "types", "viewer"},
+    "viewer": {"files", "records", "rollout"},
+    "sweep": {"config", "files", "processes", "report"},
 }
 
 
@@ -148,7 +149,7 @@ def test_only_the_wiring_and_whole_programs_know_the_config():
 
 
 def test_losses_and_advantages_are_functions_of_arrays():
-    assert tops("tapo_jax/learn/losses.py") == {"jax"}
+    assert tops("tapo_jax/learn/losses.py") <= {"collections", "dataclasses", "jax"}
     assert tops("tapo_jax/learn/advantages.py") <= {"jax", "numpy"}
     for file in ("tapo_jax/learn/losses.py", "tapo_jax/learn/advantages.py"):
         assert inside(file) == set()

@@ -57,7 +57,7 @@ def test_atlas_by_default(tmp_path):
 
 
 def test_your_own_functions():
-    made = config(**{"data.name": "tests.test_sources:my_prompts", "tools.source": "tests.test_sources:my_tools"})
+    made = config(**{"data.source": "tests.test_sources:my_prompts", "tools.source": "tests.test_sources:my_tools"})
     made.tools.names = ("text_search_tool",)
     assert sources.prompts(made, "train")[0].id == "train" and len(sources.tools(made)) == 1
 
@@ -65,10 +65,10 @@ def test_your_own_functions():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"data.name": "fvqa"}, "data.name is 'fvqa': use atlas, jsonl"),
-        ({"data.name": "tests.test_sources:nothing"}, "no function of this name"),
-        ({"data.name": "os.no_such:thing"}, "no function of this name"),
-        ({"data.name": "jsonl", "data.dir": "/nonexistent"}, "has no file"),
+        ({"data.source": "fvqa"}, "data.source is 'fvqa': use atlas, jsonl"),
+        ({"data.source": "tests.test_sources:nothing"}, "no function of this name"),
+        ({"data.source": "os.no_such:thing"}, "no function of this name"),
+        ({"data.source": "jsonl", "data.dir": "/nonexistent"}, "has no file"),
     ],
 )
 def test_a_wrong_source_is_one_sentence(changes, says):
@@ -89,16 +89,16 @@ def test_your_own_rewards():
     """Names without a weight are kept, for the metrics; those with one must be there."""
     episode = SimpleNamespace(turns=[1, 2, 3])
     assert sources.score(config()) is rewards.score
-    own = sources.score(config(reward_source="tests.test_sources:my_score"))(episode)
+    own = sources.score(config(**{"reward.source": "tests.test_sources:my_score"}))(episode)
     assert own == {"accuracy": 1.0, "format": 0.5, "turns": 3.0} and all(type(value) is float for value in own.values())
-    with pytest.raises(UserError, match="reward_source 'tests.test_sources:forgetful_score' gave no format: every"):
-        sources.score(config(reward_source="tests.test_sources:forgetful_score"))(episode)
+    with pytest.raises(UserError, match="reward.source 'tests.test_sources:forgetful_score' gave no format: every"):
+        sources.score(config(**{"reward.source": "tests.test_sources:forgetful_score"}))(episode)
     for path, says in (
         ("exact", "use rewards or your own"),
         ("tests.test_sources:nothing", "no function of this name"),
     ):
         with pytest.raises(UserError, match=says):
-            sources.score(config(reward_source=path))
+            sources.score(config(**{"reward.source": path}))
 
 
 def test_a_folder_of_questions(tmp_path):
@@ -108,7 +108,7 @@ def test_a_folder_of_questions(tmp_path):
         {"id": "b", "question": "r", "answers": ["z"], "hops": 2},
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prompts = sources.prompts(config(**{"data.name": "jsonl", "data.dir": str(tmp_path)}), "train")
+    prompts = sources.prompts(config(**{"data.source": "jsonl", "data.dir": str(tmp_path)}), "train")
     first, second = prompts[0], prompts[1]
     assert (first.id, first.answers, first.images[0].shape) == ("1", ("x", "y"), (4, 6, 3)) and first.images[0][
         0, 0

@@ -226,7 +226,7 @@ def test_a_damaged_checkpoint_is_one_sentence(model, run8, tmp_path, monkeypatch
         ({"tapo.cluster": "kmeans"}, r"tapo\.cluster is 'kmeans'"),
         ({"optimizer.schedule": "step"}, r"optimizer\.schedule is 'step'"),
         ({"rollout.group_size": 0}, r"rollout\.group_size is 0"),
-        ({"tapo.steps": 2}, r"tapo\.steps is 2 and rollout\.max_turns is 3"),
+        ({"tapo.max_tool_steps": 2}, r"tapo\.max_tool_steps is 2 and rollout\.max_turns is 3"),
         ({"model.path": "/nowhere"}, r"model\.path is '/nowhere', which is no directory"),
         ({"model.remat": "some"}, r"model\.remat is 'some'"),
     ],

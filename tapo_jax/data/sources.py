@@ -1,8 +1,8 @@
 """What a config names -> the questions of a split, the tools that can answer them, and what an answer is worth.
 
-`data.name` is "atlas" (the embedded world), "jsonl" (the folder data.dir, see `jsonl.py`), or your own
+`data.source` is "atlas" (the embedded world), "jsonl" (the folder data.dir, see `jsonl.py`), or your own
 "package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is likewise "atlas" or
-"package.module:function", called as function(config) -> list[Tool]; `reward_source` is "rewards" or
+"package.module:function", called as function(config) -> list[Tool]; `reward.source` is "rewards" or
 "package.module:function", called as function(episode) -> {name: number}, among them "accuracy".
 """
 
@@ -28,14 +28,14 @@ from tapo_jax.types import Episode, Prompt
 
 def prompts(config: Any, split: str) -> Sequence[Prompt]:
     """All questions of a split. Raises UserError for a data set or a split that does not exist."""
-    if ":" in config.data.name:
-        return _function("data.name", config.data.name)(config, split)
+    if ":" in config.data.source:
+        return _function("data.source", config.data.source)(config, split)
     readers = {"atlas": _atlas_prompts, "jsonl": lambda config, split: JsonlPrompts(config.data.dir, split)}
-    if config.data.name not in readers:
+    if config.data.source not in readers:
         raise UserError(
-            f"data.name is '{config.data.name}': use {', '.join(readers)} or your own \"package.module:function\"."
+            f"data.source is '{config.data.source}': use {', '.join(readers)} or your own \"package.module:function\"."
         )
-    return readers[config.data.name](config, split)
+    return readers[config.data.source](config, split)
 
 
 def tools(config: Any) -> list[Tool]:
@@ -59,20 +59,21 @@ def tools(config: Any) -> list[Tool]:
 
 def score(config: Any) -> Callable[[Episode], dict[str, float]]:
     """What gives an episode its named rewards. Raises UserError for a source that does not exist, and, when it is
-    called, for rewards without accuracy or without one that config.reward gives a weight."""
-    if config.reward_source == "rewards":
+    called, for rewards without accuracy or without one that reward.weights gives a weight."""
+    if config.reward.source == "rewards":
         return rewards.score
-    if ":" not in config.reward_source:
+    if ":" not in config.reward.source:
         raise UserError(
-            f"reward_source is '{config.reward_source}': use rewards or your own \"package.module:function\"."
+            f"reward.source is '{config.reward.source}': use rewards or your own \"package.module:function\"."
         )
-    function, weighted = _function("reward_source", config.reward_source), set(config.reward)
+    function, weighted = _function("reward.source", config.reward.source), set(config.reward.weights)
+    extra = dict(config.reward.extra)
 
     def checked(episode: Episode) -> dict[str, float]:
-        found = {name: float(value) for name, value in function(episode).items()}
+        found = {name: float(value) for name, value in function(episode, **extra).items()}
         if missing := sorted((weighted | {"accuracy"}) - found.keys()):
             raise UserError(
-                f"reward_source '{config.reward_source}' gave no {', '.join(missing)}: every name of config.reward is "
+                f"reward.source '{config.reward.source}' gave no {', '.join(missing)}: every name of reward.weights is "
                 "needed, and accuracy, by which TAPO knows a success."
             )
         return found
