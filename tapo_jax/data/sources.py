@@ -1,6 +1,6 @@
 """What a config names -> the questions of a split, the tools that can answer them, and what an answer is worth.
 
-`data.name` is "atlas" (the embedded world), "jsonl" (the folder data.dir, see `jsonl.py`), or your own
+`data.name` is "atlas" (the embedded world), one of `readers.READERS` (a data set in the folder data.dir), or your own
 "package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is likewise "atlas" or
 "package.module:function", called as function(config) -> list[Tool]; `reward_source` is "rewards" or
 "package.module:function", called as function(episode) -> {name: number}, among them "accuracy".
@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tapo_jax import rewards
-from tapo_jax.atlas import dataset
 from tapo_jax.atlas.play import Settings, make_tools
 from tapo_jax.atlas.world import real_world
 from tapo_jax.config import UserError
-from tapo_jax.data.jsonl import JsonlPrompts
+from tapo_jax.data import atlas
+from tapo_jax.data.readers import READERS, read
 from tapo_jax.tools.base import Tool
 from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.types import Episode, Prompt
@@ -30,12 +30,13 @@ def prompts(config: Any, split: str) -> Sequence[Prompt]:
     """All questions of a split. Raises UserError for a data set or a split that does not exist."""
     if ":" in config.data.name:
         return _function("data.name", config.data.name)(config, split)
-    readers = {"atlas": _atlas_prompts, "jsonl": lambda config, split: JsonlPrompts(config.data.dir, split)}
-    if config.data.name not in readers:
+    if config.data.name not in READERS:
         raise UserError(
-            f"data.name is '{config.data.name}': use {', '.join(readers)} or your own \"package.module:function\"."
+            f"data.name is '{config.data.name}': use {', '.join(READERS)} or your own \"package.module:function\"."
         )
-    return readers[config.data.name](config, split)
+    if config.data.name == "atlas":
+        return _atlas_prompts(config, split)
+    return read(config.data.name, config.data.dir, split)
 
 
 def tools(config: Any) -> list[Tool]:
@@ -89,13 +90,11 @@ def _function(field: str, path: str) -> Callable:
 
 
 def _atlas_prompts(config: Any, split: str) -> Sequence[Prompt]:
-    if split not in dataset.SPLITS:
-        raise UserError(f"The split '{split}' does not exist: Atlas has {', '.join(dataset.SPLITS)}.")
     settings, sizes = atlas_settings(config), tuple(config.data.sizes)
     described = json.dumps([dataclasses.asdict(settings), config.data.world_seed, sizes])
     folder = hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
-    builder = dataset.prepare(_data_dir(config) / folder, settings=settings, seed=config.data.world_seed, sizes=sizes)
-    return dataset.AtlasPrompts(builder, split)
+    directory = _data_dir(config) / folder
+    return atlas.read(directory, split, settings=settings, seed=config.data.world_seed, sizes=sizes)
 
 
 def atlas_settings(config: Any) -> Settings:
