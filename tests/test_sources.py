@@ -11,9 +11,10 @@ from configs import tapo_grpo
 from tapo_jax import rewards
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
+from tapo_jax.data.corpus import read_corpus
 from tapo_jax.tools.base import ToolRunner
 from tapo_jax.tools.remote_search import RemoteTextSearch
-from tapo_jax.tools.retrieval_service import make_server, read_corpus
+from tapo_jax.tools.retrieval_service import make_server
 from tapo_jax.tools.text_search import TextSearch
 from tapo_jax.types import Prompt, ToolCall
 
@@ -140,7 +141,27 @@ def test_a_service_that_is_gone_is_an_observation():
     assert result.error == "exception" and "ConnectError" in result.text
 
 
-def test_a_corpus_line_without_contents_is_named(tmp_path):
-    (tmp_path / "c.jsonl").write_text('{"contents": "a"}\n{"text": "b"}')
-    with pytest.raises(UserError, match="line 2"):
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b'{"contents": "a"}\n{"text": "b"}', "line 2: the field 'contents' is missing"),
+        (b'{"contents": "a"}\n\n{"contents": 5}', "line 3: the field 'contents' is 5"),
+        (b'{"contents": "caf\xe9"}', "line 1: byte 18 is not UTF-8"),
+        (b'{"contents": "a \\ud83d"}', "line 1: .* surrogate"),
+        ('{"contents": "a"}'.encode("utf-16"), "is UTF-16"),
+        (b'["a"]', "line 1|JSON list"),
+        (b"", "has no passage with a word in it"),
+        (b'{"contents": "..."}\n{"contents": " "}\n', "has no passage with a word in it"),
+    ],
+)
+def test_a_corpus_that_cannot_be_searched_is_one_sentence(tmp_path, data, says):
+    (tmp_path / "c.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match=says):
         read_corpus(str(tmp_path / "c.jsonl"))
+
+
+def test_no_character_of_a_passage_ends_a_line(tmp_path):
+    texts = ["one\u2028two", "three\x85four", "five\u2029six"]
+    lines = "\n\n".join(json.dumps({"contents": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n")
+    assert read_corpus(str(tmp_path / "c.jsonl")) == texts

@@ -16,7 +16,7 @@ from tapo_jax.tools.base import BadCall, function_schema
 from tapo_jax.types import Image, Prompt, ToolResult, root_image
 
 _DESCRIPTION = "Search the web for pages whose pictures look like the image of the question."
-_IMG_IDX = {"type": "number", "description": "The image's number, counted from 0.", "x-kind": "image"}
+_IMG_IDX = {"type": "integer", "description": "The image's number, counted from 0.", "x-kind": "image"}
 
 
 @dataclasses.dataclass(frozen=True)
