@@ -171,7 +171,7 @@ class Board:
             if ended:
                 call = conversation.end_turn()
                 if call is not None:
-                    player.future = self._runner.submit(call, conversation.images)
+                    player.future = self._runner.submit(call, conversation.images, prompt=conversation.opening.prompt)
                 else:
                     self._after_turn(drawn.slot, player)
 
