@@ -22,7 +22,7 @@ from tapo_jax.models.image_processor import MAX_ASPECT
 
 PIL.Image.init()
 # No EPS or PDF: those run an interpreter.
-FORMATS = tuple(name for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in PIL.Image.OPEN)
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in PIL.Image.OPEN)
 MAX_PIXELS = 200_000_000  # of an image that is decoded
 FULL_PIXELS = 1 << 25  # what a decoded image keeps for zooming; a larger photograph is reduced by 2, 4, …
 MAX_BYTES = 1 << 28  # of an encoded image
