@@ -26,7 +26,7 @@ def _prompt(row: Row, otherwise: str, folder) -> Prompt:
     if not isinstance(question, str) or not question.strip():
         raise row.bad("prompt", 'a list with {"role": "user", "content": the question}')
     cell = row.optional("images")
-    if cell is None or not all(cell.there):
+    if cell is None or not cell.items:
         raise row.bad("images", "a list of pictures, each with bytes")
     images = cell.stored(folder)
     answers = row.texts("reward_model.ground_truth") + row.texts("reward_model.candidate_answers", as_json=True)

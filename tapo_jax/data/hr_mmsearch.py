@@ -17,7 +17,7 @@ def read(directory: str | os.PathLike, split: str = "train") -> list[Prompt]:
 
 def _prompt(row: Row, otherwise: str, folder) -> Prompt:
     cell = row.optional("query_image")
-    if cell is None or not any(cell.there):
+    if cell is None or not cell.items:
         raise row.bad("query_image", "a picture with bytes")
     images = cell.stored(folder)
     return Prompt(

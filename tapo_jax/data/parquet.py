@@ -1,4 +1,4 @@
-"""Parquet files row by row: the small columns are read at once, the columns with pictures one row at a time.
+"""Parquet files row by row: the small columns are read at once, those with pictures are copied once (`spool.py`).
 
 Needs pyarrow (the extra [parquet]). A picture is `struct{bytes, path}`, bytes, base64 text or a list of these, in any
 of Arrow's spellings (large_string, binary_view, …).
@@ -6,54 +6,45 @@ of Arrow's spellings (large_string, binary_view, …).
 
 import dataclasses
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tapo_jax.config import UserError
-from tapo_jax.data.images import StoredImage, bad, from_base64
+from tapo_jax.data.images import StoredImage, bad, stored_file
 from tapo_jax.data.json_files import shown
 from tapo_jax.data.paths import find_file
 from tapo_jax.data.rows import Row
+from tapo_jax.data.spool import Item, Spool, spool
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
-_BATCH = 8  # rows that are in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """What a row keeps of a column of pictures: where to read it, and which items of the cell hold something."""
+    """A row's cell of a column of pictures. name: "FILE, row 3, images"; items: those that hold something."""
 
-    column: "PictureColumn"
-    row: int
-    there: tuple[bool, ...]
-    where: str
+    name: str
+    column: Spool
+    items: list[Item]
 
     def stored(self, folder: Path) -> list[StoredImage]:
         """The images of the cell, unread. folder: where the paths of cells that hold paths are looked for."""
+        names = [f"{self.name}[{n}]" if len(self.items) > 1 else self.name for n in range(len(self.items))]
         return [
-            StoredImage(self._name(n), lambda n=n: self._data(n, folder)) for n, there in enumerate(self.there) if there
+            StoredImage(name, lambda name=name, item=item: self._data(name, item, folder))
+            for name, item in zip(names, self.items, strict=True)
         ]
 
-    def _name(self, number: int) -> str:
-        return f"{self.where}, {self.column.name}" + (f"[{number}]" if len(self.there) > 1 else "")
-
-    def _data(self, number: int, folder: Path) -> bytes:
-        name = self._name(number)
-        item = self.column.read(self.row)[number]
-        try:
-            data, path = (item.get("bytes"), item.get("path")) if isinstance(item, Mapping) else (item, None)
-            if isinstance(data, str):
-                return from_base64(data)
-        except ValueError as error:
-            raise bad(name, str(error)) from error
-        if data is not None:
-            return data
-        file = find_file(folder, path, tails=True)
+    def _data(self, name: str, item: Item, folder: Path) -> bytes:
+        if "bad" in item:
+            raise bad(name, item["bad"])
+        if "at" in item:
+            return self.column.read(item)
+        file = find_file(folder, item["path"], tails=True)
         if file is None:
-            raise bad(name, f"there is no file {shown(path)} in {folder}")
-        return file.read_bytes()
+            raise bad(name, f"there is no file {shown(item['path'])} in {folder}")
+        return stored_file(file).data()
 
 
 def rows(folder: Path, split: str, pictures: Sequence[str]) -> list[Row]:
@@ -94,22 +85,28 @@ def shards(folder: Path, split: str) -> list[Path]:
 
 
 def _rows_of_file(path: Path, pictures: Sequence[str]) -> Iterator[Row]:
+    file = _open(path)
     import pyarrow as pa  # noqa: PLC0415 - an extra
 
     try:
-        file = _open(path)
-        schema = file.schema_arrow
+        schema, count = file.schema_arrow, file.metadata.num_rows
         small = [field.name for field in schema if field.name not in pictures and not _holds_bytes(field.type)]
-        table = file.read(columns=small)
-        columns = {name: PictureColumn(path, name) for name in pictures if name in schema.names}
-        there = {name: list(column.filled()) for name, column in columns.items()}
-        values = table.to_pylist() if small else [{} for _ in range(file.metadata.num_rows)]
+        values = file.read(columns=small).to_pylist() if small else [{} for _ in range(count)]
+        columns = {name: spool(path, name, _cells(file, name), count) for name in pictures if name in schema.names}
+        pa.default_memory_pool().release_unused()
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({str(error).strip().splitlines()[0][:200]}).") from error
     for number, row in enumerate(values):
         where = f"{path}, row {number + 1}"
-        cells = {name: Pictures(column, number, there[name][number], where) for name, column in columns.items()}
+        cells = {name: Pictures(f"{where}, {name}", column, column.rows[number]) for name, column in columns.items()}
         yield Row(where, row | cells)
+
+
+def _cells(file: Any, column: str) -> Iterator[Any]:
+    """The values of a column, a few rows in memory at a time where the file's pages allow it."""
+    for group in range(file.metadata.num_row_groups):
+        for batch in file.iter_batches(4, row_groups=[group], columns=[column]):
+            yield from batch.column(0).to_pylist()
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -125,6 +122,7 @@ def _holds_bytes(kind: Any) -> bool:
 def _open(path: Path) -> Any:
     """The file, which is read in pieces. Raises UserError without pyarrow or for what is no Parquet file."""
     try:
+        import pyarrow as pa  # noqa: PLC0415 - an extra
         import pyarrow.parquet as pq  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise UserError(f"{path} is a Parquet file, which needs pyarrow: pip install 'tapo_jax[parquet]'.") from error
@@ -134,63 +132,7 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path} is a pointer of git-lfs and not the file: run git lfs pull.")
     if not head.startswith(b"PAR1"):
         raise UserError(f"{path} is no Parquet file: download it again.")
-    return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-
-
-class PictureColumn:
-    """One column of one file, read a few rows at a time. Rows in order cost one pass over the file; a row out of order
-    costs a pass over its row group up to it. Keeps the last batch of rows, and no more. Safe to call from threads."""
-
-    def __init__(self, path: Path, name: str):
-        self.path, self.name = path, name
-        self._lock = threading.Lock()
-        self._file: Any = None
-        self._batches: Iterator | None = None
-        self._kept: list[list[Any]] = []
-        self._first = 0  # row number of _kept[0]
-
-    def filled(self) -> Iterator[tuple[bool, ...]]:
-        """For each row, which items of its cell hold something. One pass over the file."""
-        for batch in _open(self.path).iter_batches(_BATCH, columns=[self.name]):
-            for value in batch.column(0).to_pylist():
-                yield tuple(_is_filled(item) for item in _items(value))
-
-    def read(self, row: int) -> list[Any]:
-        """The items of a row's cell."""
-        with self._lock:
-            if not self._first <= row < self._first + len(self._kept):
-                self._seek(row)
-            return self._kept[row - self._first]
-
-    def _seek(self, row: int) -> None:
-        if self._file is None:
-            self._file = _open(self.path)
-        group, start = self._group(row)
-        after = self._first + len(self._kept)
-        if self._batches is None or not start <= after <= row:
-            self._batches = self._file.iter_batches(_BATCH, row_groups=[group], columns=[self.name])
-            after = start
-        for batch in self._batches:
-            if row < after + batch.num_rows:
-                self._first, self._kept = after, [_items(value) for value in batch.column(0).to_pylist()]
-                return
-            after += batch.num_rows
-        raise IndexError(row)
-
-    def _group(self, row: int) -> tuple[int, int]:
-        """The row group of a row and the number of its first row."""
-        metadata, start = self._file.metadata, 0
-        for group in range(metadata.num_row_groups):
-            size = metadata.row_group(group).num_rows
-            if row < start + size:
-                return group, start
-            start += size
-        raise IndexError(row)
-
-
-def _items(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _is_filled(item: Any) -> bool:
-    return bool(item.get("bytes") or item.get("path")) if isinstance(item, Mapping) else bool(item)
+    try:
+        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).strip().splitlines()[0][:200]}).") from error

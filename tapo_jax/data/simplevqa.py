@@ -28,7 +28,7 @@ def read(directory: str | os.PathLike, split: str = "test_en") -> list[Prompt]:
 
 def _prompt(row: Row, otherwise: str, folder) -> Prompt:
     cell = row.optional("image")
-    if cell is None or not any(cell.there):
+    if cell is None or not cell.items:
         raise row.bad("image", "a picture as base64 text")
     images = cell.stored(folder)
     return Prompt(

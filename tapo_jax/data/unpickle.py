@@ -79,8 +79,8 @@ def picture(value: Any) -> PIL.Image.Image | None:
         return None
     try:
         image = PIL.Image.frombytes(mode, tuple(size), data)
-        if mode == "P" and isinstance(palette, list):
-            image.putpalette(palette)
-    except (ValueError, TypeError, OverflowError):
+        if mode == "P":
+            image.putpalette(bytes(palette[:768]))
+    except (ValueError, TypeError):
         return None
     return image
