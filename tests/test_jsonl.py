@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, data, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"question": ["q"]}, r"the field 'question' is \['q'\]; expected a text"),
+        ({"question": ["q"]}, r"the field 'question' is \[\"q\"\]; expected a text"),
         ({"question": ""}, "the field 'question' is ''; expected a text"),
         ({"question": "a \ud83d b"}, "'question' .* half of a surrogate pair"),
         ({"question": "<image> and <image>?"}, "'question' .* one for each of the row's 1 images, and it has 2"),
@@ -208,3 +208,9 @@ def test_a_broken_picture_says_so_when_it_is_looked_at(tmp_path):
 def test_a_split_that_is_no_file_is_refused(tmp_path, split):
     with pytest.raises(UserError, match="split"):
         read("jsonl", folder(tmp_path, line()), split)
+
+
+def test_a_deep_value_is_one_sentence_too(tmp_path):
+    for depth in (300, 900, 5000, 200_000):
+        with pytest.raises(UserError, match=r"line 1.*(deep|'answers' is)"):
+            load(tmp_path, '{"question": "q", "answers": ' + "[" * depth + "]" * depth + "}")

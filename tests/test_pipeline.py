@@ -76,7 +76,7 @@ def shown(count: int, *, broken: set[int]) -> list[Prompt]:
     return [Prompt(f"q{i}", "?", Images([image(i)]), ("x",)) for i in range(count)]
 
 
-def test_a_question_that_cannot_be_shown_gives_its_place_to_the_next_row(caplog):
+def test_a_question_that_cannot_be_shown_gives_its_place_to_the_next_row():
     whole, bad = make(source=shown(10, broken=set())), make(source=shown(10, broken={3, 4}))
     skipped = []
     for _ in range(5):
@@ -88,13 +88,20 @@ def test_a_question_that_cannot_be_shown_gives_its_place_to_the_next_row(caplog)
     assert whole.get_state() == bad.get_state() and whole.skipped == 0
 
 
-def test_each_row_that_is_skipped_is_named_once(monkeypatch):
-    said = []
-    monkeypatch.setattr(pipeline.logging, "warning", lambda text, *rest: said.append(text % rest))
+def test_each_row_that_is_skipped_is_named_once(capsys):
     prompts = make(source=shown(10, broken={3}))
     for _ in range(5):
         next(prompts)
-    assert said == ["skipped question 3: The image 3.png cannot be shown: it is damaged."]
+    assert capsys.readouterr().err == "skipped question 3: The image 3.png cannot be shown: it is damaged.\n"
+
+
+def test_evaluation_leaves_out_what_cannot_be_shown(capsys):
+    source = shown(5, broken={1, 4})
+    assert pipeline.showable(source) == [source[0], source[2], source[3]]
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "left out question 'q1'",
+        "left out question 'q4'",
+    ]
 
 
 def test_skipping_is_the_same_in_parts_and_after_resuming():

@@ -352,7 +352,7 @@ def test_mars_repeats_a_set(tmp_path, changes, count):
         ({"annotation": "/etc/passwd"}, "annotation '/etc/passwd' of a is not in"),
         ({"annotation": "../x.jsonl"}, "annotation '../x.jsonl' of a is not in"),
         ({"repeat_time": "x"}, "'repeat_time' of a is 'x'"),
-        ({"repeat_time": float("inf")}, "'repeat_time' of a is inf"),
+        ({"repeat_time": float("inf")}, "'repeat_time' of a is Infinity"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_named(tmp_path, changes, says):

@@ -12,10 +12,15 @@ _BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value as a sentence shows it: quoted, short, on one line, without control characters."""
-    if value is None:
-        return "null"
-    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
+    """A value as a sentence shows it: short, on one line, without control characters; a text in quotes, others as
+    JSON."""
+    if isinstance(value, str):
+        text = repr(value) if value.isprintable() else ascii(value)
+    else:
+        try:
+            text = json.dumps(value, default=ascii, skipkeys=True)
+        except (ValueError, RecursionError):
+            text = f"a {type(value).__name__} that nests too deep"
     return text if len(text) <= most else f"{text[:most]}…"
 
 

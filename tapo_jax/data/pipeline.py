@@ -6,12 +6,13 @@ no process needs to hear of it, the order goes on as if nothing had happened, an
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
+from tqdm import tqdm
 
 from tapo_jax.config import BadImage, UserError
 from tapo_jax.data.images import bad, check_shape
@@ -25,7 +26,7 @@ class Prompts:
 
     source: random access to all prompts of a split. prompts_per_step: of all processes. local: which of
     0..prompts_per_step-1 this process takes. Every epoch has another order. Raises UserError for an empty source.
-    skipped: rows that could not be shown in the last `next` of this process; each is named once in the log.
+    skipped: rows that could not be shown in the last `next` of this process; each is named once on stderr.
     """
 
     def __init__(self, source: Sequence[Prompt], *, prompts_per_step: int, local: Sequence[int], seed: int) -> None:
@@ -53,7 +54,7 @@ class Prompts:
                 last = error
                 if at not in self._named:
                     self._named.add(at)
-                    logging.warning("skipped question %d: %s", at, error)
+                    _say(f"skipped question {at}: {error}")
         raise UserError(f"None of {tried + 1} questions in a row can be shown. The last one: {last}") from last
 
     def get_state(self) -> dict[str, Any]:
@@ -62,6 +63,25 @@ class Prompts:
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._order.set_state(state)
+
+
+def showable(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that can be shown, for evaluation; the others are named on stderr. Decodes every image once and keeps
+    none: the same in every process."""
+    kept = []
+    for prompt in prompts:
+        try:
+            decoded(prompt)
+        except BadImage as error:
+            _say(f"left out question '{prompt.id}': {error}")
+        else:
+            kept.append(prompt)
+    return kept
+
+
+def _say(text: str) -> None:
+    """A line of its own, above a progress bar where there is one."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def decoded(prompt: Prompt) -> Prompt:
