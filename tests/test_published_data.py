@@ -230,6 +230,7 @@ def test_a_picture_that_is_no_base64_text(tmp_path):
 def test_infoseek(tmp_path):
     for i, name in enumerate(["a/oven_0.jpg", "oven_1.JPEG", "images/oven_2.png"]):
         published.save(tmp_path / name, 40 * i, "PNG" if name.endswith("png") else "JPEG")
+    (tmp_path / "images" / "again").symlink_to(tmp_path)
     rows = [
         {"data_id": f"v{i}", "image_id": f"oven_{i}", "question": "which?", "answer": ["China"], "answer_eval": ["cn"]}
         for i in range(4)

@@ -83,6 +83,14 @@ def test_a_wrong_tool_is_one_sentence():
         sources.tools(made)
 
 
+def test_recorded_tools():
+    made = config(**{"tools.source": "recorded", "tools.endpoint": "http://127.0.0.1:9"})
+    assert [tool.name for tool in sources.tools(made)] == list(made.tools.names)
+    made.tools.endpoint = ""
+    with pytest.raises(UserError, match="'text_search_tool': the tools of this source are image_zoom_in_tool, image_s"):
+        sources.tools(made)
+
+
 def test_your_own_rewards():
     """Names without a weight are kept, for the metrics; those with one must be there."""
     episode = SimpleNamespace(turns=[1, 2, 3])

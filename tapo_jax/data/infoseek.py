@@ -75,7 +75,13 @@ def _stems(folder: Path) -> dict[str, Path]:
     """Every picture below the folder by its stem."""
     endings = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
     found: dict[str, Path] = {}
+    seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # links can form a circle
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
         for name in sorted(files):
             stem, ending = os.path.splitext(name)

@@ -8,6 +8,7 @@ looked at.
 """
 
 import difflib
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,11 +110,11 @@ def _hops(row: Row) -> int:
 
 def _refuse_misspelt(row: Row) -> None:
     """A field that looks like one of ours, which the row lacks, would be lost without a word."""
-    lacking = [name for name in FIELDS if name not in row.values and name not in ("id", "image_search")]
+    lacking = tuple(name for name in FIELDS if name not in row.values and name not in ("id", "image_search"))
     for name, value in row.values.items():
         if name in FIELDS:
             continue
-        meant = difflib.get_close_matches(name.casefold(), lacking, n=1, cutoff=0.8)
+        meant = _alike(name, lacking)
         names = value if isinstance(value, list) else [value]
         pictures = any(isinstance(text, str) and text.lower().endswith(_PICTURES) for text in names)
         if not meant and pictures and "images" in lacking:
@@ -123,3 +124,8 @@ def _refuse_misspelt(row: Row) -> None:
                 f"{row.where}: there is a field '{name}' and no '{meant[0]}': is that what it means? (With "
                 f"'{meant[0]}' in the row, '{name}' is kept beside it as a field of your own.)"
             )
+
+
+@functools.cache
+def _alike(name: str, lacking: tuple[str, ...]) -> list[str]:
+    return difflib.get_close_matches(name.casefold(), lacking, n=1, cutoff=0.8)

@@ -1,9 +1,10 @@
 """What a config names -> the questions of a split, the tools that can answer them, and what an answer is worth.
 
 `data.name` is "atlas" (the embedded world), one of `readers.READERS` (a data set in the folder data.dir), or your own
-"package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is likewise "atlas" or
-"package.module:function", called as function(config) -> list[Tool]; `reward_source` is "rewards" or
-"package.module:function", called as function(episode) -> {name: number}, among them "accuracy".
+"package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is "atlas", "recorded"
+(zoom, and the image searches that were recorded for the questions) or "package.module:function", called as
+function(config) -> list[Tool]; `reward_source` is "rewards" or "package.module:function", called as
+function(episode) -> {name: number}, among them "accuracy".
 """
 
 import dataclasses
@@ -22,7 +23,9 @@ from tapo_jax.config import UserError
 from tapo_jax.data import atlas
 from tapo_jax.data.readers import READERS, read
 from tapo_jax.tools.base import Tool
+from tapo_jax.tools.recorded_image_search import RecordedImageSearch
 from tapo_jax.tools.remote_search import RemoteTextSearch
+from tapo_jax.tools.zoom import ZoomTool
 from tapo_jax.types import Episode, Prompt
 
 
@@ -45,8 +48,12 @@ def tools(config: Any) -> list[Tool]:
         found = _function("tools.source", config.tools.source)(config)
     elif config.tools.source == "atlas":
         found = make_tools(real_world("train"), atlas_settings(config))
+    elif config.tools.source == "recorded":
+        found = [ZoomTool(size=config.tools.zoom_size), RecordedImageSearch(results=config.tools.image_top_k)]
     else:
-        raise UserError(f"tools.source is '{config.tools.source}': use atlas or your own \"package.module:function\".")
+        raise UserError(
+            f"tools.source is '{config.tools.source}': use atlas, recorded or your own \"package.module:function\"."
+        )
     made = {tool.name: tool for tool in found}
     if config.tools.endpoint:
         c = config.tools
