@@ -113,13 +113,19 @@ class ToolCall:
 class ToolResult:
     """What a tool gives back. `error` is None or one word for the metrics ("timeout", "bad_arguments", …);
     an error's readable sentence is in `text`, because the policy reads it. `parts`: text and images in the order in
-    which they are shown, where they alternate; text and images hold the same then."""
+    which they are shown, where they alternate; text and images are taken from them then. Without parts the images come
+    before the text."""
 
-    text: str
+    text: str = ""
     images: tuple[Image, ...] = ()
     error: str | None = None
     seconds: float = 0.0
     parts: tuple[str | Image, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.parts:
+            object.__setattr__(self, "text", "".join(part for part in self.parts if isinstance(part, str)))
+            object.__setattr__(self, "images", tuple(part for part in self.parts if not isinstance(part, str)))
 
 
 @dataclasses.dataclass

@@ -40,22 +40,23 @@ def test_titles_and_thumbnails_alternate():
     _, result = call(runner(), prompt(image_search=RECORDING))
     kinds = [part if isinstance(part, str) else int(part.pixels[0, 0, 0]) for part in result.parts]
     assert kinds == [
-        "Title 1: Bern - Wikidata", "Thumbnail 1:", 7, "Title 2: Visit Bern", "Title 3: Photo", "Result 4:",
-        "Thumbnail 4:", 8, "Summary: It is Bern.",
+        "Title 1: Bern - Wikidata\nThumbnail 1:\n", 7,
+        "\nTitle 2: Visit Bern\nTitle 3: Photo\nResult 4:\nThumbnail 4:\n", 8, "\nSummary: It is Bern.",
     ]  # fmt: skip
-    assert result.text == "\n".join(part for part in kinds if isinstance(part, str)) and result.error is None
+    assert result.text == "".join(part for part in kinds if isinstance(part, str)) and result.error is None
     assert [image.pixels[0, 0, 0] for image in result.images] == [7, 8]
     assert [image.root for image in result.images] == [root_image(picture(n)).root for n in (7, 8)]
 
 
 def test_the_number_of_results_is_limited():
     _, result = call(runner(results=1), prompt(image_search=RECORDING))
-    assert result.text.splitlines() == ["Title 1: Bern - Wikidata", "Thumbnail 1:", "Summary: It is Bern."]
+    assert result.text.splitlines() == ["Title 1: Bern - Wikidata", "Thumbnail 1:", "", "Summary: It is Bern."]
 
 
 def test_a_question_without_a_recording_finds_nothing():
-    _, result = call(runner(), prompt())
-    assert (result.text, result.error) == ("No similar image was found.", None)
+    for asked in (prompt(), prompt(image_search=Recording()), prompt(image_search=Recording((), (broken, None)))):
+        _, result = call(runner(), asked)
+        assert (result.text, result.error, result.images) == ("No similar image was found.", None, ())
 
 
 def test_each_question_hears_its_own_recording():

@@ -6,7 +6,7 @@ crop or a thumbnail.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,13 +49,10 @@ class RecordedImageSearch:
             own = f"images 0 to {len(prompt.images) - 1}" if len(prompt.images) > 1 else "image 0"
             raise BadCall("bad_image", f"Only {own} can be searched for: image {number} is not part of the question.")
         recording = prompt.meta.get("image_search")
-        if recording is None:
-            return ToolResult("No similar image was found.")
-        parts = tuple(self._parts(recording))
-        text = "\n".join(part for part in parts if isinstance(part, str))
-        return ToolResult(text, tuple(part for part in parts if isinstance(part, Image)), parts=parts)
+        parts = () if recording is None else tuple(_joined(self._lines(recording)))
+        return ToolResult(parts=parts or ("No similar image was found.",))
 
-    def _parts(self, recording: Recording):
+    def _lines(self, recording: Recording) -> Iterator[str | Image]:
         """Title 1, thumbnail 1, title 2, …, the summary. A thumbnail that cannot be shown is left out."""
         count = min(self._results, max(len(recording.titles), len(recording.thumbnails)))
         for n in range(count):
@@ -72,3 +69,18 @@ class RecordedImageSearch:
                 yield thumbnail
         if recording.summary:
             yield f"Summary: {recording.summary}"
+
+
+def _joined(lines: Iterable[str | Image]) -> Iterator[str | Image]:
+    """Each line of text and each image on a line of its own: the parts are shown one after another as they are."""
+    text, between = "", ""
+    for line in lines:
+        if isinstance(line, str):
+            text += between + line
+        else:
+            yield text + between
+            yield line
+            text = ""
+        between = "\n"
+    if text:
+        yield text
