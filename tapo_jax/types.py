@@ -48,13 +48,17 @@ class Images(Sequence):
         return Images(self.sources[index]) if isinstance(index, slice) else self.sources[index]()
 
 
+class BadPrompt(TypeError):
+    """Fields of a question that are no question."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """One question. `answers` are all accepted answers; `meta` is free (scene, chain of facts, benchmark name).
 
     images: uint8 [H, W, 3] each, a tuple of arrays or `Images`. A question that holds as many `<image>` marks as there
     are images has each image where its mark stands; otherwise the images come before the text.
-    Raises TypeError for answers that are no list: the letters of a string would all be accepted.
+    Raises BadPrompt for answers that are no list: the letters of a string would all be accepted.
     """
 
     id: str
@@ -67,7 +71,7 @@ class Prompt:
     def __post_init__(self) -> None:
         fits = isinstance(self.answers, Sequence) and all(isinstance(answer, str) for answer in self.answers)
         if isinstance(self.answers, str) or not fits:
-            raise TypeError(f"answers of question '{self.id}' is {self.answers!r}: give a tuple of strings")
+            raise BadPrompt(f"the answers of question '{self.id}' are {self.answers!r}: give a tuple of strings")
         object.__setattr__(self, "answers", tuple(self.answers))
 
 

@@ -6,7 +6,7 @@ import pytest
 from tapo_jax.config import BadImage, UserError
 from tapo_jax.data import pipeline
 from tapo_jax.data.pipeline import Prompts
-from tapo_jax.types import Images, Prompt
+from tapo_jax.types import BadPrompt, Images, Prompt
 
 SOURCE = [Prompt(f"q{i}", "?", (), ("x",)) for i in range(10)]
 
@@ -122,6 +122,24 @@ def test_skipping_is_the_same_in_parts_and_after_resuming():
 def test_a_set_without_anything_to_show_is_refused():
     with pytest.raises(UserError, match=r"None of 10 questions in a row can be shown. The last one: The image \d.png"):
         next(make(source=shown(10, broken=set(range(10)))))
+
+
+def test_a_source_that_makes_no_prompts_ends_in_a_sentence():
+    class Own(list):
+        def __getitem__(self, index):
+            return Prompt("a", "?", (), "Paris")
+
+    with pytest.raises(UserError, match=r"Row \d of the questions: the answers of question 'a' are 'Paris'"):
+        next(make(source=Own(range(10))))
+    with pytest.raises(UserError, match="there is a str and no Prompt"):
+        next(make(source=["?"] * 10))
+
+
+def test_the_answers_of_a_prompt_are_a_tuple():
+    assert Prompt("a", "?", (), ["x", "y"]).answers == ("x", "y")
+    for answers in ("Paris", {"Paris": 1}, 5, None, [5], b"x"):
+        with pytest.raises(BadPrompt, match="question 'a'"):
+            Prompt("a", "?", (), answers)
 
 
 @pytest.mark.parametrize(

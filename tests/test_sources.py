@@ -31,6 +31,22 @@ def my_prompts(config, split):
     return [Prompt(split, "?", (), ("x",))]
 
 
+def letters(config, split):
+    return [Prompt("1", "?", (), "Paris")]
+
+
+def twins(config, split):
+    return [Prompt("1", "?", (), ("x",)), Prompt("1", "which?", (), ("x",))]
+
+
+def no_prompts(config, split):
+    return ["?"]
+
+
+def one_prompt(config, split):
+    return Prompt("1", "?", (), ("x",))
+
+
 def my_tools(config):
     return [TextSearch(PASSAGES, top_k=1, budget=100)]
 
@@ -65,6 +81,13 @@ def test_your_own_functions():
         ({"data.name": "vqa"}, "data.name is 'vqa': use atlas, jsonl, fvqa, mars"),
         ({"data.name": "tests.test_sources:nothing"}, "no function of this name"),
         ({"data.name": "os.no_such:thing"}, "no function of this name"),
+        (
+            {"data.name": "tests.test_sources:letters"},
+            "the answers of question '1' are 'Paris': give a tuple of strings",
+        ),
+        ({"data.name": "tests.test_sources:twins"}, "two of its questions have the id '1'"),
+        ({"data.name": "tests.test_sources:no_prompts"}, "gave a str for a Prompt"),
+        ({"data.name": "tests.test_sources:one_prompt"}, "gave a Prompt: give a sequence of Prompt"),
         ({"data.name": "jsonl", "data.dir": "/nonexistent"}, "data folder /nonexistent does not exist"),
         ({"data.name": "fvqa", "data.dir": ""}, "data.dir is empty"),
     ],

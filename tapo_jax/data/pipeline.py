@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tapo_jax.config import BadImage, UserError
 from tapo_jax.data.images import bad, check_shape
-from tapo_jax.types import Prompt
+from tapo_jax.types import BadPrompt, Prompt
 
 MOST_IN_A_ROW = 100  # rows that cannot be shown, after which it is the data set that is wrong
 
@@ -55,6 +55,8 @@ class Prompts:
                 if at not in self._named:
                     self._named.add(at)
                     _say(f"skipped question {at}: {error}")
+            except BadPrompt as error:
+                raise UserError(f"Row {at} of the questions: {error}.") from error
         raise UserError(f"None of {tried + 1} questions in a row can be shown. The last one: {last}") from last
 
     def get_state(self) -> dict[str, Any]:
@@ -86,6 +88,8 @@ def _say(text: str) -> None:
 
 def decoded(prompt: Prompt) -> Prompt:
     """The prompt with its images as arrays. Raises BadImage for one that the policy cannot be shown."""
+    if not isinstance(prompt, Prompt):
+        raise BadPrompt(f"there is a {type(prompt).__name__} and no Prompt")
     images = tuple(prompt.images)
     for number, image in enumerate(images):
         name = f"{number} of question '{prompt.id}'"

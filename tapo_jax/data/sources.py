@@ -26,13 +26,13 @@ from tapo_jax.tools.base import Tool
 from tapo_jax.tools.recorded_image_search import RecordedImageSearch
 from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.tools.zoom import ZoomTool
-from tapo_jax.types import Episode, Prompt
+from tapo_jax.types import BadPrompt, Episode, Prompt
 
 
 def prompts(config: Any, split: str) -> Sequence[Prompt]:
     """All questions of a split. Raises UserError for a data set or a split that does not exist."""
     if ":" in config.data.name:
-        return _function("data.name", config.data.name)(config, split)
+        return _own_prompts("data.name", config.data.name, config, split)
     if config.data.name not in READERS:
         raise UserError(
             f"data.name is '{config.data.name}': use {', '.join(READERS)} or your own \"package.module:function\"."
@@ -40,6 +40,24 @@ def prompts(config: Any, split: str) -> Sequence[Prompt]:
     if config.data.name == "atlas":
         return _atlas_prompts(config, split)
     return read(config.data.name, config.data.dir, split)
+
+
+def _own_prompts(field: str, path: str, config: Any, split: str) -> Sequence[Prompt]:
+    """The questions of a function of the user's. Where they are a list, equal ids have to be equal questions."""
+    try:
+        found = _function(field, path)(config, split)
+    except BadPrompt as error:
+        raise UserError(f"{field} is '{path}', and {error}.") from error
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise UserError(f"{field} is '{path}', which gave a {type(found).__name__}: give a sequence of Prompt.")
+    asked: dict[str, tuple] = {}
+    for prompt in found if isinstance(found, (list, tuple)) else ():
+        if not isinstance(prompt, Prompt):
+            raise UserError(f"{field} is '{path}', which gave a {type(prompt).__name__} for a Prompt.")
+        question = (prompt.question, prompt.answers)
+        if asked.setdefault(prompt.id, question) != question:
+            raise UserError(f"{field} is '{path}', and two of its questions have the id '{prompt.id}'.")
+    return found
 
 
 def tools(config: Any) -> list[Tool]:
