@@ -171,10 +171,12 @@ def bad_pickles(marker):
     yield "os.system", f"(S'{command}'\nios\nsystem\n.".encode()
     yield "PIL.Image.Image.open", b"\x80\x04\x8c\x09PIL.Image\x8c\x0aImage.open\x93."
     yield "numpy", pickle.dumps({"a": np.zeros(3)})
+    yield "keeps a value under the number 2000000000", b"\x80\x02}r\x00\x94\x35\x77."
+    yield "'int' object|no attribute|expected|must be|bytes in", pickle.dumps(Runs(bytearray, 1 << 40))
     yield "bytes in the encoding", b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00zip\x86R."
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(12))
 def test_a_pickle_that_asks_for_code_is_refused_and_not_run(tmp_path, number):
     marker = tmp_path / "ran"
     _, data = list(bad_pickles(marker))[number]
@@ -217,7 +219,7 @@ def test_a_picture_with_an_odd_state_is_none(state):
 
 
 def test_plain_values_of_old_pickles_are_read(tmp_path):
-    value = {"a": collections.OrderedDict(x=[1, 2.5, None, True, b"\xff\x00"], y=({"s"}, "ő"))}
+    value = {"a": collections.OrderedDict(x=[1, 2.5, None, True, b"\xff\x00", bytearray(b"\xfe")], y=({"s"}, "ő"))}
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         (tmp_path / "c.pkl").write_bytes(pickle.dumps(value, protocol))
         assert unpickle.load(tmp_path / "c.pkl") == value

@@ -5,8 +5,9 @@ inert object where it asks for a picture of Pillow. For every other name the fil
 """
 
 import pickle
+import pickletools
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import PIL.Image
 
@@ -37,6 +38,11 @@ def _latin(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
+def _byte_array(data: bytes | str = b"", encoding: str = "latin-1") -> bytes:
+    """How pickles write a bytearray. Never of a number: that would be as many zeros."""
+    return bytes(data) if isinstance(data, (bytes, bytearray)) else _latin(data, encoding)
+
+
 class _Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Never imports anything: the names that are known are answered with what is in this file."""
@@ -50,7 +56,8 @@ class _Plain(pickle.Unpickler):
             ("__builtin__", "object"): Inert,
             ("builtins", "set"): set,
             ("__builtin__", "set"): set,
-            ("builtins", "bytearray"): bytearray,
+            ("builtins", "bytearray"): _byte_array,
+            ("__builtin__", "bytearray"): _byte_array,
             ("collections", "OrderedDict"): dict,
         }
         if (module, name) not in known:
@@ -62,10 +69,20 @@ def load(path: Path) -> Any:
     """The value of a pickle, with an `Inert` where it had a picture. Raises UserError for all that is not plain."""
     try:
         with open(path, "rb") as file:
+            _check_memo(file)
+            file.seek(0)
             return _Plain(file).load()
     except Exception as error:  # the file is somebody's program: it can fail in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} is refused: {reason}. Nothing of it was run.") from error
+
+
+def _check_memo(file: BinaryIO) -> None:
+    """Raises UnpicklingError where a value is kept under a number far beyond how many there are: the reader would make
+    room for all numbers below it."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if "PUT" in opcode.name and int(argument) > count + 1:
+            raise pickle.UnpicklingError(f"keeps a value under the number {argument}")
 
 
 def picture(value: Any) -> PIL.Image.Image | None:
