@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -85,3 +86,18 @@ def test_a_file_of_any_bytes_is_questions_or_a_sentence(tmp_path, name):
             list(read(name, tmp_path, SPLIT[name]))
 
     tried()
+
+
+def test_a_damaged_parquet_file_is_questions_or_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, rng = tmp_path / "fvqa_train.parquet", np.random.default_rng(0)
+    published.parquet(file, [published.fvqa_row(i) for i in range(3)], published.fvqa_schema("published"))
+    good = file.read_bytes()
+    for _ in range(150):
+        changed = bytearray(good)
+        for at in rng.integers(0, len(good), 3):
+            changed[at] = rng.integers(256)
+        file.write_bytes(changed)
+        with contextlib.suppress(UserError):
+            for prompt in read("fvqa", tmp_path, "train"):
+                assert prompt.images[0].ndim == 3

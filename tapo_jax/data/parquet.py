@@ -94,8 +94,10 @@ def _rows_of_file(path: Path, pictures: Sequence[str]) -> Iterator[Row]:
         values = file.read(columns=small).to_pylist() if small else [{} for _ in range(count)]
         columns = {name: spool(path, name, _cells(file, name), count) for name in pictures if name in schema.names}
         pa.default_memory_pool().release_unused()
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # a text that is no UTF-8 is a ValueError
         raise UserError(f"{path} cannot be read ({str(error).strip().splitlines()[0][:200]}).") from error
+    if {len(values), *(len(column.rows) for column in columns.values())} != {count}:
+        raise UserError(f"{path} is damaged: its columns have different numbers of rows; download it again.")
     for number, row in enumerate(values):
         where = f"{path}, row {number + 1}"
         cells = {name: Pictures(f"{where}, {name}", column, column.rows[number]) for name, column in columns.items()}
@@ -134,5 +136,5 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path} is no Parquet file: download it again.")
     try:
         return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({str(error).strip().splitlines()[0][:200]}).") from error
