@@ -50,10 +50,12 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "colab": ["ipykernel", "nbformat"],
+        "parquet": ["pyarrow>=17"],  # published data sets; arrays that carry code are refused since 14.0.1
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "pyarrow>=17",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel",

@@ -20,6 +20,10 @@ class UserError(Exception):
     """A mistake in what the user gave. The message is one sentence that names the field and the way out."""
 
 
+class BadImage(UserError):
+    """An image that cannot be shown. The message names it and says why. Training skips its question."""
+
+
 def run_main(main: Callable[[list[str]], None]) -> None:
     """absl's `app.run`; a UserError is printed as its sentence and ends the program with code 1, no traceback. Modules
     of the working directory can be named in fields like data.source."""

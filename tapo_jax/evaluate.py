@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tapo_jax import processes
 from tapo_jax.agent import Agent
 from tapo_jax.data import sources
+from tapo_jax.data.pipeline import showable
 from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.rollout.summary import FINISHES
 from tapo_jax.types import Episode, Prompt
@@ -100,10 +101,11 @@ def wilson(right: int, count: int, z: float = Z95) -> tuple[float, float]:
 
 
 def split_prompts(config: ConfigDict) -> list[Prompt]:
-    """The same questions whatever the seed: the first eval.prompts of eval.split in one fixed order."""
+    """The same questions whatever the seed: the first eval.prompts of eval.split in one fixed order, without those
+    whose images cannot be shown."""
     source = sources.prompts(config, config.eval.split)
     order = np.random.default_rng(0).permutation(len(source))[: config.eval.prompts]
-    return [source[int(index)] for index in order]
+    return showable([source[int(index)] for index in order])
 
 
 def table(values: Mapping[str, float]) -> str:

@@ -18,6 +18,8 @@ from PIL import Image as PillowImage
 from tapo_jax.files import write_whole
 from tapo_jax.types import Episode
 
+MOST_PIXELS = 1 << 20  # of a recorded image
+
 
 @dataclasses.dataclass(frozen=True)
 class RecordedTurn:
@@ -67,8 +69,12 @@ class RecordedEpisode:
 
 
 def png(pixels_HxWx3: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    PillowImage.fromarray(pixels_HxWx3).save(buffer, format="PNG")
+    """The image, reduced to about a megapixel where it has more: a page shows no more of it."""
+    buffer, image = io.BytesIO(), PillowImage.fromarray(pixels_HxWx3)
+    shrink = (image.width * image.height / MOST_PIXELS) ** 0.5
+    if shrink > 1:
+        image.thumbnail((round(image.width / shrink), round(image.height / shrink)))
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

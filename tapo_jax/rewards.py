@@ -9,6 +9,8 @@ from tapo_jax.rollout.chat import parse_turn
 from tapo_jax.types import Episode
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+# A minus sign stands before a number and not between two ("1700-1800"); commas stand between thousands.
+_NUMBER = re.compile(r"(?<![\w.,])[-\u2212]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\d+", re.ASCII)
 _PUNCTUATION = str.maketrans(string.punctuation, " " * len(string.punctuation))
 
 
@@ -25,6 +27,16 @@ def exact_match(answer: str | None, accepted: Sequence[str]) -> float:
     return float(normalise(answer) in {normalise(text) for text in accepted})
 
 
+def in_range(answer: str | None, ranges: Sequence[Sequence[float]]) -> float:
+    """1.0 where the answer has exactly one number and it lies in one of the (low, high) ranges: InfoSeek's rule for
+    numeric questions. "1,889 m" has one number, "10 or 12" two."""
+    numbers = _NUMBER.findall(answer or "")
+    if len(numbers) != 1:
+        return 0.0
+    value = float(numbers[0].replace(",", "").replace("\N{MINUS SIGN}", "-"))
+    return float(any(low <= value <= high for low, high in ranges))
+
+
 def format_score(episode: Episode) -> float:
     """1.0 where every turn has the form think + one call or answer, at least one call was executed, and an answer ends
     it. Only executed calls count: writing tags that do nothing earns nothing."""
@@ -33,8 +45,10 @@ def format_score(episode: Episode) -> float:
 
 
 def score(episode: Episode) -> dict[str, float]:
-    """{"accuracy": …, "format": …}, each in 0..1."""
-    return {"accuracy": exact_match(episode.answer, episode.prompt.answers), "format": format_score(episode)}
+    """{"accuracy": …, "format": …}, each in 0..1. A question with meta "ranges" takes a number in one of them too."""
+    prompt = episode.prompt
+    right = max(exact_match(episode.answer, prompt.answers), in_range(episode.answer, prompt.meta.get("ranges", ())))
+    return {"accuracy": right, "format": format_score(episode)}
 
 
 def total(rewards: Mapping[str, float], weights: Mapping[str, float]) -> float:

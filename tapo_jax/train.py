@@ -93,6 +93,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         while step < total and not stopping:
             step += 1
             state, metrics = one_step(run, state, next(prompts), step)
+            metrics["data/skipped"] = sum(processes.gather(prompts.skipped))
             if (step == total and config.eval.at_end) or (config.eval.every and step % config.eval.every == 0):
                 metrics |= evaluated(run, state, held_out)
             writer.write(step, metrics)

@@ -157,9 +157,7 @@ def saved(tmp_path_factory):
 def test_weights_of_a_checkpoint(saved):
     folder, params = saved
     like = jax.tree.map(lambda a: a + 1, params)
-    for found, wanted in zip(
-        jax.tree.leaves(read_params(folder, like)), jax.tree.leaves(params), strict=True
-    ):
+    for found, wanted in zip(jax.tree.leaves(read_params(folder, like)), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(found, wanted)
 
 

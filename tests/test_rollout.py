@@ -27,7 +27,7 @@ from tapo_jax.rollout.players import Players
 from tapo_jax.rollout.rounds import rollout
 from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
-from tapo_jax.types import Prompt
+from tapo_jax.types import Identity, Prompt
 
 CAPACITY, CHUNK, STEPS = 192, 5, 5
 CHAT = world.chat(40)  # a turn ends after about 6 tokens
@@ -383,3 +383,26 @@ def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tmp_path):
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [part["slots"] for part in found] == [4, 4]
     assert found[0]["tokens"] + found[1]["tokens"] == [episode.token_T.tolist() for episode in sampled[0]]
+
+
+class Listening(world.Say):
+    """Keeps whose question it was called for."""
+
+    needs_prompt = True
+
+    def __init__(self):
+        super().__init__()
+        self.heard = set()
+
+    def __call__(self, arguments, images, prompt):
+        self.heard.add(prompt.id)
+        return super().__call__(arguments, images)
+
+
+def test_a_tool_that_needs_the_prompt_hears_whose_question_it_answers(sampler):
+    tool = Listening()
+    episodes, _ = play(sampler, count=9, runner=world.runner(tool))
+    calls = [(e.prompt.id, turn.call) for e in episodes for turn in e.turns if turn.is_step]
+    calls = [(name, call) for name, call in calls if call.name == "say"]
+    assert len(tool.heard) > 1 and tool.heard == {name for name, _ in calls}
+    assert all(call.parameters[-1] == Identity(name) for name, call in calls)

@@ -188,7 +188,9 @@ class Board:
             if ended:
                 call = conversation.end_turn()
                 if call is not None:
-                    player.future = self._with.runner.submit(call, conversation.images)
+                    player.future = self._with.runner.submit(
+                        call, conversation.images, prompt=conversation.opening.prompt
+                    )
                 else:
                     self._after_turn(slot)
 
