@@ -1,13 +1,16 @@
 """The pages under docs/ are current: generated ones, code in them, the commands, links and pictures."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import recorded
 
+from tapo_jax import records
 from tapo_jax.tools import ToolRunner
 from tapo_jax.types import Identity, Text, ToolCall
 
@@ -21,12 +24,15 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
 
 
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The scripts of docs/make can be imported by their names."""
+    monkeypatch.syspath_prepend(str(MAKE))
+
+
 def test_the_page_of_config_fields_is_that_of_the_config():
-    sys.path.insert(0, str(MAKE))
-    try:
-        import config_page
-    finally:
-        sys.path.remove(str(MAKE))
+    import config_page
+
     assert config_page.PAGE.read_text(encoding="utf-8") == config_page.page(), "run python docs/make/config_page.py"
 
 
@@ -55,6 +61,19 @@ def test_the_code_and_the_commands_of_a_page_name_what_exists(page):
 def test_pictures_are_small():
     for picture in [*(ROOT / "docs").glob("*.png"), *(ROOT / "docs" / "images").glob("*.png")]:
         assert picture.stat().st_size < LARGEST_PICTURE, picture.name
+
+
+def test_the_figure_of_tapo_shows_a_failure_and_the_success_that_it_borrowed_from(tmp_path):
+    import credit_figure
+
+    path = tmp_path / "episodes" / "step_000001.npz"
+    records.save(path, recorded.recorded(6, 8))
+    (tmp_path / "config.json").write_text(json.dumps({"tapo": {"beta": 0.8}}))
+    witness, failing = credit_figure.choose([path])
+    assert witness.success and not failing.success and witness.prompt == failing.prompt
+    assert {turn.witness[1] for turn in failing.turns if turn.corrected} == {witness.sample}
+    credit_figure.draw([path], tmp_path / "tapo.png")
+    assert 10_000 < (tmp_path / "tapo.png").stat().st_size < LARGEST_PICTURE
 
 
 def test_the_tool_of_the_page_works_as_it_says():
