@@ -1,5 +1,8 @@
-"""Questions from data sets: `read(name, directory, split)`. On the command line: `python -m tapo_jax.data`."""
+"""Questions from data sets: `read(name, directory, split)`. On the command line: `python -m tapo_jax.data`.
 
-from tapo_jax.data.readers import read
+What is public is listed in `__init__.pyi` and imported when it is first used.
+"""
 
-__all__ = ["read"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
