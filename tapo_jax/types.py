@@ -84,23 +84,38 @@ class ToolCall:
 @dataclasses.dataclass(frozen=True)
 class ToolResult:
     """What a tool gives back. `error` is None or one word for the metrics ("timeout", "bad_arguments", …);
-    an error's readable sentence is in `text`, because the policy reads it."""
+    an error's readable sentence is in `text`, because the policy reads it. `parts`: text and images in the order in
+    which they are shown, where they alternate; text and images are taken from them then. Without parts the images come
+    before the text."""
 
-    text: str
+    text: str = ""
     images: tuple[Image, ...] = ()
     error: str | None = None
     seconds: float = 0.0
+    parts: tuple[str | Image, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.parts:
+            object.__setattr__(self, "text", "".join(part for part in self.parts if isinstance(part, str)))
+            object.__setattr__(self, "images", tuple(part for part in self.parts if not isinstance(part, str)))
 
 
 @dataclasses.dataclass
 class Turn:
-    """One assistant turn: token_T[start:stop] of its episode were written by the policy, the stop token included."""
+    """One assistant turn: token_T[start:stop] of its episode were written by the policy, the stop token included.
+
+    opening: what the chat template wrote before them at the beginning of the turn ("<think>\\n" for thinking models);
+    None: not known. forced: the tokens token_T[forced[0]:forced[1]] inside of the turn closed a thought that was too
+    long; the policy did not write them.
+    """
 
     start: int
     stop: int
     text: str
     call: ToolCall | None = None
     result: ToolResult | None = None
+    opening: str | None = None
+    forced: tuple[int, int] | None = None
 
     @property
     def is_step(self) -> bool:
