@@ -51,6 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
         slots=64,  # conversations that are played at a time, over all devices
         max_turns=6,
         max_new_tokens=96,  # of one turn
+        max_think_tokens=0,  # of a turn before its thought is closed by force, outside of the loss; 0: no such budget
         max_length=640,  # of a conversation, images and tool responses included
         max_image_tokens=144,  # of all images of a conversation; 0: as many as max_length
         max_pixels=0,  # height · width of an image at most; 0: what the model directory says

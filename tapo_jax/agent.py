@@ -102,7 +102,7 @@ def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Seque
     rollout_config = config.rollout
     processor = ImageProcessor.from_dir(directory)
     if rollout_config.max_pixels:
-        processor = dataclasses.replace(processor, max_pixels=min(processor.max_pixels, rollout_config.max_pixels))
+        processor = processor.limited(rollout_config.max_pixels)
     pixels = PixelStore(processor, dtype=model.dtype)
     sampler = Sampler(
         model,
@@ -125,6 +125,7 @@ def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Seque
         rollout_config.max_new_tokens,
         rollout_config.max_length,
         rollout_config.max_image_tokens or None,
+        rollout_config.max_think_tokens or None,
     )
     return Agent(
         sampler,

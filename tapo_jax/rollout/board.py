@@ -165,7 +165,10 @@ class Board:
             conversation = player.conversation
             conversation.add_sampled(token_n, logp_n)
             ended = conversation.allowance == 0 or int(token_n[-1]) in self._sampler.stop_ids
-            cached = len(token_n) - int(ended)  # the last token of a turn is fed with what follows it
+            paused = (
+                ended or len(token_n) == drawn.allowance
+            )  # the sampler has not fed the last token: with what follows
+            cached = len(token_n) - int(paused)
             player.sent += cached
             player.position += cached
             if ended:
@@ -174,6 +177,8 @@ class Board:
                     player.future = self._runner.submit(call, conversation.images)
                 else:
                     self._after_turn(drawn.slot, player)
+            elif paused:
+                self._after_turn(drawn.slot, player)  # the turn goes on behind a thought that was looked at
 
     def _after_turn(self, slot: int, player: Player) -> None:
         """The episode is over, or its new tokens wait for the next round."""
