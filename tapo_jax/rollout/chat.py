@@ -141,9 +141,7 @@ class Chat:
             return _IMAGE.join(self.clean(text) for text in question.split(IMAGE_MARK))
         return _IMAGE * images + self.clean(question)
 
-    def tool_response_ids(
-        self, text: str, image_tokens: Sequence[int], parts: Sequence[str | Image] = ()
-    ) -> list[int]:
+    def tool_response_ids(self, text: str, image_tokens: Sequence[int], parts: Sequence[str | Image] = ()) -> list[int]:
         """All that follows the policy's own stop token up to where it writes again.
 
         parts: text and images in the order in which they are shown; without them the images come before the text.
