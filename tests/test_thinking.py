@@ -72,7 +72,8 @@ def test_a_thought_that_is_never_closed_does_nothing(text, opening):
 
 def test_an_argument_may_spell_the_tags():
     for text in ("</think>", "<think>", "<answer>x</answer>", "<think>x</think>"):
-        turn = parse_turn('<think>t</think><tool_call>{"name": "f", "arguments": {"q": "%s"}}</tool_call>' % text)
+        call = '{"name": "f", "arguments": {"q": "TEXT"}}'.replace("TEXT", text)
+        turn = parse_turn(f"<think>t</think><tool_call>{call}</tool_call>")
         assert turn.call == ToolCall("f", {"q": text}), text
     turn = parse_turn('<tool_call>{"name": "f", "arguments": {"q": "</think>"}}</tool_call>')
     assert turn.call == ToolCall("f", {"q": "</think>"}) and not turn.format_ok

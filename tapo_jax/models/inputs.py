@@ -77,7 +77,7 @@ class PixelStore:
         grid = self.processor.grid(height, width)
         if math.prod(grid) > self.max_patches:
             raise ValueError(
-                f"an image of {height} x {width} is too long for {self.processor.max_pixels} pixels (rollout.max_pixels)"
+                f"an image of {height} x {width} is too long for a bound of {self.processor.max_pixels} pixels"
             )
         return grid
 
