@@ -1,4 +1,4 @@
-"""Model directories as they lie on disk: both files of the image processor, what is missing or cut, what an export has."""
+"""Model directories as they lie on disk: the image processor, files that are missing or cut, what an export has."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 
 
 def test_both_files_of_the_image_processor(tmp_path):
-    """processor_config.json as transformers 5 saves it, preprocessor_config.json as before; the newer one goes first."""
+    """processor_config.json as transformers 5 saves it, preprocessor_config.json as before; the newer goes first."""
     old = ImageProcessor.from_dir(shipped.DIRECTORY)
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
     with pytest.raises(FileNotFoundError, match="no preprocessor_config"):
