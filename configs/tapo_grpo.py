@@ -107,6 +107,7 @@ def get_config(arg: str = "") -> ConfigDict:
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
     c.checkpoint = ConfigDict(dict(every=10, keep=2))
+    c.export = ConfigDict(dict(dtype=""))  # of the trained model's files: "float32", "bfloat16"; "": that of model.path
     c.log = ConfigDict(dict(episodes_every=20, tensorboard=True))
     c.eval = ConfigDict(dict(split="held_out", prompts=128, every=0, at_start=True, at_end=True, temperature=1.0))
 
