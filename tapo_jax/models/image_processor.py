@@ -100,9 +100,11 @@ class ImageProcessor:
         """Height and width after resizing: multiples of patch · merge, about the same aspect, within the pixel bounds.
 
         The bound on the number of pixels wins over the aspect; neither side gets below one block.
-        Raises ValueError for an image more than 200 times as long as wide.
+        Raises ValueError for an image more than 200 times as long as wide, or without pixels.
         """
-        if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
+        if min(height, width) < 1:
+            raise ValueError(f"an image of {height} x {width} has no pixels")
+        if max(height, width) > MAX_ASPECT * min(height, width):
             raise ValueError(f"an image of {height} x {width} is more than {MAX_ASPECT} times as long as wide")
         block = self.block
         # Python's round: half to even, as in the published processor.
