@@ -94,7 +94,7 @@ def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Seque
     r = config.rollout
     processor = ImageProcessor.from_dir(directory)
     if r.max_pixels:
-        processor = dataclasses.replace(processor, max_pixels=min(processor.max_pixels, r.max_pixels))
+        processor = processor.limited(r.max_pixels)
     pixels = PixelStore(processor, dtype=model.dtype)
     sampler = Sampler(
         model,
@@ -106,6 +106,6 @@ def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Seque
     runner = ToolRunner(
         tools, workers=config.tools.workers, timeout_s=config.tools.timeout_s, retries=config.tools.retries
     )
-    limits = Limits(r.max_turns, r.max_new_tokens, r.max_length, r.max_image_tokens or None)
+    limits = Limits(r.max_turns, r.max_new_tokens, r.max_length, r.max_image_tokens or None, r.max_think_tokens or None)
     players = Players(sampler, chat, pixels, runner, limits, system=r.system, tool_wait_s=r.tool_wait_s)
     return Agent(players, score=sources.score(config), weights=dict(config.reward.weights))

@@ -25,6 +25,9 @@ def check(config: ConfigDict) -> None:
     check_choice("tapo.control", config.tapo.control, controls.CONTROLS)
     check_choice("tapo.text", config.tapo.text, (*similarity.TEXT_MEASURES, "embedding"))
     check_choice("model.remat", config.model.remat, tuple(REMAT))
+    check_choice("export.dtype", config.export.dtype, ("", "float32", "bfloat16", "float16"))
+    if rollout.max_think_tokens < 0:
+        raise UserError(f"rollout.max_think_tokens is {rollout.max_think_tokens}: give 0 (no budget) or more tokens.")
     for field, value in (
         ("data.prompts_per_step", config.data.prompts_per_step),
         ("rollout.group_size", rollout.group_size),

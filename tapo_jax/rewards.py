@@ -39,8 +39,11 @@ def in_range(answer: str | None, ranges: Sequence[Sequence[float]]) -> float:
 
 def format_score(episode: Episode) -> float:
     """1.0 where every turn has the form think + one call or answer, at least one call was executed, and an answer ends
-    it. Only executed calls count: writing tags that do nothing earns nothing."""
-    formed = all(parse_turn(turn.text.replace("<|im_end|>", "")).format_ok for turn in episode.turns)
+    it. Only executed calls count: writing tags that do nothing earns nothing. A thought that the chat template opened,
+    or that was closed by force, is a thought."""
+    formed = all(
+        parse_turn(turn.text.replace("<|im_end|>", ""), opening=turn.opening).format_ok for turn in episode.turns
+    )
     return float(formed and episode.finish == "answer" and any(turn.is_step for turn in episode.turns))
 
 

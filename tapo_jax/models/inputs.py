@@ -7,6 +7,7 @@ Shapes come from ladders of allowed sizes (buckets): after every rung has been s
 import collections
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,14 +64,22 @@ class PixelStore:
     @property
     def max_patches(self) -> int:
         """Patches of the largest image."""
-        return self.processor.max_pixels // self.processor.patch**2
+        return self.processor.max_patches
 
     def tokens(self, image: Image) -> int:
         """Placeholders of an image, without processing it."""
         return self.processor.tokens(self.grid(image))
 
     def grid(self, image: Image) -> tuple[int, int, int]:
-        return self.processor.grid(*image.pixels.shape[:2])
+        """Raises ValueError for an image too long for the bound on pixels: its short side cannot get below one
+        block."""
+        height, width = image.pixels.shape[:2]
+        grid = self.processor.grid(height, width)
+        if math.prod(grid) > self.max_patches:
+            raise ValueError(
+                f"an image of {height} x {width} is too long for a bound of {self.processor.max_pixels} pixels"
+            )
+        return grid
 
 
 def _salt(shape: tuple[int, ...]) -> bytes:

@@ -182,7 +182,9 @@ class Board:
             conversation = player.conversation
             conversation.add_sampled(token_n, logp_n)
             ended = conversation.allowance == 0 or int(token_n[-1]) in self._with.sampler.stop_ids
-            cached = len(token_n) - int(ended)  # the last token of a turn is fed with what follows it
+            # A turn that used its whole allowance is looked at: its last token is fed with what follows it.
+            paused = ended or len(token_n) == drawn.allowance
+            cached = len(token_n) - int(paused)
             player.sent += cached
             player.position += cached
             if ended:
@@ -193,6 +195,8 @@ class Board:
                     )
                 else:
                     self._after_turn(slot)
+            elif paused:
+                self._after_turn(slot)  # the turn goes on behind a thought that was closed by force
 
     def _after_turn(self, slot: Slot) -> None:
         """Keep an episode that is over; else its new tokens wait for the next round."""
