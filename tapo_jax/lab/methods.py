@@ -23,13 +23,13 @@ OPTIMIZERS = ("sgd", "adam")
 class Method:
     """Base algorithm, credit transfer and optimiser. Numbers may be arrays that `jax.vmap` maps over.
 
-    beta 0 is the base algorithm alone, exactly. Raises ValueError for an unknown name and for sizes that do not divide.
+    Raises ValueError for an unknown name and for sizes that do not divide.
     """
 
     rate: Any = 0.2
     """The learning rate."""
     beta: Any = 0.8
-    """TAPO's share of a witness's credit; 0: TAPO off."""
+    """TAPO's share of a witness's credit."""
     theta: Any = 0.7
     """The least similarity to a witness."""
     alpha_min: Any = 0.25
@@ -38,6 +38,8 @@ class Method:
     """Of the ratio, below 1."""
     clip_high: Any = 0.2
     """Of the ratio, above 1."""
+    tapo: bool = dataclasses.field(default=True, metadata={"static": True})
+    """False: the base algorithm alone (beta 0 gives the same advantages, at the cost of computing them)."""
     algorithm: str = dataclasses.field(default="grpo", metadata={"static": True})
     """The loss: a name of `learn.losses`."""
     aggregation: str | None = dataclasses.field(default=None, metadata={"static": True})
@@ -70,16 +72,24 @@ class Method:
 
 
 class Credit(NamedTuple):
-    """advantage_BxT: of every token; transfer: what TAPO decided about every step slot."""
+    """advantage_BxT: of every token; corrected_PxS: the step slots that TAPO corrected."""
 
     advantage_BxT: jax.Array
-    transfer: tapo.CreditTransfer
+    corrected_PxS: jax.Array
 
 
 def assign_credit(method: Method, batch: Batch, key: jax.Array) -> Credit:
     """Return the advantage of every token of a batch. key: what the control that shuffles draws from."""
     reward_PxG = batch.success_PxG.astype(jnp.float32)
     advantage_PxG = advantages.group_advantages(reward_PxG)
+    untouched_PxS = jnp.zeros_like(batch.valid_PxS)
+    if method.control == "gigpo":
+        valid_PxV = batch.anchor_PxV != 0
+        return_PxV = gigpo.step_returns(reward_PxG, valid_PxV)
+        turn_PxV = gigpo.step_advantages(return_PxV, batch.anchor_PxV, valid_PxV, advantage_PxG)
+        return Credit(tapo.token_advantages(advantage_PxG, turn_PxV, batch.turn_BxT), untouched_PxS)
+    if not method.tapo:
+        return Credit(jnp.repeat(advantage_PxG.reshape(-1, 1), batch.mask_BxT.shape[1], axis=1), untouched_PxS)
     sim_PxSxS = batch.sim_PxSxS
     if method.control == "shuffled":
         failing_PxS = controls.failing_steps(batch.trajectory_PxS, batch.valid_PxS, batch.success_PxG)
@@ -87,12 +97,8 @@ def assign_credit(method: Method, batch: Batch, key: jax.Array) -> Credit:
     transfer = transfer_credit(method, batch, sim_PxSxS, advantage_PxG)
     if method.control == "zero_tools":
         transfer = controls.zero_tools(transfer, batch, batch.success_PxG)
-    if method.control == "gigpo":
-        valid_PxV = batch.anchor_PxV != 0
-        return_PxV = gigpo.step_returns(reward_PxG, valid_PxV)
-        turn_PxV = gigpo.step_advantages(return_PxV, batch.anchor_PxV, valid_PxV, advantage_PxG)
-        return Credit(tapo.token_advantages(advantage_PxG, turn_PxV, batch.turn_BxT), transfer)
-    return Credit(tapo.token_advantages(advantage_PxG, transfer.advantage_PxS, batch.step_BxT), transfer)
+    advantage_BxT = tapo.token_advantages(advantage_PxG, transfer.advantage_PxS, batch.step_BxT)
+    return Credit(advantage_BxT, transfer.corrected_PxS)
 
 
 def transfer_credit(method: Method, batch: Batch, sim_PxSxS: jax.Array, advantage_PxG: jax.Array) -> Any:

@@ -14,6 +14,7 @@ import optax
 from tapo_jax.lab import episodes, methods, worlds
 from tapo_jax.lab.methods import Method
 from tapo_jax.lab.worlds import World
+from tapo_jax.tapo import controls
 
 CHUNK = 128  # runs of one call: their pairwise similarities stay in the cache of a small processor
 WORKERS = 2  # calls at a time
@@ -99,8 +100,8 @@ def measure(world: World, parameters: Any) -> dict[str, jax.Array]:
 
 
 def measure_credit(batch: episodes.Batch, credit: methods.Credit) -> dict[str, jax.Array]:
-    failing_PxS = batch.valid_PxS & ~jnp.repeat(batch.success_PxG, batch.valid_PxS.shape[1] // batch.success_PxG.shape[1], axis=1)
-    corrected_PxS = credit.transfer.corrected_PxS & failing_PxS
+    failing_PxS = controls.failing_steps(batch.trajectory_PxS, batch.valid_PxS, batch.success_PxG)
+    corrected_PxS = credit.corrected_PxS & failing_PxS
     return {
         "corrected": corrected_PxS.sum() / failing_PxS.sum(),
         "right": (corrected_PxS & batch.right_PxS).sum() / corrected_PxS.sum(),
