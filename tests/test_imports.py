@@ -117,6 +117,7 @@ MAY_IMPORT = {
     "rollout": VOCABULARY | {"models", "sharding", "tools"},
     "learn": VOCABULARY | {"models", "processes", "sharding", "tapo"},
     "records": {"types"},
+    "lab": {"config", "learn", "records", "report", "tapo"},
     "report": {"atlas", "config", "records", "types", "viewer"},
     "viewer": {"records", "rollout"},
     "sweep": {"config", "processes", "report"},

@@ -65,12 +65,15 @@ def draw_curves(answer: Answer) -> Figure:
 
 
 def draw_phases(answer: Answer) -> Figure:
-    """TAPO − GRPO over guess rate × tool skill, one panel for each headroom."""
-    figure = new_figure(1, len(answer["skills"]), width=11, height=3.6)
-    for axes, skill, cells in zip(figure.axes, answer["skills"], answer["cells"]["TAPO"], strict=True):
-        _heat(axes, answer, cells)
-        title(axes, f"right tool steps: {100 * skill:.0f} % at first")
-    figure.axes[0].set_ylabel("a look-up is right, p_t")
+    """TAPO − GRPO over guess rate × tool skill, one panel for each headroom; below at the own best rates."""
+    figure = new_figure(2, len(answer["skills"]), width=11, height=3.3)
+    names = (("common", f"rate {answer['rates'][0]:g}"), ("best", "own best rates"))
+    for row, (which, words) in enumerate(names):
+        for column, skill in enumerate(answer["skills"]):
+            axes = figure.axes[row * len(answer["skills"]) + column]
+            _heat(axes, answer, answer["cells"][which]["TAPO"][column])
+            title(axes, f"{words}: tool steps right with {skill:g}")
+            axes.set_ylabel("a look-up is right, p_t" if column == 0 else "")
     figure.suptitle("TAPO − GRPO: points of accuracy, mean over training (bold: 95 % interval without 0)", fontsize=10)
     return figure
 
@@ -78,12 +81,13 @@ def draw_phases(answer: Answer) -> Figure:
 def draw_variants(answer: Answer) -> Figure:
     """Every setting and control − GRPO over guess rate × tool skill."""
     columns = 5
-    rows = -(-len(answer["cells"]) // columns)
+    cells_V = answer["cells"]["common"]
+    rows = -(-len(cells_V) // columns)
     figure = new_figure(rows, columns, width=11, height=2.35)
-    for axes, (name, cells) in zip(figure.axes, answer["cells"].items(), strict=False):
+    for axes, (name, cells) in zip(figure.axes, cells_V.items(), strict=False):
         _heat(axes, answer, cells[0], size=7)
         title(axes, name)
-    for axes in figure.axes[len(answer["cells"]) :]:
+    for axes in figure.axes[len(cells_V) :]:
         axes.set_visible(False)
     for axes in figure.axes[::columns]:
         axes.set_ylabel("p_t")
@@ -92,25 +96,28 @@ def draw_variants(answer: Answer) -> Figure:
 
 
 def draw_assumptions(answer: Answer) -> Figure:
-    """TAPO − base in worlds that differ from the plain one."""
+    """Updates that TAPO saves in worlds that differ from the plain one; an arrow where only TAPO gets half-way."""
     rows = answer["rows"]
     figure = new_figure(1, 2, width=10, height=0.9 + 0.3 * len(rows))
-    left, right = figure.axes
-    for y, row in enumerate(rows.values()):
-        low, high = (100 * value for value in row["gain"]["interval"])
-        colour = GREEN if low > 0 else RED if high < 0 else SOFT
-        left.plot([low, high], [y, y], color=colour, linewidth=2)
-        left.plot(100 * row["gain"]["mean"], y, "o", color=colour)
-        if row["saved"] is not None:
-            low, high = np.clip([100 * value for value in row["saved"]["interval"]], -100, 100)
-            right.plot([low, high], [y, y], color=colour, linewidth=2)
-            right.plot(100 * row["saved"]["mean"], y, "o", color=colour)
-    for axes, text in ((left, "points of accuracy, mean over training"), (right, "updates saved, %")):
+    picks = {f"the slowest rate of {len(answer['rates'])}": lambda row: row["common"][0], "own best rates": lambda row: row["best"]}
+    for axes, (words, pick) in zip(figure.axes, picks.items(), strict=True):
+        for y, row in enumerate(rows.values()):
+            found = pick(row)
+            if found["saved"] is not None:
+                low, high = np.clip([100 * value for value in found["saved"]["interval"]], -60, 100)
+                colour = GREEN if low > 0 else RED if high < 0 else SOFT
+                axes.plot([low, high], [y, y], color=colour, linewidth=2)
+                axes.plot(100 * found["saved"]["mean"], y, "o", color=colour)
+            elif found["updates"][1] is not None:
+                axes.plot(100, y, ">", color=GREEN)
+            else:
+                axes.text(0, y, "half-way is not reached", fontsize=8, color=SOFT, va="center", ha="center")
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_yticks(range(len(rows)), rows if axes is left else [""] * len(rows))
+        axes.set_yticks(range(len(rows)), rows if axes is figure.axes[0] else [""] * len(rows))
         axes.invert_yaxis()
+        axes.set_xlim(-60, 105)
         axes.grid(axis="x", color="#e8e5dd", linewidth=0.8)
-        title(axes, f"TAPO − base: {text}" if axes is left else text)
+        title(axes, f"updates saved by TAPO, %: {words}")
     return figure
 
 

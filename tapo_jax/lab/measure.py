@@ -60,7 +60,30 @@ def saved_updates(update_N: np.ndarray, base_N: np.ndarray, resamples: int = 200
     with np.errstate(invalid="ignore"):
         share_R = 1 - np.median(update_N[index_RxN], axis=1) / np.median(base_N[index_RxN], axis=1)
     low, high = np.quantile(np.where(np.isnan(share_R), -np.inf, share_R), [0.025, 0.975], method="nearest")
-    return {"mean": float(1 - np.median(update_N) / np.median(base_N)), "interval": [float(low), float(high)]}
+    low, high = np.maximum([low, high], -9.0)  # a resampled median can be infinite
+    saved = float(1 - np.median(update_N) / np.median(base_N))
+    return {"mean": round(saved, 4), "interval": [round(float(low), 4), round(float(high), 4)]}
+
+
+def versus(base: Runs, tapo: Runs) -> dict[str, Any]:
+    """TAPO against its base: mean accuracy over training, updates to a level, tools lost, what TAPO corrected.
+
+    The level is half of the way that the better one makes in the mean. `saved` is None where a median run does not
+    reach it. corrected, right: of TAPO's first ten batches.
+    """
+    last = max(float(runs.accuracy[:, -1].mean()) for runs in (base, tapo))
+    level = (float(base.accuracy[:, 0].mean()) + last) / 2
+    right_NxU = np.where(tapo.corrected > 0, tapo.right, np.nan)[:, :10]
+    return {
+        "level": round(level, 3),
+        "updates": [median(updates_to(runs, level)) for runs in (base, tapo)],
+        "saved": saved_updates(updates_to(tapo, level), updates_to(base, level)),
+        "gain": difference(mean_accuracy(tapo), mean_accuracy(base)),
+        "collapsed": [round(float(collapsed(runs).mean()), 3) for runs in (base, tapo)],
+        "final": [round(float(runs.accuracy[:, -1].mean()), 3) for runs in (base, tapo)],
+        "corrected": round(float(np.nan_to_num(tapo.corrected[:, :10]).mean()), 3),
+        "right": None if np.isnan(right_NxU).all() else round(float(np.nanmean(right_NxU)), 3),
+    }
 
 
 def median(value_N: np.ndarray) -> float | None:

@@ -14,9 +14,10 @@ from tapo_jax.lab.recorded import Measured
 from tapo_jax.lab.worlds import World
 from tapo_jax.report.plots import INK, new_figure, title
 
-RATES = (0.02, 0.04, 0.08, 0.16)
-"""Of Adam, the trainer's optimiser."""
-UPDATES = 200
+RATES = (0.01, 0.02, 0.04, 0.08)
+"""Of Adam, the trainer's optimiser. The verdict is about the slowest one at which the base gets half-way: a large model
+takes hundreds of updates too."""
+UPDATES = 300
 SEEDS = range(32)
 MAP_GUESS, MAP_HEADROOM = (0.0, 0.2, 0.4, 0.6, 0.8), (0.05, 0.15, 0.3, 0.5)
 MAP_SEEDS = range(16)
@@ -93,7 +94,13 @@ def world_of(measured: Measured) -> World:
 def compare(world: World, method: Method, seeds: range) -> dict[str, Any]:
     pair = {"base": (world, _settings(method, tapo=False)), "TAPO": (world, _settings(method, tapo=True))}
     found = questions.by_rate(pair, RATES, seeds, UPDATES)
-    return questions.compare(found["base"], found["TAPO"])
+    return slowest(questions.compare(found["base"], found["TAPO"]))
+
+
+def slowest(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the comparison at the slowest common rate at which the median base run gets half-way, else the fastest."""
+    reached = [one for one in result["common"] if one["updates"][0] is not None]
+    return (reached or result["common"][-1:])[0] | {"best": result["best"]}
 
 
 def what_if(world: World, method: Method) -> dict[str, dict[str, Any]]:
@@ -110,7 +117,7 @@ def what_if(world: World, method: Method) -> dict[str, dict[str, Any]]:
 
 
 def diagram(world: World, method: Method) -> dict[str, Any]:
-    """TAPO − base over guess rate × headroom of every tool step, p_t as measured, at the middle rates."""
+    """TAPO − base over guess rate × headroom of every tool step, p_t as measured, at one rate."""
     p_t = float(np.prod(world.skill + (1 - world.skill) * world.harmless) * world.reading)
     cells = {}
     for headroom in MAP_HEADROOM:
@@ -122,14 +129,12 @@ def diagram(world: World, method: Method) -> dict[str, Any]:
     named = {
         (flag, *at): (cell, _settings(method, tapo=flag)) for at, cell in cells.items() for flag in (False, True)
     }
-    found = questions.by_rate(named, RATES[1:3], MAP_SEEDS, UPDATES)
-    gains = [
-        [
-            questions.compare(found[False, h, g], found[True, h, g])["gain"] if (h, g) in cells else None
-            for g in MAP_GUESS
-        ]
-        for h in MAP_HEADROOM
-    ]
+    found = questions.by_rate(named, RATES[1:2], MAP_SEEDS, UPDATES)
+
+    def gain(*at: float) -> dict[str, Any] | None:
+        return questions.compare(found[False, *at], found[True, *at])["best"]["gain"] if at in cells else None
+
+    gains = [[gain(headroom, guess) for guess in MAP_GUESS] for headroom in MAP_HEADROOM]
     return {"guess": MAP_GUESS, "headroom": MAP_HEADROOM, "gain": gains, "p_t": p_t}
 
 
@@ -213,7 +218,7 @@ def describe(measured: Measured, world: World, config: Mapping[str, Any], run: P
     for name in ("reward/accuracy", "tapo/correctable_actions", "loss/entropy"):
         values = [line[name] for line in logged if line.get(name) is not None]
         if values:
-            lines.append(f"  {name + ', logged':<28}{np.mean(values):.3f}, mean of {len(values)} steps")
+            lines.append(f"  {name + ', logged':<36}{np.mean(values):.3f}, mean of {len(values)} steps")
     return lines
 
 
@@ -225,6 +230,9 @@ def _results(result: Mapping[str, Any], changed: Mapping[str, Mapping[str, Any]]
         saved = "–" if one["saved"] is None else f"{100 * one['saved']['mean']:.0f} %"
         lost = " → ".join(f"{100 * share:.0f} %" for share in one["collapsed"])
         lines.append(f"{name:<36}{gain:>24}{saved:>18}{lost:>14}")
+    best = result["best"]
+    saved = "–" if best["saved"] is None else f"{100 * best['saved']['mean']:.0f} %"
+    lines.append(f"{'as measured, own best rates':<36}{100 * best['gain']['mean']:>+24.1f}{saved:>18}")
     return lines
 
 

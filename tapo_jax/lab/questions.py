@@ -11,7 +11,9 @@ from tapo_jax.lab.methods import Method
 from tapo_jax.lab.simulate import Runs, simulate
 from tapo_jax.lab.worlds import World
 
-RATES = (0.7, 1.4, 2.8, 5.6)
+RATES = (1.4, 2.8, 5.6, 11.2, 22.4, 44.8)
+"""Learning rates, beyond the best one on both sides. At the smallest one a hundred updates are some way, as they are
+for a large model."""
 BAND = World(guess=1 / 3, lookup=0.5, skill=0.6, reading=0.3, steps=3)
 """The world that questions about settings start from: p_t = .065 is less than half of p_g."""
 PAIR = {"base": {"tapo": False}, "TAPO": {}}
@@ -27,7 +29,7 @@ CURVES: dict[str, dict[str, Any]] = {
     "zero_tools": {"control": "zero_tools"},
     "GiGPO": {"control": "gigpo"},
 }
-"""The methods whose curves are drawn, and whose updates to a given accuracy are counted."""
+"""The methods whose curves are drawn, and whose updates to a given accuracy are counted; two updates a batch."""
 
 GUESS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)
 TOOLS = (0.02, 0.04, 0.08, 0.12, 0.17, 0.24)
@@ -60,8 +62,8 @@ ASSUMPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "a wrong step is harmless with .3": ({"harmless": 0.3}, {}, 1.0),
     "half of each step shared": ({"sharing": 0.5}, {}, 1.0),
     "a network, 32 questions": ({"policy": "network"}, {}, 1.0),
-    "Adam": ({}, {"optimizer": "adam"}, 0.02),
-    "4 updates a batch": ({}, {"updates_per_batch": 4}, 0.5),
+    "Adam": ({}, {"optimizer": "adam"}, 0.0143),
+    "4 updates a batch": ({}, {"updates_per_batch": 4}, 1.0),
     "GSPO": ({}, {"algorithm": "gspo"}, 1.0),
     "SAPO": ({}, {"algorithm": "sapo"}, 1.0),
     "GRPO, sequence means": ({}, {"aggregation": "seq_mean_token_mean"}, 1.0),
@@ -102,7 +104,8 @@ def tables(seeds: Sequence[int], updates: int) -> dict[str, Any]:
 
 def curves(seeds: Sequence[int], updates: int) -> dict[str, Any]:
     """Every method at its own best learning rate, and at all of them: curves, updates to an accuracy, collapse."""
-    found = by_rate({name: (BAND, setting) for name, setting in CURVES.items()}, RATES, seeds, updates)
+    named = {name: (BAND, setting | {"updates_per_batch": 2}) for name, setting in CURVES.items()}
+    found = by_rate(named, RATES, seeds, updates)
     out = {}
     for name, runs_R in found.items():
         rate, best = measure.at_best_rate(runs_R, measure.mean_accuracy)
@@ -122,13 +125,13 @@ def curves(seeds: Sequence[int], updates: int) -> dict[str, Any]:
 
 
 def phases(seeds: Sequence[int], updates: int) -> dict[str, Any]:
-    """TAPO − GRPO over guess rate × tool skill × headroom, both at their own best rates."""
-    return diagram({"TAPO": {}}, SKILLS, RATES[::2] + (11.2,), seeds, updates, spread=0.0)
+    """TAPO − GRPO over guess rate × tool skill × headroom: at a common rate, and both at their own best rates."""
+    return diagram({"TAPO": {}}, SKILLS, RATES[::2], seeds, updates)
 
 
 def variants(seeds: Sequence[int], updates: int) -> dict[str, Any]:
-    """Other settings and controls − GRPO of the same group size, over guess rate × tool skill, at one rate."""
-    return diagram(VARIANTS, (0.6,), (2.8,), seeds, updates, spread=0.4, guesses=GUESS[::2], tools=TOOLS[1:5])
+    """Other settings and controls − GRPO of the same group size, over guess rate × tool skill, at a common rate."""
+    return diagram(VARIANTS, (0.6,), RATES[:1], seeds, updates, guesses=GUESS[::2], tools=TOOLS[1:5], spread=0.4)
 
 
 def diagram(
@@ -138,9 +141,9 @@ def diagram(
     seeds: Sequence[int],
     updates: int,
     *,
-    spread: float,
     guesses: Sequence[float] = GUESS,
     tools: Sequence[float] = TOOLS,
+    spread: float = 0.0,
 ) -> dict[str, Any]:
     """Differences of mean accuracy to the base with intervals, for each setting × skill × p_t × p_g; two tool steps.
 
@@ -157,25 +160,29 @@ def diagram(
                     for name, setting in (base | dict(settings)).items():
                         named[name, skill, p_t, guess] = (world, setting)
     found = by_rate(named, rates, seeds, updates)
+    common = {key: runs_R[rates[0]] for key, runs_R in found.items()}
     best = {key: measure.at_best_rate(runs_R, measure.mean_accuracy)[1] for key, runs_R in found.items()}
 
-    def cell(name: str, *at: float) -> dict[str, Any] | None:
-        if (name, *at) not in best:
+    def cell(runs: Mapping[Any, Runs], name: str, *at: float) -> dict[str, Any] | None:
+        if (name, *at) not in runs:
             return None
-        runs, base = best[name, *at], best[f"base {settings[name].get('group', 8)}", *at]
-        difference = measure.difference(measure.mean_accuracy(runs), measure.mean_accuracy(base))
-        ends = [round(float(measure.collapsed(one).mean()), 3) for one in (base, runs)]
+        one, base = runs[name, *at], runs[f"base {settings[name].get('group', 8)}", *at]
+        difference = measure.difference(measure.mean_accuracy(one), measure.mean_accuracy(base))
+        ends = [round(float(measure.collapsed(end).mean()), 3) for end in (base, one)]
         return difference | {"base": round(float(measure.mean_accuracy(base).mean()), 4), "collapsed": ends}
 
     cells = {
-        name: [[[cell(name, skill, p_t, guess) for guess in guesses] for p_t in tools] for skill in skills]
-        for name in settings
+        which: {
+            name: [[[cell(runs, name, skill, p_t, guess) for guess in guesses] for p_t in tools] for skill in skills]
+            for name in settings
+        }
+        for which, runs in (("common", common), ("best", best))
     }
     return {"guess": guesses, "tools": tools, "skills": skills, "rates": rates, "lookup": 0.5, "cells": cells}
 
 
 def assumptions(seeds: Sequence[int], updates: int) -> dict[str, Any]:
-    """TAPO − base where one thing differs from the plain world, both at their own best rates."""
+    """TAPO − base where one thing differs from the plain world: at every rate, and both at their own best rates."""
     out = {}
     for name, (world, method, factor) in ASSUMPTIONS.items():
         cell = dataclasses.replace(BAND, **world)
@@ -195,7 +202,7 @@ def collapse(seeds: Sequence[int], updates: int) -> dict[str, Any]:
     methods = {"GRPO": {"tapo": False}, "TAPO": {}, "zero_tools": {"control": "zero_tools"}}
     worlds = {p_t: World(guess=0.5, skill=0.6, reading=p_t / 0.36, steps=2) for p_t in tools}
     named = {(name, p_t): (worlds[p_t], setting) for p_t in tools for name, setting in methods.items()}
-    rates = (0.7, 2.8)
+    rates = RATES[:3:2]
     found = by_rate(named, rates, seeds, updates)
     shares = {
         name: {str(rate): [float(measure.collapsed(found[name, p_t][rate]).mean()) for p_t in tools] for rate in rates}
@@ -205,28 +212,12 @@ def collapse(seeds: Sequence[int], updates: int) -> dict[str, Any]:
 
 
 def compare(base_R: Mapping[float, Runs], tapo_R: Mapping[float, Runs]) -> dict[str, Any]:
-    """TAPO against its base: at the own best rates and at every rate. The level is half of the way that the better
-    one makes in the mean."""
+    """TAPO against its base at every common rate, and both at their own best rates."""
     rate_base, base = measure.at_best_rate(base_R, measure.mean_accuracy)
     rate_tapo, tapo = measure.at_best_rate(tapo_R, measure.mean_accuracy)
-    last = max(float(runs.accuracy[:, -1].mean()) for runs in (base, tapo))
-    level = (float(base.accuracy[:, 0].mean()) + last) / 2
-    each = [
-        measure.difference(measure.mean_accuracy(tapo_R[rate]), measure.mean_accuracy(base_R[rate])) for rate in base_R
-    ]
-    with np.errstate(invalid="ignore"):
-        right_NxU = np.where(tapo.corrected > 0, tapo.right, np.nan)
     return {
-        "rates": [rate_base, rate_tapo],
-        "level": round(level, 3),
-        "updates": [measure.median(measure.updates_to(runs, level)) for runs in (base, tapo)],
-        "saved": measure.saved_updates(measure.updates_to(tapo, level), measure.updates_to(base, level)),
-        "gain": measure.difference(measure.mean_accuracy(tapo), measure.mean_accuracy(base)),
-        "gain_at_rates": each,
-        "collapsed": [round(float(measure.collapsed(runs).mean()), 3) for runs in (base, tapo)],
-        "final": [round(float(runs.accuracy[:, -1].mean()), 3) for runs in (base, tapo)],
-        "corrected": round(float(np.nan_to_num(tapo.corrected[:, :10]).mean()), 3),
-        "right": None if np.isnan(right_NxU[:, :10]).all() else round(float(np.nanmean(right_NxU[:, :10])), 3),
+        "common": [{"rate": rate} | measure.versus(base_R[rate], tapo_R[rate]) for rate in base_R],
+        "best": {"rates": [rate_base, rate_tapo]} | measure.versus(base, tapo),
     }
 
 
@@ -249,9 +240,9 @@ def describe(world: World) -> dict[str, Any]:
 
 QUESTIONS: dict[str, Question] = {
     "tables": Question("Are the numbers of the first simulation found again?", tables, 64, 400),
-    "curves": Question("How do the methods learn, each at its own best learning rate?", curves, 48, 400),
+    "curves": Question("How do the methods learn, each at its own best learning rate?", curves, 32, 300),
     "phases": Question("Where does TAPO help?", phases, 16, 200),
-    "variants": Question("What do TAPO's settings and the controls change about that?", variants, 24, 200),
-    "assumptions": Question("Does it depend on what the plain world leaves out?", assumptions, 32, 300),
-    "collapse": Question("Where are the tools lost?", collapse, 48, 400),
+    "variants": Question("What do TAPO's settings and the controls change about that?", variants, 16, 200),
+    "assumptions": Question("Does it depend on what the plain world leaves out?", assumptions, 24, 200),
+    "collapse": Question("Where are the tools lost?", collapse, 32, 300),
 }

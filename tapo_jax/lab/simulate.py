@@ -121,7 +121,8 @@ def simulate(cells: Sequence[tuple[World, Method]], seeds: Sequence[int], update
     """
     kinds: dict[Any, list[int]] = {}
     for number, cell in enumerate(cells):
-        kinds.setdefault(jax.tree.structure(cell), []).append(number)
+        leaves, structure = jax.tree.flatten(cell)
+        kinds.setdefault((structure, tuple(map(np.shape, leaves))), []).append(number)
     found: list[Runs | None] = [None] * len(cells)
     for numbers in kinds.values():
         runs = _simulate_kind([cells[number] for number in numbers], seeds, updates)
