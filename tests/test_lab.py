@@ -125,15 +125,15 @@ def test_simulated_advantages_are_those_of_the_closed_form(beta):
     """Below TAPO's gates' and clip's reach, so that the mean of a group's advantage is that at the mean support."""
     world = World(guess=0.33, lookup=0.5, skill=0.9999, reading=0.2, steps=1)
     found = theory.expected(0.33, 0.5, 0.2, beta=beta, alpha_min=0.05)
-    _, batch = played(world, prompts=400, group=128)
-    method = Method(beta=beta, alpha_min=0.05, group=128, rollouts=400 * 128)
+    _, batch = played(world, prompts=300, group=64)
+    method = Method(beta=beta, alpha_min=0.05, group=64, rollouts=300 * 64)
     credit = methods.assign_credit(method, batch, jax.random.key(0))
     unit = np.sqrt(found.accuracy * (1 - found.accuracy))
     looked_B = np.asarray(batch.mask_BxT)[:, 1]
     step_advantage = unit * np.asarray(credit.advantage_BxT)[looked_B, 1].mean()
     guess_advantage = unit * np.asarray(credit.advantage_BxT)[~looked_B, 0].mean()
-    assert step_advantage == pytest.approx(found.corrected, abs=0.005)
-    assert guess_advantage == pytest.approx(found.guess, abs=0.005)
+    assert step_advantage == pytest.approx(found.corrected, abs=0.007)
+    assert guess_advantage == pytest.approx(found.guess, abs=0.007)
 
 
 def test_tapo_moves_the_border_of_collapse_below_the_guess_rate():

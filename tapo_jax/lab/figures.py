@@ -14,6 +14,7 @@ Answer = Mapping[str, Any]
 PAIRS = (("GRPO", "GRPO + TAPO"), ("GSPO", "GSPO + TAPO"), ("SAPO", "SAPO + TAPO"))
 CONTROLS = (("GRPO", SOFT), ("GRPO + TAPO", RED), ("shuffled", GOLD), ("zero_tools", BLUE), ("GiGPO", GREEN))
 WIDEST = 0.25  # a difference of mean accuracy where the colours end
+LEAST = 0.005  # one that is written as 0
 
 
 def draw_tables(answer: Answer) -> Figure:
@@ -66,15 +67,19 @@ def draw_curves(answer: Answer) -> Figure:
 
 def draw_phases(answer: Answer) -> Figure:
     """TAPO − GRPO over guess rate × tool skill, one panel for each headroom; below at the own best rates."""
-    figure = new_figure(2, len(answer["skills"]), width=11, height=3.3)
-    names = (("common", f"rate {answer['rates'][0]:g}"), ("best", "own best rates"))
-    for row, (which, words) in enumerate(names):
+    names = {"common": f"rate {answer['rates'][0]:g}"}
+    if len(answer["rates"]) > 1:
+        names["best"] = "own best rates"
+    columns = len(answer["skills"])
+    figure = new_figure(len(names), columns, width=2 + 3 * columns, height=3.3)
+    for row, (which, words) in enumerate(names.items()):
         for column, skill in enumerate(answer["skills"]):
-            axes = figure.axes[row * len(answer["skills"]) + column]
+            axes = figure.axes[row * columns + column]
             _heat(axes, answer, answer["cells"][which]["TAPO"][column])
-            title(axes, f"{words}: tool steps right with {skill:g}")
+            title(axes, f"{words}; tool steps right: {skill:g}")
             axes.set_ylabel("a look-up is right, p_t" if column == 0 else "")
-    figure.suptitle("TAPO − GRPO: points of accuracy, mean over training (bold: 95 % interval without 0)", fontsize=10)
+    words = "TAPO − GRPO: points of accuracy, mean over training"
+    figure.suptitle(words + (" (bold: 95 % interval without 0)" if columns > 1 else ""), fontsize=10)
     return figure
 
 
@@ -99,10 +104,9 @@ def draw_assumptions(answer: Answer) -> Figure:
     """Updates that TAPO saves in worlds that differ from the plain one; an arrow where only TAPO gets half-way."""
     rows = answer["rows"]
     figure = new_figure(1, 2, width=10, height=0.9 + 0.3 * len(rows))
-    picks = {f"the slowest rate of {len(answer['rates'])}": lambda row: row["common"][0], "own best rates": lambda row: row["best"]}
-    for axes, (words, pick) in zip(figure.axes, picks.items(), strict=True):
+    for axes, words in zip(figure.axes, ("at the slowest rate", "at the own best rates"), strict=True):
         for y, row in enumerate(rows.values()):
-            found = pick(row)
+            found = row["best"] if axes is figure.axes[1] else row["common"][0]
             if found["saved"] is not None:
                 low, high = np.clip([100 * value for value in found["saved"]["interval"]], -60, 100)
                 colour = GREEN if low > 0 else RED if high < 0 else SOFT
@@ -117,7 +121,7 @@ def draw_assumptions(answer: Answer) -> Figure:
         axes.invert_yaxis()
         axes.set_xlim(-60, 105)
         axes.grid(axis="x", color="#e8e5dd", linewidth=0.8)
-        title(axes, f"updates saved by TAPO, %: {words}")
+        title(axes, f"updates saved by TAPO {words}, %")
     return figure
 
 
@@ -153,10 +157,10 @@ def _heat(axes: Axes, answer: Answer, cells: list[list[Any]], size: float = 8) -
         for x, cell in enumerate(row):
             if cell is not None:
                 low, high = cell["interval"]
-                sure = low > 0 or high < 0
+                text = f"{100 * cell['mean']:+.0f}" if abs(cell["mean"]) >= LEAST else "0"
+                sure = (low > 0 or high < 0) and text != "0"
                 colour = "white" if abs(cell["mean"]) > 0.6 * WIDEST else INK if sure else SOFT
                 weight = "bold" if sure else "normal"
-                text = f"{100 * cell['mean']:+.0f}"
                 axes.text(x, y, text, ha="center", va="center", fontsize=size, color=colour, fontweight=weight)
     axes.set_xticks(range(len(answer["guess"])), [f"{guess:g}" for guess in answer["guess"]])
     axes.set_yticks(range(len(answer["tools"])), [f"{p_t:g}" for p_t in answer["tools"]])
@@ -188,5 +192,5 @@ FIGURES: dict[str, Callable[[Answer], Figure]] = {
 def save(name: str, answer: Answer, folder: Path) -> Path:
     """Draw the answer of a question into folder/NAME.png."""
     path = folder / f"{name}.png"
-    FIGURES[name](answer).savefig(path, dpi=110)
+    FIGURES[name](answer).savefig(path, dpi=88)
     return path

@@ -256,4 +256,4 @@ def draw(answer: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("a guess is right, p_g")
     axes.set_ylabel("headroom of the tool steps")
     title(axes, f"TAPO − base, points; p_t = {found['p_t']:.2f}; the ring is this run")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=88)
