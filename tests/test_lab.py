@@ -208,7 +208,9 @@ def test_a_rate_is_chosen_on_the_other_seeds():
     assert merged.accuracy[:, 1].tolist() == [0.2, 0.1]
 
 
-@pytest.mark.parametrize("kind, wrong", [(World, {"policy": "tree"}), (World, {"steps": 0}), (Method, {"control": "x"})])
+@pytest.mark.parametrize(
+    "kind, wrong", [(World, {"policy": "tree"}), (World, {"steps": 0}), (Method, {"control": "x"})]
+)
 def test_a_setting_that_does_not_exist_is_named(kind, wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         kind(**wrong)

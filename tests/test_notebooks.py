@@ -96,4 +96,4 @@ def test_when_does_tapo_help(tmp_path):
     text = printed(notebook)
     assert figures(notebook) == 2
     assert "GRPO pushes tools at least as hard as guesses from p_t = 0.30" in text
-    assert "updates to half-way" in text
+    assert "half-way after" in text

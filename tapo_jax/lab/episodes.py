@@ -1,7 +1,7 @@
 """One batch of simulated episodes as the arrays that the trainer would have made of it.
 
-Axes: P prompts, G rollouts, B = P·G rows, K tool steps, S = G·K step slots, C = K + 2 choices, T = C tokens (a choice is
-one token), V = K + 1 turns (the decision is written in the turn of the first tool call, or of the guess).
+Axes: P prompts, G rollouts, B = P·G rows, K tool steps, S = G·K step slots, C = K + 2 choices, T = C tokens (one
+for each choice), V = K + 1 turns (the decision is written in the turn of the first tool call, or of the guess).
 """
 
 from typing import NamedTuple

@@ -107,7 +107,10 @@ def draw_assumptions(answer: Answer) -> Figure:
     for axes, words in zip(figure.axes, ("at the slowest rate", "at the own best rates"), strict=True):
         for y, row in enumerate(rows.values()):
             found = row["best"] if axes is figure.axes[1] else row["common"][0]
-            if found["saved"] is not None:
+            if max(found["final"]) < answer["world"]["guess"] + 0.05:
+                lost = " → ".join(f"{100 * share:.0f} %" for share in found["collapsed"])
+                axes.text(2, y, f"nothing is learnt; tools lost: {lost}", fontsize=8, color=SOFT, va="center")
+            elif found["saved"] is not None:
                 low, high = np.clip([100 * value for value in found["saved"]["interval"]], -60, 100)
                 colour = GREEN if low > 0 else RED if high < 0 else SOFT
                 axes.plot([low, high], [y, y], color=colour, linewidth=2)
@@ -115,10 +118,11 @@ def draw_assumptions(answer: Answer) -> Figure:
             elif found["updates"][1] is not None:
                 axes.plot(100, y, ">", color=GREEN)
             else:
-                axes.text(0, y, "half-way is not reached", fontsize=8, color=SOFT, va="center", ha="center")
+                lost = " → ".join(f"{100 * share:.0f} %" for share in found["collapsed"])
+                axes.text(2, y, f"the median run fails; tools lost: {lost}", fontsize=8, color=SOFT, va="center")
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(rows)), rows if axes is figure.axes[0] else [""] * len(rows))
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(-60, 105)
         axes.grid(axis="x", color="#e8e5dd", linewidth=0.8)
         title(axes, f"updates saved by TAPO {words}, %")

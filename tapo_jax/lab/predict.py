@@ -1,4 +1,4 @@
-"""Whether TAPO should help a run, from its first recorded episodes: the measured policy is trained in the laboratory."""
+"""Whether TAPO should help a run: the policy of its first episodes is measured and trained in the laboratory."""
 
 import dataclasses
 import json
@@ -126,9 +126,7 @@ def diagram(world: World, method: Method) -> dict[str, Any]:
         for guess in MAP_GUESS:
             if reading < 1:
                 cells[headroom, guess] = dataclasses.replace(world, skill=skill_K, reading=reading, guess=guess)
-    named = {
-        (flag, *at): (cell, _settings(method, tapo=flag)) for at, cell in cells.items() for flag in (False, True)
-    }
+    named = {(flag, *at): (cell, _settings(method, tapo=flag)) for at, cell in cells.items() for flag in (False, True)}
     found = questions.by_rate(named, RATES[1:2], MAP_SEEDS, UPDATES)
 
     def gain(*at: float) -> dict[str, Any] | None:

@@ -99,7 +99,11 @@ def tables(seeds: Sequence[int], updates: int) -> dict[str, Any]:
         row["lookup"] = round(float(runs.lookup[:, -1].mean()), 3)
         row["collapsed"] = round(float(measure.collapsed(runs).mean()), 3)
     apart = [abs(a - b) for row in rows for a, b in zip(row["here"], row["published"], strict=False)]
-    return {"rows": rows, "largest_difference": round(max(apart), 3), "mean_difference": round(float(np.mean(apart)), 4)}
+    return {
+        "rows": rows,
+        "largest_difference": round(max(apart), 3),
+        "mean_difference": round(float(np.mean(apart)), 4),
+    }
 
 
 def curves(seeds: Sequence[int], updates: int) -> dict[str, Any]:
@@ -119,9 +123,18 @@ def curves(seeds: Sequence[int], updates: int) -> dict[str, Any]:
                 level: [measure.median(measure.updates_to(runs, level)) for runs in runs_R.values()]
                 for level in (0.5, 0.9)
             },
-            "updates_at_best": {level: measure.median(measure.updates_to(best, level)) for level in (0.5, 0.9)},
+            "best_updates": {level: _fastest(runs_R, level) for level in (0.5, 0.9)},
         }
     return {"rates": RATES, "world": describe(BAND), "methods": out}
+
+
+def _fastest(runs_R: Mapping[float, Runs], level: float) -> dict[str, Any]:
+    """The median updates to an accuracy at the rate that is best for just this; a run that never gets there counts as
+    one that does at the end."""
+    rate, best = measure.at_best_rate(
+        runs_R, lambda runs: -np.minimum(measure.updates_to(runs, level), runs.accuracy.shape[1])
+    )
+    return {"rate": rate, "median": measure.median(measure.updates_to(best, level))}
 
 
 def phases(seeds: Sequence[int], updates: int) -> dict[str, Any]:
@@ -188,12 +201,12 @@ def assumptions(seeds: Sequence[int], updates: int) -> dict[str, Any]:
         cell = dataclasses.replace(BAND, **world)
         found = by_rate(
             {which: (cell, setting | method) for which, setting in PAIR.items()},
-            [rate * factor for rate in RATES],
+            [rate * factor for rate in RATES[::2]],
             seeds,
             updates,
         )
         out[name] = compare(found["base"], found["TAPO"])
-    return {"rows": out, "world": describe(BAND), "rates": RATES}
+    return {"rows": out, "world": describe(BAND), "rates": RATES[::2]}
 
 
 def collapse(seeds: Sequence[int], updates: int) -> dict[str, Any]:

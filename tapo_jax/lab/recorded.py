@@ -116,7 +116,9 @@ def measure(episodes: Sequence[RecordedEpisode], theta: float) -> Measured:
     looked = [deciding in _calls(episode) for episode in episodes]
 
     judged = episodes if known else [e for e in episodes if (e.step, e.prompt) in successful]
-    judge: Callable[[RecordedEpisode], list[tuple[RecordedTurn, bool | None]]] = truth.steps_of if known else _by_witness
+    judge: Callable[[RecordedEpisode], list[tuple[RecordedTurn, bool | None]]] = (
+        truth.steps_of if known else _by_witness
+    )
     judged_steps = [(episode, judge(episode)) for episode in judged]
     failing = [
         (turn, right)

@@ -45,7 +45,9 @@ def make_optimizer(method: Method) -> optax.GradientTransformation:
     return optax.sgd(method.rate)
 
 
-def loss_of(world: World, method: Method, parameters: Any, batch: Any, advantage_BxT: Any, old_logp_BxT: Any, part: int):
+def loss_of(
+    world: World, method: Method, parameters: Any, batch: Any, advantage_BxT: Any, old_logp_BxT: Any, part: int
+):
     """Return the loss of mini-batch `part`: the rows part, part + n, part + 2·n, … of the batch, as in training."""
     logits_QxCxM = worlds.policy_logits(world, parameters)
     logp_BxT = episodes.token_logp(world, logits_QxCxM, batch)

@@ -89,7 +89,9 @@ def right_options(world: World) -> np.ndarray:
 def first_logits(world: World) -> jax.Array:
     """Return base_QxCxM: the logits of the first policy. Of the first choice only two options are allowed."""
     skill_K = jnp.broadcast_to(jnp.asarray(world.skill), (world.steps,))
-    right_C = jnp.concatenate([jnp.stack([jnp.asarray(world.lookup)]), skill_K, jnp.stack([jnp.asarray(world.reading)])])
+    right_C = jnp.concatenate(
+        [jnp.stack([jnp.asarray(world.lookup)]), skill_K, jnp.stack([jnp.asarray(world.reading)])]
+    )
     right_C = jnp.clip(right_C.astype(jnp.float32), LOWEST, 1 - LOWEST)
     others_C = jnp.array([1] + [world.options - 1] * (world.steps + 1))
     is_right_QxCxM = right_options(world)[:, :, None] == np.arange(world.options)
