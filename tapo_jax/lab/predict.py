@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from tapo_jax.report.plots import INK, new_figure, title
 RATES = (0.01, 0.02, 0.04, 0.08)
 """Of Adam, the trainer's optimiser. The verdict is about the slowest one at which the base gets half-way: a large model
 takes hundreds of updates too."""
+PLAIN_RATES = (0.35, 0.7, 1.4, 2.8)
+"""Of plain gradient ascent, which does not scale up what TAPO leaves of a gradient."""
 UPDATES = 300
 SEEDS = range(32)
 MAP_GUESS, MAP_HEADROOM = (0.0, 0.2, 0.4, 0.6, 0.8), (0.05, 0.15, 0.3, 0.5)
@@ -37,22 +39,32 @@ def predict(run: Path, out: Path, *, least: int = 256) -> str:
     measured = recorded.measure(recorded.read(run, least), float(method.theta))
     method = dataclasses.replace(method, group=measured.group, rollouts=_rollouts(config, measured, method))
     world = world_of(measured)
-    result = compare(world, method, SEEDS)
+    result = compare(world, method, SEEDS, RATES)
+    plain = compare(world, dataclasses.replace(method, optimizer="sgd"), SEEDS, PLAIN_RATES)
     changed = what_if(world, method)
     found_map = diagram(world, method)
-    verdict = decide(measured, world, result, changed)
+    verdict = decide(measured, world, result, changed) + _with_plain(result, plain)
     answer = {
         "measured": dataclasses.asdict(measured) | {"headroom": measured.headroom},
         "world": questions.describe(world),
         "method": dataclasses.asdict(method) | {"rates": RATES},
         "result": result,
+        "plain_gradient_ascent": plain,
         "what_if": changed,
         "map": found_map,
         "verdict": verdict,
     }
     (out / "predict.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
     draw(answer, out / "predict.png")
-    return "\n".join([*describe(measured, world, config, run), "", *_results(result, changed), "", verdict])
+    return "\n".join(
+        [
+            *describe(measured, world, config, run),
+            "",
+            *_results(result, {"with plain gradient ascent": plain} | changed),
+            "",
+            verdict,
+        ]
+    )
 
 
 def method_of(config: Mapping[str, Any]) -> Method:
@@ -91,9 +103,9 @@ def world_of(measured: Measured) -> World:
     )
 
 
-def compare(world: World, method: Method, seeds: range) -> dict[str, Any]:
+def compare(world: World, method: Method, seeds: range, rates: Sequence[float]) -> dict[str, Any]:
     pair = {"base": (world, _settings(method, tapo=False)), "TAPO": (world, _settings(method, tapo=True))}
-    found = questions.by_rate(pair, RATES, seeds, UPDATES)
+    found = questions.by_rate(pair, rates, seeds, UPDATES)
     return slowest(questions.compare(found["base"], found["TAPO"]))
 
 
@@ -113,7 +125,7 @@ def what_if(world: World, method: Method) -> dict[str, dict[str, Any]]:
         "a guess is right with 1/3": dataclasses.replace(world, guess=1 / 3),
         "both": dataclasses.replace(world, skill=low_K, reading=reading, guess=1 / 3),
     }
-    return {name: compare(changed, method, SEEDS) for name, changed in changes.items()}
+    return {name: compare(changed, method, SEEDS, RATES) for name, changed in changes.items()}
 
 
 def diagram(world: World, method: Method) -> dict[str, Any]:
@@ -159,9 +171,20 @@ def decide(
     if low > 0 and (gain >= LEAST_GAIN) and (saved is None or saved["mean"] >= LEAST_SAVED):
         if saved is None:
             return f"TAPO should help ({points}), though the median run does not get half-way."
-        share = min(FRACTIONS, key=lambda pair: abs(pair[0] - saved["mean"]))[1]
-        return f"TAPO should save about {share} of the updates ({points})."
+        return f"TAPO should save about {_fraction(saved['mean'])} of the updates ({points})."
     return f"No difference to be expected ({points}), {_reason(measured, world, changed)}"
+
+
+def _fraction(share: float) -> str:
+    return min(FRACTIONS, key=lambda pair: abs(pair[0] - share))[1]
+
+
+def _with_plain(result: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
+    """What plain gradient ascent would say, where it says something else."""
+    if not _notable(plain) or _notable(result) or plain["saved"] is None:
+        return ""
+    share = _fraction(plain["saved"]["mean"])
+    return f" (With plain gradient ascent in place of Adam it would save about {share} of the updates.)"
 
 
 def _reason(measured: Measured, world: World, changed: Mapping[str, Mapping[str, Any]]) -> str:
