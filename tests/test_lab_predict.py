@@ -86,7 +86,7 @@ def test_a_run_without_known_facts_is_measured_by_its_witnesses():
 
 
 def test_a_run_on_atlas_is_measured_by_its_facts():
-    """The chain is France's capital: the second episode's image search named Spain, so its text search is not counted."""
+    """The second episode's image search named Spain, not France: its text search is not counted."""
     zoom = ("image_zoom_in_tool", {"bbox_2d": [0, 0, 9, 9], "label": "red", "img_idx": 0}, "Image 1.", 0.9)
 
     def calls(name, sim):
