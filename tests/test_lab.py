@@ -17,11 +17,14 @@ from tapo_jax.types import Identity
 
 WORLD = World(guess=0.4, lookup=0.7, skill=0.6, reading=0.5, steps=2)
 
+assign_credit = jax.jit(methods.assign_credit)  # one compilation in place of one for every operation
+play = jax.jit(episodes.play, static_argnums=(2, 3))
+
 
 def played(world=WORLD, prompts=4, group=8, seed=0):
     parameters = worlds.first_parameters(world, jax.random.key(7))
     logits_QxCxM = worlds.policy_logits(world, parameters)
-    return parameters, episodes.play(world, logits_QxCxM, prompts, group, jax.random.key(seed))
+    return parameters, play(world, logits_QxCxM, prompts, group, jax.random.key(seed))
 
 
 def test_a_transfer_is_that_of_the_same_calls_through_the_whole_of_tapo():
@@ -43,7 +46,7 @@ def test_a_transfer_is_that_of_the_same_calls_through_the_whole_of_tapo():
     np.testing.assert_array_equal(sim_PxSxS[both_PxSxS], np.asarray(batch.sim_PxSxS)[both_PxSxS])
     advantage_PxG = advantages.group_advantages(batch.success_PxG.astype(jnp.float32))
     whole = tapo.transfer_credit(steps, batch.success_PxG, advantage_PxG)
-    credit = methods.assign_credit(Method(group=G, rollouts=P * G), batch, jax.random.key(0))
+    credit = assign_credit(Method(group=G, rollouts=P * G), batch, jax.random.key(0))
     np.testing.assert_array_equal(credit.corrected_PxS, whole.corrected_PxS)
     assert np.asarray(whole.corrected_PxS).any()
     expected_BxT = tapo.token_advantages(advantage_PxG, whole.advantage_PxS, batch.step_BxT)
@@ -57,7 +60,7 @@ def test_loss_and_gradient_are_those_of_learn_on_the_same_arrays(algorithm, part
     """Two updates a batch: rows part, part + 2, … as in training, old log-probabilities from before the first one."""
     method = Method(algorithm=algorithm, group=8, rollouts=32, updates_per_batch=2)
     parameters, batch = played()
-    credit = methods.assign_credit(method, batch, jax.random.key(0))
+    credit = assign_credit(method, batch, jax.random.key(0))
     moved = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), parameters)
     old_logp_BxT = episodes.token_logp(WORLD, worlds.policy_logits(WORLD, parameters), batch)
     value, gradient = jax.value_and_grad(simulate.loss_of, argnums=2)(
@@ -80,7 +83,7 @@ def test_the_gradient_of_the_table_is_the_sum_over_tokens_in_float64():
     """d loss / d logit of option m = Σ over tokens of -A · ([chosen = m] - p_m) / tokens; to look up is one logit."""
     method = Method(group=8, rollouts=32)
     parameters, batch = played()
-    credit = methods.assign_credit(method, batch, jax.random.key(0))
+    credit = assign_credit(method, batch, jax.random.key(0))
     arguments = (batch, credit.advantage_BxT, None, 0)
     gradient = jax.grad(simulate.loss_of, argnums=2)(WORLD, method, parameters, *arguments)
     logits_CxM = np.asarray(worlds.policy_logits(WORLD, parameters)[0], np.float64)
@@ -127,7 +130,7 @@ def test_simulated_advantages_are_those_of_the_closed_form(beta):
     found = theory.expected(0.33, 0.5, 0.2, beta=beta, alpha_min=0.05)
     _, batch = played(world, prompts=300, group=64)
     method = Method(beta=beta, alpha_min=0.05, group=64, rollouts=300 * 64)
-    credit = methods.assign_credit(method, batch, jax.random.key(0))
+    credit = assign_credit(method, batch, jax.random.key(0))
     unit = np.sqrt(found.accuracy * (1 - found.accuracy))
     looked_B = np.asarray(batch.mask_BxT)[:, 1]
     step_advantage = unit * np.asarray(credit.advantage_BxT)[looked_B, 1].mean()
@@ -170,14 +173,14 @@ def test_controls_do_what_their_names_say():
     key = jax.random.key(3)
     sizes = {"group": 8, "rollouts": 32}
     failing_PxS = tapo.controls.failing_steps(batch.trajectory_PxS, batch.valid_PxS, batch.success_PxG)
-    zero = methods.assign_credit(Method(control="zero_tools", **sizes), batch, key)
+    zero = assign_credit(Method(control="zero_tools", **sizes), batch, key)
     is_tool_BxT = np.asarray(batch.step_BxT) >= 0
     assert np.asarray(zero.advantage_BxT)[is_tool_BxT].min() == 0
-    plain = methods.assign_credit(Method(**sizes), batch, key)
-    shuffled = methods.assign_credit(Method(control="shuffled", **sizes), batch, key)
+    plain = assign_credit(Method(**sizes), batch, key)
+    shuffled = assign_credit(Method(control="shuffled", **sizes), batch, key)
     assert not np.array_equal(plain.corrected_PxS, shuffled.corrected_PxS)
     assert np.asarray(shuffled.corrected_PxS & ~failing_PxS).sum() == 0
-    gigpo = methods.assign_credit(Method(control="gigpo", **sizes), batch, key)
+    gigpo = assign_credit(Method(control="gigpo", **sizes), batch, key)
     assert not np.allclose(gigpo.advantage_BxT, plain.advantage_BxT)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tapo_jax import records
 from tapo_jax.lab import questions, recorded
 from tapo_jax.lab.methods import Method
 from tapo_jax.lab.recorded import Measured
@@ -235,7 +236,7 @@ def describe(measured: Measured, world: World, config: Mapping[str, Any], run: P
     if measured.distance:
         quantiles = ", ".join(f"{value:.2f}" for value in measured.distance)
         lines.append(f"  1 − similarity to a witness {quantiles} (quantiles .1, .5, .9 of right failing steps)")
-    logged = [line for line in recorded.records.read_metrics(run / "metrics.jsonl") if line["step"] <= last]
+    logged = [line for line in records.read_metrics(run / "metrics.jsonl") if line["step"] <= last]
     for name in ("reward/accuracy", "tapo/correctable_actions", "loss/entropy"):
         values = [line[name] for line in logged if line.get(name) is not None]
         if values:
