@@ -103,10 +103,9 @@ def test_the_circle_finder_finds_circles():
 
 
 # room -> the rooms of this project that it may import, and no others.
-VOCABULARY = {"config", "types", "batch", "files"}
+VOCABULARY = {"config", "types", "batch"}
 MAY_IMPORT = {
     "config": set(),
-    "files": set(),
     "types": set(),
     "batch": set(),
     "sharding": {"config"},
@@ -118,10 +117,11 @@ MAY_IMPORT = {
     "data": VOCABULARY | {"atlas", "models", "rewards", "tools"},
     "rollout": VOCABULARY | {"models", "sharding", "tools"},
     "learn": VOCABULARY | {"models", "processes", "sharding", "tapo"},
-    "records": {"files", "types"},
-    "report": {"atlas", "config", "files", "records", "types", "viewer"},
-    "viewer": {"files", "records", "rollout"},
-    "sweep": {"config", "files", "processes", "report"},
+    "records": {"types"},
+    "lab": {"config", "learn", "records", "report", "tapo"},
+    "report": {"atlas", "config", "records", "types", "viewer"},
+    "viewer": {"records", "rollout"},
+    "sweep": {"config", "processes", "records", "report"},
 }
 
 

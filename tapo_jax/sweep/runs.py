@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tapo_jax.config import UserError, flat
-from tapo_jax.files import write_whole
+from tapo_jax.records import write_whole
 from tapo_jax.report import results
 
 PLACES = ("data.dir", "model.path")  # where something lies is no part of what a run is
