@@ -71,7 +71,7 @@ ROWS = {
     "no_clip": changed(clip=False),
     "shuffled": changed(control="shuffled"),
     "zero_tools": changed(control="zero_tools"),
-    "gigpo": changed(control="gigpo"),
+    "gigpo": row("tapo_grpo.py", "grpo", "tapo_grpo", {"algorithm.credit": "gigpo"}),
     "cluster_leader": changed(cluster="leader"),
     "cluster_theta_0.5": changed(cluster_theta=0.5),
     "cluster_theta_0.9": changed(cluster_theta=0.9),

@@ -8,5 +8,5 @@ from tapo_jax.config import beside
 def get_config(arg: str = "") -> ConfigDict:
     c = beside(__file__, "tapo_grpo.py")(arg)
     c.algorithm.update(loss="sapo")
-    c.tapo.enabled = False
+    c.algorithm.credit = "trajectory"
     return c

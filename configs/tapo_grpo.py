@@ -26,13 +26,14 @@ def get_config(arg: str = "") -> ConfigDict:
     c.total_epochs = 0.0  # > 0: this many passes over the training questions instead of total_steps
 
     c.data = ConfigDict(dict(
-        name="atlas",  # "atlas", "jsonl" (your own folder data.dir) or "package.module:function"
+        source="atlas",  # "atlas", "jsonl" (your own folder data.dir) or "package.module:function"
         split="train", prompts_per_step=8,
         dir="",  # "" is a folder of the user's cache
         # Atlas: numbers of look-ups a question takes, countries of a scene, its side in pixels, smallest and largest
         # outline as a share of it, seed of the questions, and the number of questions of the splits "train" and
         # "held_out".
         hops=(1, 2), outlines=2, size=256, outline=(0.24, 0.36), world_seed=0, sizes=(2048, 512),
+        extra=ConfigDict(),  # free, for your own function
     ))  # fmt: skip
     c.model = ConfigDict(dict(
         path="",  # a directory in Hugging Face form; "" is the tiny Atlas model that ships with the package
@@ -63,10 +64,17 @@ def get_config(arg: str = "") -> ConfigDict:
         names=("image_zoom_in_tool", "image_search_tool", "text_search_tool"), timeout_s=10.0, retries=1, workers=4,
         zoom_size=64, image_top_k=1, thumbnails=0, text_top_k=1, text_budget=400,
         endpoint="",  # "http://host:port" of launch/retrieval_server.py; "": the text search of this process
+        extra=ConfigDict(),
     ))  # fmt: skip
-    c.reward = ConfigDict(dict(accuracy=1.0, format=0.5))  # weight of each; success for TAPO is accuracy alone
-    c.reward_source = "rewards"  # names -> numbers of an episode; or your own "package.module:function"
+    c.reward = ConfigDict(dict(
+        source="rewards",  # an episode -> named numbers; or your own "package.module:function"
+        weights=ConfigDict(dict(accuracy=1.0, format=0.5)),  # of each; success for TAPO is accuracy alone
+        extra=ConfigDict(),  # keyword arguments of your own function
+    ))  # fmt: skip
     c.algorithm = ConfigDict(dict(
+        # Who gets the credit of a trajectory: "trajectory" (all its tokens alike), "tapo", or "gigpo" (arXiv
+        # 2505.10978: turns are compared where they start from the same observation).
+        credit="tapo", gigpo_omega=1.0, gigpo_discount=0.95,
         estimator="grpo",  # grpo, dr_grpo, rloo, reinforce_pp_baseline
         loss="grpo",  # grpo, gspo (token form), sapo, cispo
         clip_low=0.2, clip_high=0.2, clip_dual=placeholder(float), tau_pos=1.0, tau_neg=1.05,
@@ -77,14 +85,14 @@ def get_config(arg: str = "") -> ConfigDict:
         overlong_buffer=0,  # tokens before max_length in which a penalty grows to 1
     ))  # fmt: skip
     c.tapo = ConfigDict(dict(
-        enabled=True, theta=0.7, alpha_min=0.25, beta=0.8, cluster="components", cluster_theta=placeholder(float),
+        theta=0.7, alpha_min=0.25, beta=0.8, cluster="components", cluster_theta=placeholder(float),
         aggregate="mean", support=True, clip=True, scope="prompt",
         text="dice",  # cosine, jaccard, exact, or "embedding": by the policy's own embedding table
         features=256,  # hashed text features
-        steps=6,  # tool steps of a rollout, at least rollout.max_turns
-        # What TAPO must beat: "shuffled" corrections, "zero_tools" (no tool step of a failure is punished), "gigpo"
-        # (arXiv 2505.10978: steps are compared where they start from the same observation).
-        control="none", gigpo_omega=1.0, gigpo_discount=0.95,
+        max_tool_steps=6,  # of a rollout, at least rollout.max_turns
+        # What TAPO must beat: "shuffled" corrections, "zero_tools" (no tool step of a failure is punished).
+        control="none",
+        chunks=1,  # parts of the batch's questions whose pairs of steps are in memory at one time
         # Beyond the paper, off: a theta for each tool that follows the quantile of similarities between its witnesses …
         adaptive_theta=False, adaptive_quantile=0.8, adaptive_rate=0.05,
         # … and witnesses of the same question in the last memory_steps steps, each step of age discounting their
@@ -114,7 +122,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.rollout.update(
             group_size=4, slots=16, max_turns=4, max_new_tokens=48, max_length=320, max_image_tokens=0, decode_chunk=8
         )
-        c.tapo.steps = 4
+        c.tapo.max_tool_steps = 4
         c.train.update(length_buckets=(), patch_buckets=(320,), warm_up=False)
         c.optimizer.warmup_steps = 0
         c.checkpoint.every = 2

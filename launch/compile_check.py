@@ -20,7 +20,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with 
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Chips and their arrangement: v5e:8x8, v6e:8x8, v5p:4x4x4, tpu7x:4x4x4."
 )
-PROGRAMS = flags.DEFINE_list("programs", ["train", "extend", "decode"], "Which programs: train, extend, decode.")
+PROGRAMS = flags.DEFINE_list("programs", [], "Which: train, log_probs, extend, decode; left out: all of the run.")
 SHORT = flags.DEFINE_bool("short", False, "Fewer columns and nothing beside the table.")
 OUT = flags.DEFINE_string("out", "", "A JSON file for the numbers.")
 flags.mark_flags_as_required(["config", "topology"])

@@ -3,7 +3,8 @@
 from absl import flags
 
 from tapo_jax.config import run_main
-from tapo_jax.tools.retrieval_service import make_server, read_corpus
+from tapo_jax.data.corpus import read_corpus
+from tapo_jax.tools.retrieval_service import make_server
 from tapo_jax.tools.text_search import TextSearch
 
 _CORPUS = flags.DEFINE_string("corpus", None, 'JSON lines, {"contents": "Title\\ntext"} each.', required=True)

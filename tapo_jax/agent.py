@@ -21,8 +21,10 @@ from tapo_jax.models.inputs import PixelStore, most_patches
 from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits
+from tapo_jax.rollout.players import Players
 from tapo_jax.rollout.rounds import rollout
-from tapo_jax.rollout.sampler import Sampler
+from tapo_jax.rollout.sampler import Sampler, make_shapes
+from tapo_jax.rollout.schedule import Sampling, Shapes
 from tapo_jax.tools.base import Tool, ToolRunner
 from tapo_jax.types import Episode, Prompt
 
@@ -43,97 +45,67 @@ def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL,
 
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """One player of episodes. score: its named rewards; weights: reward name -> weight."""
+    """One player of episodes and what its episodes are worth.
 
-    sampler: Sampler
-    chat: Chat
-    pixels: PixelStore
-    runner: ToolRunner
-    limits: Limits
+    players: all that plays besides the weights.
+    score: gives an episode its named rewards.
+    weights: reward name -> weight in the total.
+    """
+
+    players: Players
     score: Callable[[Episode], dict[str, float]]
     weights: Mapping[str, float]
-    tool_wait_s: float
-    system: str
 
     def play(
-        self,
-        params: Any,
-        prompts: Sequence[Prompt],
-        *,
-        group_size: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        step: int,
-        first_prompt: int = 0,
+        self, params: Any, prompts: Sequence[Prompt], group_size: int, sampling: Sampling
     ) -> tuple[list[Episode], dict[str, float]]:
-        """`group_size` scored episodes of each of this process's prompts, prompt-major, and the rollout's metrics.
+        """Play `group_size` scored episodes of each of this process's prompts, prompt-major.
 
-        first_prompt: the number of prompts[0] among those of all processes. In a pod every process calls this together.
+        Returns them and the rollout's metrics. In a pod every process calls this together.
         """
-        episodes, metrics = rollout(
-            self.sampler,
-            params,
-            prompts,
-            chat=self.chat,
-            pixels=self.pixels,
-            runner=self.runner,
-            group_size=group_size,
-            limits=self.limits,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            step=step,
-            tool_wait_s=self.tool_wait_s,
-            first_prompt=first_prompt,
-            system=self.system,
-        )
-        self.sampler.release()
+        episodes, metrics = rollout(self.players, params, prompts, group_size, sampling)
+        self.players.sampler.release()
         for episode in episodes:
             episode.rewards = self.score(episode)
             episode.reward = rewards.total(episode.rewards, self.weights)
         return episodes, metrics
 
 
+def sampler_shapes(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh, image_patches: int) -> Shapes:
+    """Return the shapes of the sampler's calls. image_patches: patches of the largest image."""
+    r = config.rollout
+    return make_shapes(
+        model_config,
+        mesh,
+        slots=r.slots,
+        capacity=r.max_length,
+        chunk=r.decode_chunk,
+        image_patches=image_patches,
+        most_patches=most_patches(r.max_image_tokens, r.max_length, model_config.vision.merge),
+    )
+
+
 def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Sequence[Tool], mesh: Mesh) -> Agent:
-    """An agent as the config says. Raises UserError for a directory without a usable tokenizer or slots that the mesh
-    does not divide."""
+    """Make the agent of a config.
+
+    Raises UserError for a directory without a usable tokenizer or slots that the mesh does not divide.
+    """
     chat = Chat.from_dir(directory)
-    rollout_config = config.rollout
+    r = config.rollout
     processor = ImageProcessor.from_dir(directory)
-    if rollout_config.max_pixels:
-        processor = dataclasses.replace(processor, max_pixels=min(processor.max_pixels, rollout_config.max_pixels))
+    if r.max_pixels:
+        processor = dataclasses.replace(processor, max_pixels=min(processor.max_pixels, r.max_pixels))
     pixels = PixelStore(processor, dtype=model.dtype)
     sampler = Sampler(
         model,
-        mesh=mesh,
-        slots=rollout_config.slots,
-        capacity=rollout_config.max_length,
-        chunk=rollout_config.decode_chunk,
-        image_patches=pixels.max_patches,
-        most_patches=most_patches(
-            rollout_config.max_image_tokens, rollout_config.max_length, model.config.vision.merge
-        ),
+        mesh,
+        sampler_shapes(config, model.config, mesh, pixels.max_patches),
         stop_ids=chat.stop_ids,
         forbidden_V=chat.forbidden_V(model.config.vocab),
     )
     runner = ToolRunner(
         tools, workers=config.tools.workers, timeout_s=config.tools.timeout_s, retries=config.tools.retries
     )
-    limits = Limits(
-        rollout_config.max_turns,
-        rollout_config.max_new_tokens,
-        rollout_config.max_length,
-        rollout_config.max_image_tokens or None,
-    )
-    return Agent(
-        sampler,
-        chat,
-        pixels,
-        runner,
-        limits,
-        score=sources.score(config),
-        weights=dict(config.reward),
-        tool_wait_s=rollout_config.tool_wait_s,
-        system=rollout_config.system,
-    )
+    limits = Limits(r.max_turns, r.max_new_tokens, r.max_length, r.max_image_tokens or None)
+    players = Players(sampler, chat, pixels, runner, limits, system=r.system, tool_wait_s=r.tool_wait_s)
+    return Agent(players, score=sources.score(config), weights=dict(config.reward.weights))

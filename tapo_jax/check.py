@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from tapo_jax import tapo
 from tapo_jax.config import UserError, check_choice, check_positive
-from tapo_jax.learn import advantages, losses, optimizer
+from tapo_jax.learn import advantages, assign_credit, losses, optimizer
 from tapo_jax.models.stack import REMAT
 from tapo_jax.tapo import controls, similarity
 
@@ -13,7 +13,8 @@ def check(config: ConfigDict) -> None:
     """Everything about an RL config that can be wrong without looking at a device or a file. Raises UserError."""
     algorithm, train, rollout = config.algorithm, config.train, config.rollout
     check_choice("algorithm.estimator", algorithm.estimator, advantages.ESTIMATORS)
-    check_choice("algorithm.loss", algorithm.loss, tuple(losses.ALGORITHMS))
+    check_choice("algorithm.loss", algorithm.loss, tuple(losses.LOSSES))
+    check_choice("algorithm.credit", algorithm.credit, tuple(assign_credit.CREDIT))
     if algorithm.aggregation is not None:
         check_choice("algorithm.aggregation", algorithm.aggregation, losses.AGGREGATIONS)
     check_choice("algorithm.kl_estimator", algorithm.kl_estimator, losses.KL_ESTIMATORS)
@@ -21,7 +22,7 @@ def check(config: ConfigDict) -> None:
     check_choice("tapo.cluster", config.tapo.cluster, tuple(tapo.CLUSTERINGS))
     check_choice("tapo.aggregate", config.tapo.aggregate, tapo.AGGREGATES)
     check_choice("tapo.scope", config.tapo.scope, tapo.SCOPES)
-    check_choice("tapo.control", config.tapo.control, (*controls.CONTROLS, "gigpo"))
+    check_choice("tapo.control", config.tapo.control, controls.CONTROLS)
     check_choice("tapo.text", config.tapo.text, (*similarity.TEXT_MEASURES, "embedding"))
     check_choice("model.remat", config.model.remat, tuple(REMAT))
     for field, value in (
@@ -43,14 +44,15 @@ def check(config: ConfigDict) -> None:
         check_positive(field, value)
     if config.total_steps <= 0 and config.total_epochs <= 0:
         raise UserError("total_steps and total_epochs are both 0: set one of them.")
-    if config.tapo.enabled and config.tapo.steps < rollout.max_turns:
+    if config.tapo.max_tool_steps < rollout.max_turns:
         raise UserError(
-            f"tapo.steps is {config.tapo.steps} and rollout.max_turns is {rollout.max_turns}: "
-            "set tapo.steps to at least the number of turns, so that every tool step has a slot."
+            f"tapo.max_tool_steps is {config.tapo.max_tool_steps} and rollout.max_turns is {rollout.max_turns}: "
+            "set tapo.max_tool_steps to at least the number of turns, so that every tool step has a slot."
         )
-    if not config.reward or "accuracy" not in config.reward:
+    if "accuracy" not in config.reward.weights:
         raise UserError(
-            "reward has no field 'accuracy': TAPO's success is the accuracy part of the reward, so give it a weight."
+            "reward.weights has no field 'accuracy': TAPO's success is the accuracy part of the reward, "
+            "so give it a weight."
         )
 
 

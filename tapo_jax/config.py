@@ -3,7 +3,9 @@
 Holds no defaults: the files in `configs/` are complete. Imports no jax, so that a config can be read anywhere.
 """
 
+import ast
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable, Mapping
@@ -18,9 +20,13 @@ class UserError(Exception):
     """A mistake in what the user gave. The message is one sentence that names the field and the way out."""
 
 
+class BadImage(UserError):
+    """An image that cannot be shown. The message names it and says why. Training skips its question."""
+
+
 def run_main(main: Callable[[list[str]], None]) -> None:
     """absl's `app.run`; a UserError is printed as its sentence and ends the program with code 1, no traceback. Modules
-    of the working directory can be named in fields like data.name."""
+    of the working directory can be named in fields like data.source."""
     sys.path.append(os.getcwd())
     try:
         app.run(main, flags_parser=_parse_flags)
@@ -32,6 +38,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 def _parse_flags(args: list[str]) -> list[str]:
     """absl's parsing; a --config.… flag that the config has no field for, or a config file that does not exist, is a
     UserError."""
+    args, extra = _take_extra(args)
     # Libraries report every step of their work otherwise; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
     try:
@@ -43,7 +50,32 @@ def _parse_flags(args: list[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         sentence = str(error).strip("'\"").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
         raise UserError(f"A --config.… flag does not fit the config: {sentence}.") from error
+    for section, name, value in extra:
+        with flags.FLAGS["config"].value[section].extra.unlocked() as free:
+            free[name] = value
     return rest
+
+
+_EXTRA = re.compile(r"--config\.(data|tools|reward)\.extra\.(\w+)=(.*)", re.DOTALL)
+
+
+def _take_extra(args: list[str]) -> tuple[list[str], list[tuple[str, str, Any]]]:
+    """Split off the free fields for a user's own functions: --config.data.extra.NAME=VALUE, and so on.
+
+    A value is a Python literal, or else text.
+    """
+    rest, extra = [], []
+    for arg in args:
+        found = _EXTRA.fullmatch(arg)
+        if found is None:
+            rest.append(arg)
+            continue
+        try:
+            value = ast.literal_eval(found[3])
+        except (ValueError, SyntaxError):
+            value = found[3]
+        extra.append((found[1], found[2], value))
+    return rest, extra
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from tapo_jax import processes
 from tapo_jax.agent import Agent
 from tapo_jax.data import sources
+from tapo_jax.data.pipeline import showable
+from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.rollout.summary import FINISHES
 from tapo_jax.types import Episode, Prompt
 
@@ -38,16 +40,8 @@ def play(
     parts = np.array_split(np.arange(len(prompts)), jax.process_count())
     mine = parts[jax.process_index()]
     first = int(mine[0]) if len(mine) else 0
-    return agent.play(
-        params,
-        [prompts[i] for i in mine],
-        group_size=1,
-        temperature=temperature,
-        top_p=1.0,
-        seed=seed,
-        step=0,
-        first_prompt=first,
-    )
+    sampling = Sampling(temperature, seed=seed, first_prompt=first)
+    return agent.play(params, [prompts[i] for i in mine], 1, sampling)
 
 
 def tally(episodes: Sequence[Episode], played: Mapping[str, float]) -> dict[str, float]:
@@ -107,10 +101,11 @@ def wilson(right: int, count: int, z: float = Z95) -> tuple[float, float]:
 
 
 def split_prompts(config: ConfigDict) -> list[Prompt]:
-    """The same questions whatever the seed: the first eval.prompts of eval.split in one fixed order."""
+    """The same questions whatever the seed: the first eval.prompts of eval.split in one fixed order, without those
+    whose images cannot be shown."""
     source = sources.prompts(config, config.eval.split)
     order = np.random.default_rng(0).permutation(len(source))[: config.eval.prompts]
-    return [source[int(index)] for index in order]
+    return showable([source[int(index)] for index in order])
 
 
 def table(values: Mapping[str, float]) -> str:

@@ -1,19 +1,17 @@
 """A checkpoint on held-out questions: JSON, a Markdown table and, on demand, a page. Run by `launch/eval.py`."""
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from tapo_jax import check, evaluate, records, sharding, viewer
 from tapo_jax.agent import load_model, make_agent
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
-from tapo_jax.learn.checkpoints import fingerprint
+from tapo_jax.files import write_whole
+from tapo_jax.learn import checkpoints
 from tapo_jax.learn.state import split_model
 from tapo_jax.models.shipped import model_directory
 
@@ -39,7 +37,7 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
     agent = make_agent(config, directory, model, sources.tools(config), mesh)
     params = split_model(model)[1]
     if saved is not None:
-        params = read_params(saved, params)
+        params = checkpoints.read_params(saved, params)
     episodes, played = evaluate.play(agent, params, prompts, temperature=config.eval.temperature, seed=config.seed)
     values = evaluate.numbers(evaluate.added(evaluate.tally(episodes, played)))
     if jax.process_index() == 0:
@@ -50,9 +48,9 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
             "temperature": config.eval.temperature,
             "seed": config.seed,
         }
-        text = f"# {name}: {config.data.name}, {config.eval.split}\n\n{evaluate.table(values)}"
-        write(folder / f"{name}.json", json.dumps(about | {"metrics": values}, indent=2) + "\n")
-        write(folder / f"{name}.md", text)
+        text = f"# {name}: {config.data.source}, {config.eval.split}\n\n{evaluate.table(values)}"
+        write_whole(folder / f"{name}.json", json.dumps(about | {"metrics": values}, indent=2) + "\n")
+        write_whole(folder / f"{name}.md", text)
         if page:
             recorded = [records.record(e, step=0, prompt=p, advantage=0.0, credit=()) for p, e in enumerate(episodes)]
             records.save(folder / f"{name}.npz", recorded)
@@ -81,40 +79,3 @@ def find(checkpoint: Path, config: ConfigDict) -> tuple[Path | None, Path, str, 
     parent = checkpoint.resolve().parent
     in_run = (parent / "checkpoints").is_dir()
     return None, model_directory(str(checkpoint)), checkpoint.resolve().name, (parent if in_run else Path()) / "eval"
-
-
-def write(path: Path, text: str) -> None:
-    """All or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_params(checkpoint: Path, like: Any) -> Any:
-    """The weights of one checkpoint of a run, laid out like `like`; the optimizer's state is not read.
-
-    Raises UserError where they cannot be read, do not fit, or are not those that were saved.
-    """
-    wanted = {"params": jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)}
-    arguments = ocp.args.PyTreeRestore(
-        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-    )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            params = reader.restore(checkpoint.absolute() / "state", args=arguments)["params"]
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            saved = reader.restore(checkpoint.absolute() / "run")
-    except Exception as error:  # orbax and its readers raise many kinds for a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(" See full")[0][:200].rstrip(".")
-        raise _unreadable(checkpoint, reason) from error
-    if int(jax.device_get(fingerprint(params))) != saved["params_fingerprint"]:
-        raise _unreadable(checkpoint, "its arrays are not those that were saved")
-    return params
-
-
-def _unreadable(checkpoint: Path, reason: str) -> UserError:
-    return UserError(
-        f"The checkpoint {checkpoint} cannot be read into the model of this config ({reason}): use the config that "
-        "wrote it, or evaluate another checkpoint."
-    )

@@ -7,7 +7,6 @@ finite is written as null, so that every JSON reader can read the file and no ma
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from tapo_jax.files import write_whole
 from tapo_jax.models import flops
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.inputs import PixelStore
@@ -66,12 +66,13 @@ def throughput(
     pixels: PixelStore,
     *,
     train_vision: bool,
+    lora: bool,
 ) -> dict[str, float]:
     """perf/… of one step from its time/…: tokens that the policies of all processes wrote, per second of the whole
     step; operations per second and device of the updates, and on devices with a known peak their share of it (mfu)."""
     grids = [pixels.grid(image) for episode in episodes for image in episode.images]
     lengths = [len(episode.token_T) for episode in episodes]
-    done = flops.update(config, lengths, [t * h * w for t, h, w in grids], train_vision=train_vision)
+    done = flops.update(config, lengths, [t * h * w for t, h, w in grids], train_vision=train_vision, lora=lora)
     each = done / values["time/update"] / jax.local_device_count()
     written = sum(int(episode.mask_T.sum()) for episode in episodes) * jax.process_count()
     chip = flops.chip(jax.local_devices()[0].device_kind)
@@ -90,9 +91,7 @@ class MetricWriter:
         self.path = workdir / "metrics.jsonl"
         last = -1 if resumed_step is None else resumed_step
         kept = [line for line in read_metrics(self.path) if line["step"] <= last]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open until close()
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1) if tensorboard else None
         self._bar = tqdm(total=total_steps, initial=max(last, 0), unit="step", dynamic_ncols=True)

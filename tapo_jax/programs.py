@@ -1,7 +1,7 @@
-"""A config and a model -> the compiled programs of a run, and what encodes its calls."""
+"""A config and a model -> the settings of every part, the compiled programs of a run, and what encodes its calls."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,107 +12,142 @@ from ml_collections import ConfigDict
 
 from tapo_jax import sharding, tapo
 from tapo_jax.agent import Agent
-from tapo_jax.learn import assign_credit, micro_batches, train_step
-from tapo_jax.learn.outcomes import Outcomes
+from tapo_jax.learn import assign_credit, gigpo, losses, micro_batches, optimizer, train_step
+from tapo_jax.learn.outcomes import CallEncoder
 from tapo_jax.learn.state import TrainState
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.inputs import most_patches
-from tapo_jax.tapo import embedding
+from tapo_jax.tapo import adaptive, embedding, memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Signatures in `train_step.py` and `assign_credit.py`. index_U: the numbers of the mini-batches, on the device.
+    """The compiled programs of a run. Signatures are in `train_step.py` and `assign_credit.py`.
 
-    old_log_probs: of the rows of the second and later updates of a batch; log_probs: of all, for the reference model.
-
-    rungs: (tokens, patches) that rows may be cut to, ascending; batches have the last one, which holds any episode.
+    log_probs: of all rows, for the reference model.
+    old_log_probs: of the rows of the second and later updates of a batch.
+    index_U: the numbers of the mini-batches, on the device.
+    buckets: ascending (tokens, patches) that rows may be cropped to; batches have the last, which holds any episode.
     """
 
     log_probs: Callable
     old_log_probs: Callable
-    prepare: Callable
+    assign_credit: Callable
     update: Callable
     index_U: list[jax.Array]
-    rungs: tuple[tuple[int, int], ...]
+    buckets: tuple[tuple[int, int], ...]
 
 
 def make_programs(
     config: ConfigDict,
     graphdef: Any,
-    optimizer: optax.GradientTransformation,
+    chain: optax.GradientTransformation,
     schedule: optax.Schedule,
     state: TrainState,
     agent: Agent,
     mesh: Mesh,
 ) -> Programs:
-    a, t, objective = config.algorithm, config.tapo, train_step.make_objective(config)
-    fields = (
-        "theta",
-        "alpha_min",
-        "beta",
-        "cluster",
-        "cluster_theta",
-        "aggregate",
-        "support",
-        "clip",
-        "scope",
-        "control",
-    )
-    transfer = {name: t[name] for name in fields} | {"text": "cosine" if t.text == "embedding" else t.text}
-    adaptive = {"tools": list(agent.runner.tools), "quantile": t.adaptive_quantile, "rate": t.adaptive_rate}
-    gigpo = {"discount": t.gigpo_discount, "omega": t.gigpo_omega}
-    if t.control == "gigpo":
-        transfer["control"] = "none"
-    model_config = agent.sampler.config
-    forbidden_V = agent.chat.forbidden_V(model_config.vocab)
-    sizes = rungs(config, model_config)
+    """Make the programs of a run. chain, schedule: from `learn.optimizer`."""
+    model_config = agent.players.sampler.config
+    objective = make_objective(config)
+    policy = train_step.Policy(graphdef, agent.players.chat.forbidden_V(model_config.vocab), mesh)
+    sizes = buckets(config, model_config)
     return Programs(
-        log_probs=train_step.make_log_probs(graphdef, objective, forbidden_V, mesh, rungs=sizes),
-        old_log_probs=train_step.make_log_probs(
-            graphdef, objective, forbidden_V, mesh, rungs=sizes, later_updates=True
-        ),
-        prepare=assign_credit.make_prepare(
-            mesh,
-            estimator=a.estimator,
-            dynamic_sampling=a.dynamic_sampling,
-            overlong_buffer=a.overlong_buffer,
-            max_length=config.rollout.max_length,
-            transfer=transfer if t.enabled else None,
-            adaptive=adaptive if state.thresholds is not None else None,
-            gigpo=gigpo if t.enabled and t.control == "gigpo" else None,
-        ),
-        update=train_step.make_update(graphdef, optimizer, schedule, objective, forbidden_V, state, mesh, rungs=sizes),
+        log_probs=train_step.make_log_probs(policy, objective, buckets=sizes),
+        old_log_probs=train_step.make_log_probs(policy, objective, buckets=sizes, later_updates=True),
+        assign_credit=assign_credit.make_assign_credit(mesh, credit_settings(config, list(agent.players.runner.tools))),
+        update=train_step.make_update(policy, chain, schedule, objective, state, buckets=sizes),
         index_U=[sharding.put_replicated(np.int32(u), mesh) for u in range(objective.updates_per_batch)],
-        rungs=sizes,
+        buckets=sizes,
     )
 
 
-def rungs(config: ConfigDict, model_config: Qwen3VLConfig) -> tuple[tuple[int, int], ...]:
-    """train.length_buckets and patch_buckets with the largest that an episode can have, in pairs."""
-    longest, most = (
-        config.rollout.max_length,
-        most_patches(config.rollout.max_image_tokens, config.rollout.max_length, model_config.vision.merge),
+# Settings: the one place where a config becomes the frozen objects that the packages take.
+
+
+def picked(kind: type, section: ConfigDict, **others: Any) -> Any:
+    """Make a settings dataclass from the fields of a config's section that have its names, and `others`."""
+    names = {field.name for field in dataclasses.fields(kind)} - others.keys()
+    return kind(**{name: section[name] for name in names if name in section}, **others)
+
+
+def tapo_settings(config: ConfigDict) -> tapo.Settings:
+    """Return TAPO's settings. Embedded texts are compared by cosine."""
+    text = "cosine" if config.tapo.text == "embedding" else config.tapo.text
+    return picked(tapo.Settings, config.tapo, text=text)
+
+
+def adaptive_settings(config: ConfigDict, tools: Sequence[str]) -> adaptive.Settings | None:
+    """Return how TAPO's thresholds follow the data; None where they do not."""
+    t = config.tapo
+    if config.algorithm.credit != "tapo" or not t.adaptive_theta:
+        return None
+    return adaptive.Settings(tuple(tools), quantile=t.adaptive_quantile, rate=t.adaptive_rate)
+
+
+def credit_settings(config: ConfigDict, tools: Sequence[str]) -> assign_credit.Settings:
+    """Return how advantages are made. tools: the names of the tools."""
+    a = config.algorithm
+    return picked(
+        assign_credit.Settings,
+        a,
+        max_length=config.rollout.max_length,
+        tapo=tapo_settings(config),
+        adaptive=adaptive_settings(config, tools),
+        gigpo=gigpo.Settings(omega=a.gigpo_omega, discount=a.gigpo_discount),
     )
+
+
+def make_objective(config: ConfigDict) -> train_step.Objective:
+    """Return what an update minimises."""
+    return train_step.Objective(
+        loss=picked(losses.Settings, config.algorithm, algorithm=config.algorithm.loss),
+        kl_coef=config.algorithm.kl_coef,
+        kl_estimator=config.algorithm.kl_estimator,
+        importance_cap=config.algorithm.importance_cap,
+        temperature=config.rollout.temperature,
+        updates_per_batch=config.train.updates_per_batch,
+        micro_batches=config.train.micro_batches,
+        remat=config.model.remat,
+        logp_chunk=config.model.logp_chunk,
+        train_vision=config.model.train_vision,
+        lora=config.model.lora_rank > 0,
+    )
+
+
+def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Return the optimizer's chain and schedule for a run of `total_steps` steps."""
+    return optimizer.make_optimizer(
+        picked(optimizer.Settings, config.optimizer),
+        total_steps=total_steps,
+        updates_per_step=config.train.updates_per_batch,
+        train_vision=config.model.train_vision,
+        lora=config.model.lora_rank > 0,
+    )
+
+
+def buckets(config: ConfigDict, model_config: Qwen3VLConfig) -> tuple[tuple[int, int], ...]:
+    """Return train.length_buckets and patch_buckets with the largest that an episode can have, in pairs."""
+    longest = config.rollout.max_length
+    most = most_patches(config.rollout.max_image_tokens, longest, model_config.vision.merge)
     lengths = (*(n for n in config.train.length_buckets if n < longest), longest)
-    return micro_batches.make_rungs(lengths, (*(n for n in config.train.patch_buckets if n < most), most))
+    return micro_batches.pair_buckets(lengths, (*(n for n in config.train.patch_buckets if n < most), most))
 
 
-def make_outcomes(config: ConfigDict, agent: Agent, params: Any) -> Outcomes:
-    """What encodes the calls. Embedded texts are compared by the embedding table that the run begins with."""
+def make_encoder(config: ConfigDict, agent: Agent, params: Any) -> CallEncoder:
+    """Return what encodes the calls. Embedded texts are compared by the embedding table that the run begins with."""
     t, embed, features = config.tapo, None, config.tapo.features
-    if t.enabled and t.text == "embedding":
+    if config.algorithm.credit == "tapo" and t.text == "embedding":
         table_VxD = sharding.to_host(params["embedding"])
-        encode = lambda text: agent.chat.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+        tokenizer = agent.players.chat.tokenizer
+        encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
         embed = embedding.text_embedding(encode, embedding.mean_of_table(table_VxD))
         features = table_VxD.shape[1]
-    return Outcomes(
-        steps=t.steps,
-        turns=config.rollout.max_turns,
+    return CallEncoder(
+        steps=t.max_tool_steps,
+        slots=tapo.parameter_slots(agent.players.runner.schemas),
         features=features,
-        slots=tapo.parameter_slots(agent.runner.schemas),
         embed=embed,
-        memory_steps=t.memory_steps,
-        memory_size=t.memory_size,
-        discount=t.memory_discount,
+        memory=memory.Settings(steps=t.memory_steps, size=t.memory_size, discount=t.memory_discount),
+        anchor_turns=config.rollout.max_turns if config.algorithm.credit == "gigpo" else 0,
     )

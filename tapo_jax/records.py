@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image as PillowImage
 
+from tapo_jax.files import write_whole
 from tapo_jax.types import Episode
+
+MOST_PIXELS = 1 << 20  # of a recorded image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,12 @@ class RecordedEpisode:
 
 
 def png(pixels_HxWx3: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    PillowImage.fromarray(pixels_HxWx3).save(buffer, format="PNG")
+    """The image, reduced to about a megapixel where it has more: a page shows no more of it."""
+    buffer, image = io.BytesIO(), PillowImage.fromarray(pixels_HxWx3)
+    shrink = (image.width * image.height / MOST_PIXELS) ** 0.5
+    if shrink > 1:
+        image.thumbnail((round(image.width / shrink), round(image.height / shrink)))
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -160,11 +166,9 @@ def save(path: Path, episodes: Sequence[RecordedEpisode]) -> None:
             names.append(name_of[key])
         items.append(dataclasses.asdict(dataclasses.replace(episode, images=())) | {"images": names})
     arrays["episodes"] = np.frombuffer(json.dumps(items).encode(), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
 
 
 def load(path: Path) -> list[RecordedEpisode]:

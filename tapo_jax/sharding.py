@@ -57,6 +57,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def one_device() -> Mesh:
+    """Return the mesh of this process's first device."""
+    return make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+
+
 def batch_shards(mesh: Mesh) -> int:
     """In how many pieces the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in _mesh_axes("batch"))
@@ -98,9 +103,12 @@ def path_name(path: tuple) -> str:
     return "/".join(re.sub(r"[^\w]", "", str(part)) for part in path if str(part) != ".value")
 
 
-def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """While a program is traced inside `with on(mesh):`, `constrain` pins its intermediate values to this mesh."""
-    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+def on(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Let `constrain` pin the intermediate values of a program that is traced inside `with on(mesh):` to this mesh.
+
+    One device has nothing to pin.
+    """
+    return contextlib.nullcontext() if mesh.size == 1 else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:

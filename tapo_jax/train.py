@@ -23,19 +23,20 @@ from tapo_jax.batch import TrainBatch
 from tapo_jax.config import UserError, flat, total_steps
 from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
-from tapo_jax.learn import assign_credit, train_step
+from tapo_jax.learn import train_step
+from tapo_jax.learn.assign_credit import Credit
 from tapo_jax.learn.batches import pack
 from tapo_jax.learn.checkpoints import Checkpoints
-from tapo_jax.learn.optimizer import make_optimizer
-from tapo_jax.learn.outcomes import Outcome, Outcomes
+from tapo_jax.learn.outcomes import CallEncoder, EncodedBatch
 from tapo_jax.learn.state import TrainState, init_state, split_model
 from tapo_jax.metrics import Clock, MetricWriter, compile_count, throughput
 from tapo_jax.models import hf, lora
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.shipped import model_directory
-from tapo_jax.programs import Programs, make_outcomes, make_programs
+from tapo_jax.programs import Programs, adaptive_settings, make_encoder, make_optimizer, make_programs
 from tapo_jax.report.curve import write_curve
-from tapo_jax.tapo import adaptive as tapo_adaptive
+from tapo_jax.rollout.schedule import Sampling
+from tapo_jax.tapo import adaptive
 from tapo_jax.types import Episode, Prompt
 
 
@@ -67,24 +68,17 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     agent = make_agent(config, directory, model, sources.tools(config), mesh)
     graphdef, params = split_model(model)
     # -------------------------------------------------------------------------------------- init or restore
-    optimizer, schedule = make_optimizer(
-        config.optimizer,
-        total_steps=total,
-        updates_per_step=config.train.updates_per_batch,
-        train_vision=config.model.train_vision,
-        lora=config.model.lora_rank > 0,
-    )
-    tools = list(agent.runner.tools)
-    adaptive = config.tapo.enabled and config.tapo.adaptive_theta
-    thresholds = tapo_adaptive.init(tools, config.tapo.theta) if adaptive else None
+    optimizer, schedule = make_optimizer(config, total)
+    follow = adaptive_settings(config, list(agent.players.runner.tools))
+    thresholds = None if follow is None else adaptive.init(follow, config.tapo.theta)
     state = init_state(params, logical_axes(model_config), optimizer, mesh, thresholds)
-    outcomes = make_outcomes(config, agent, params)
+    encoder = make_encoder(config, agent, params)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    parts = {"prompts": prompts, "witnesses": outcomes}
+    parts = {"prompts": prompts, "witnesses": encoder}
     state, resumed = restore(checkpoints, state, parts, config)
     programs = make_programs(config, graphdef, optimizer, schedule, state, agent, mesh)
     reference = load_reference(config, directory, mesh)
-    run = Run(config, workdir, mesh, agent, programs, outcomes, reference, local, Clock())
+    run = Run(config, workdir, mesh, agent, programs, encoder, reference, local, Clock())
     writer = MetricWriter(workdir, total_steps=total, resumed_step=resumed, tensorboard=config.log.tensorboard)
     write_config(config, workdir, resumed, writer)
     if config.train.warm_up:
@@ -99,6 +93,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
         while step < total and not stopping:
             step += 1
             state, metrics = one_step(run, state, next(prompts), step)
+            metrics["data/skipped"] = sum(processes.gather(prompts.skipped))
             if (step == total and config.eval.at_end) or (config.eval.every and step % config.eval.every == 0):
                 metrics |= evaluated(run, state, held_out)
             writer.write(step, metrics)
@@ -127,7 +122,7 @@ class Run:
     mesh: Mesh
     agent: Agent
     programs: Programs
-    outcomes: Outcomes
+    encoder: CallEncoder
     reference: Any
     local: list[int]
     clock: Clock
@@ -190,16 +185,16 @@ def write_config(config: ConfigDict, workdir: Path, resumed: int | None, writer:
 def warm_up(run: Run, state: TrainState) -> TrainState:
     """Compiles all that a step runs. The update gets an advantage that is not a number, so it changes nothing."""
     config, programs = run.config, run.programs
-    run.agent.sampler.warm_up(state.params)
-    run.agent.sampler.release()
+    run.agent.players.sampler.warm_up(state.params)
+    run.agent.players.sampler.release()
     kept = jax.device_get((state.update, state.skipped, state.skipped_in_a_row))
     nothing = np.zeros(0, np.int32)
     empty = Episode(
         Prompt("", "", (), ()), 0, nothing, nothing.astype(bool), nothing.astype(np.float32), [], [], [], None,
         "length", {"accuracy": 0.0},
     )  # fmt: skip
-    batch, outcome = to_device(run, [empty] * (len(run.local) * config.rollout.group_size), step=0)
-    batch, _, _, _ = with_advantages(run, state, batch, outcome, step=0)
+    batch, encoded = to_device(run, [empty] * (len(run.local) * config.rollout.group_size), step=0)
+    batch, _, _, _ = with_advantages(run, state, batch, encoded, step=0)
     batch, reference_BxT = with_log_probs(run, state, batch)
     bad = np.full((len(run.local) * config.rollout.group_size, batch.mask_BxT.shape[1]), np.nan, np.float32)
     bad_BxT, mask_BxT = sharding.put_rows((bad, np.isnan(bad)), run.mesh, batch.mask_BxT.shape[0])
@@ -217,14 +212,11 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
     config, clock, compiled = run.config, run.clock, compile_count()
     with clock("step"):
         with clock("rollout"):
-            episodes, played = run.agent.play(
-                state.params, prompts, group_size=config.rollout.group_size, temperature=config.rollout.temperature,
-                top_p=config.rollout.top_p, seed=config.seed, step=step, first_prompt=run.local[0],
-            )  # fmt: skip
+            episodes, played = run.agent.play(state.params, prompts, config.rollout.group_size, sampling(run, step))
         with clock("pack"):
-            batch, outcome = jax.block_until_ready(to_device(run, episodes, step))
+            batch, encoded = jax.block_until_ready(to_device(run, episodes, step))
         with clock("tapo"):
-            batch, state, credit, found = jax.block_until_ready(with_advantages(run, state, batch, outcome, step))
+            batch, state, credit, found = jax.block_until_ready(with_advantages(run, state, batch, encoded, step))
         with clock("logprobs"):
             batch, reference_BxT = jax.block_until_ready(with_log_probs(run, state, batch))
         with clock("update"):
@@ -241,9 +233,19 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
                 record_episodes(run, episodes, credit, step)
     values = reward_means(episodes) | played | clock.take() | {"perf/compiles": compile_count() - compiled}
     values |= throughput(
-        values, episodes, run.agent.sampler.config, run.agent.pixels, train_vision=config.model.train_vision
+        values,
+        episodes,
+        run.agent.players.sampler.config,
+        run.agent.players.pixels,
+        train_vision=config.model.train_vision,
+        lora=config.model.lora_rank > 0,
     )
     return state, processes.mean_over(values) | jax.device_get(found) | train_step.over_updates(each)
+
+
+def sampling(run: Run, step: int) -> Sampling:
+    r = run.config.rollout
+    return Sampling(r.temperature, r.top_p, run.config.seed, step, first_prompt=run.local[0])
 
 
 def grouped(run: Run, episodes: Sequence[Episode]) -> list[Sequence[Episode]]:
@@ -251,21 +253,22 @@ def grouped(run: Run, episodes: Sequence[Episode]) -> list[Sequence[Episode]]:
     return [episodes[start : start + G] for start in range(0, len(episodes), G)]
 
 
-def to_device(run: Run, episodes: Sequence[Episode], step: int) -> tuple[TrainBatch, Outcome]:
+def to_device(run: Run, episodes: Sequence[Episode], step: int) -> tuple[TrainBatch, EncodedBatch]:
     """This process's episodes -> the batch of all processes, of the size that holds any episode."""
     agent, P, G = run.agent, run.config.data.prompts_per_step, run.config.rollout.group_size
-    size = dict(zip(("length", "patches"), run.programs.rungs[-1], strict=True))
-    batch = pack(episodes, agent.sampler.config, agent.pixels, steps=run.config.tapo.steps, **size)
-    outcome = run.outcomes.encode(grouped(run, episodes), step)
-    return sharding.put_rows(batch, run.mesh, P * G), sharding.put_rows(outcome, run.mesh, P)
+    size = dict(zip(("length", "patches"), run.programs.buckets[-1], strict=True))
+    steps = run.config.tapo.max_tool_steps
+    batch = pack(episodes, agent.players.sampler.config, agent.players.pixels, steps=steps, **size)
+    encoded = run.encoder.encode(grouped(run, episodes), step)
+    return sharding.put_rows(batch, run.mesh, P * G), sharding.put_rows(encoded, run.mesh, P)
 
 
 def with_advantages(
-    run: Run, state: TrainState, batch: TrainBatch, outcome: Outcome, step: int
-) -> tuple[TrainBatch, TrainState, assign_credit.Credit, dict[str, jax.Array]]:
+    run: Run, state: TrainState, batch: TrainBatch, encoded: EncodedBatch, step: int
+) -> tuple[TrainBatch, TrainState, Credit, dict[str, jax.Array]]:
     seed_step_2 = sharding.put_replicated(np.array([run.config.seed, step], np.int32), run.mesh)
-    advantage_BxT, mask_BxT, credit, thresholds, metrics = run.programs.prepare(
-        batch, outcome, state.thresholds, seed_step_2
+    advantage_BxT, mask_BxT, credit, thresholds, metrics = run.programs.assign_credit(
+        batch, encoded, state.thresholds, seed_step_2
     )
     batch = dataclasses.replace(batch, advantage_BxT=advantage_BxT, mask_BxT=mask_BxT)
     return batch, dataclasses.replace(state, thresholds=thresholds), credit, metrics
@@ -284,20 +287,20 @@ def reward_means(episodes: Sequence[Episode]) -> dict[str, float]:
     return {f"reward/{name}": float(np.mean([e.rewards[name] for e in episodes])) for name in episodes[0].rewards}
 
 
-def remember(run: Run, episodes: Sequence[Episode], credit: assign_credit.Credit, step: int) -> None:
+def remember(run: Run, episodes: Sequence[Episode], credit: Credit, step: int) -> None:
     """Successful rollouts become witnesses for later steps, where the config has such a memory."""
-    if run.outcomes.remembered:
-        run.outcomes.remember(grouped(run, episodes), step, jax.device_get(credit.advantage_PxG)[run.local])
+    if run.encoder.remembered:
+        run.encoder.remember(grouped(run, episodes), step, jax.device_get(credit.advantage_PxG)[run.local])
 
 
-def record_episodes(run: Run, episodes: Sequence[Episode], credit: assign_credit.Credit, step: int) -> None:
+def record_episodes(run: Run, episodes: Sequence[Episode], credit: Credit, step: int) -> None:
     """Process 0 keeps its episodes with the credit of their steps, for the page and the credit report."""
     credit = jax.device_get(credit)
     if jax.process_index() > 0:
         return
-    K, G = run.config.tapo.steps, run.config.rollout.group_size
-    pooled = run.config.tapo.enabled and run.config.tapo.scope == "batch"
-    layout = {"steps": K, "rollouts": G + run.outcomes.remembered, "pooled": pooled}
+    K, G = run.config.tapo.max_tool_steps, run.config.rollout.group_size
+    pooled = run.config.algorithm.credit == "tapo" and run.config.tapo.scope == "batch"
+    layout = {"steps": K, "rollouts": G + run.encoder.remembered, "pooled": pooled}
     recorded = []
     for row, episode in enumerate(episodes):
         p, g = run.local[row // G], row % G
@@ -341,9 +344,9 @@ def leave_results(run: Run, model: nnx.Module, directory: Path) -> None:
     export, part = run.workdir / "export", run.workdir / "export.part"
     if run.config.model.lora_rank:
         if jax.process_index() == 0:
-            lora.save_adapter(model, run.agent.sampler.config, run.workdir / "adapter", base=str(directory))
+            lora.save_adapter(model, run.agent.players.sampler.config, run.workdir / "adapter", base=str(directory))
         model = lora.merged(model)
-    hf.save(model, run.agent.sampler.config, part, assets=directory)
+    hf.save(model, run.agent.players.sampler.config, part, assets=directory)
     if jax.process_index() > 0:
         return
     shutil.rmtree(export, ignore_errors=True)

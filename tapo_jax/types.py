@@ -5,6 +5,7 @@ Plain dataclasses of numpy arrays; nothing here imports jax. Arrays that live on
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,16 +32,47 @@ def root_image(pixels_HxWx3: np.ndarray) -> Image:
     return Image(pixels_HxWx3, int.from_bytes(digest, "little", signed=True))
 
 
+class Images(Sequence):
+    """Images that are decoded whenever they are looked at, and not kept: a set of questions holds none of their pixels.
+
+    sources: one function an image, which gives uint8 [H, W, 3] or raises `config.BadImage`.
+    """
+
+    def __init__(self, sources: Sequence[Callable[[], np.ndarray]]):
+        self.sources = tuple(sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index):
+        return Images(self.sources[index]) if isinstance(index, slice) else self.sources[index]()
+
+
+class BadPrompt(TypeError):
+    """Fields of a question that are no question."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One question. `answers` are all accepted answers; `meta` is free (scene, chain of facts, benchmark name)."""
+    """One question. `answers` are all accepted answers; `meta` is free (scene, chain of facts, benchmark name).
+
+    images: uint8 [H, W, 3] each, a tuple of arrays or `Images`. A question that holds as many `<image>` marks as there
+    are images has each image where its mark stands; otherwise the images come before the text.
+    Raises BadPrompt for answers that are no list: the letters of a string would all be accepted.
+    """
 
     id: str
     question: str
-    images: tuple[np.ndarray, ...]  # uint8 [H, W, 3] each
+    images: Sequence[np.ndarray]
     answers: tuple[str, ...]
     hops: int = 1
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fits = isinstance(self.answers, Sequence) and all(isinstance(answer, str) for answer in self.answers)
+        if isinstance(self.answers, str) or not fits:
+            raise BadPrompt(f"the answers of question '{self.id}' are {self.answers!r}: give a tuple of strings")
+        object.__setattr__(self, "answers", tuple(self.answers))
 
 
 # The parameters of an executed call, as TAPO compares them (the table in `tapo.py`).
@@ -84,12 +116,20 @@ class ToolCall:
 @dataclasses.dataclass(frozen=True)
 class ToolResult:
     """What a tool gives back. `error` is None or one word for the metrics ("timeout", "bad_arguments", …);
-    an error's readable sentence is in `text`, because the policy reads it."""
+    an error's readable sentence is in `text`, because the policy reads it. `parts`: text and images in the order in
+    which they are shown, where they alternate; text and images are taken from them then. Without parts the images come
+    before the text."""
 
-    text: str
+    text: str = ""
     images: tuple[Image, ...] = ()
     error: str | None = None
     seconds: float = 0.0
+    parts: tuple[str | Image, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.parts:
+            object.__setattr__(self, "text", "".join(part for part in self.parts if isinstance(part, str)))
+            object.__setattr__(self, "images", tuple(part for part in self.parts if not isinstance(part, str)))
 
 
 @dataclasses.dataclass

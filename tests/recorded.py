@@ -49,7 +49,7 @@ def recorded(
     calls = [[[(t.call.name, t.call.parameters) for t in tool_steps(e, STEPS)] for e in group] for group in episodes]
     advantage_PxG = jax.device_get(jax.jit(group_advantages)(reward_PxG))
     steps = tapo.encode_steps(calls, steps=STEPS, features=256)
-    transfer = jax.device_get(jax.jit(tapo.transfer_credit)(steps, success_PxG, advantage_PxG))
+    transfer = jax.device_get(jax.jit(tapo.transfer)(steps, success_PxG, advantage_PxG))
     made = []
     for p, group in enumerate(episodes):
         for g, episode in enumerate(group):

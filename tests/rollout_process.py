@@ -24,7 +24,7 @@ def main(port: str, rank: int, first: int, stop: int, out: str) -> None:
     shapes = Shapes(
         extend_rows=(1,), decode_rows=(1,), lengths=(192,), patches=(128,), windows=(192,), chunk=5, merge=2
     )
-    sampler = test_rollout.make_sampler(slots=8, shapes=shapes, mesh=mesh)
+    sampler = test_rollout.make_sampler(shapes=shapes, mesh=mesh)
     params = sharding.put_replicated(jax.device_get(world.params()), mesh)
     questions = world.prompts(4)[first:stop]
     episodes, _ = test_rollout.play(sampler, params, prompts=questions, first_prompt=first)

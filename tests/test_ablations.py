@@ -39,15 +39,15 @@ def test_every_row_is_a_valid_config_with_the_setting(name, arg):
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["base"]])
 def test_a_base_is_the_same_with_tapo_off(name):
     base = ROWS[name]["base"]
-    assert not get_config(f"row={base}").tapo.enabled and get_config(f"row={name}").tapo.enabled
-    assert "tapo.enabled" in differing(name, base)
-    assert all(field.startswith("tapo.") for field in differing(name, base))
+    assert get_config(f"row={base}").algorithm.credit == "trajectory" != get_config(f"row={name}").algorithm.credit
+    assert "algorithm.credit" in differing(name, base)
+    assert all(field.startswith("tapo.") for field in differing(name, base) if field != "algorithm.credit")
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["reference"]])
 def test_a_reference_differs_in_one_field(name):
     (field,) = differing(name, ROWS[name]["reference"])
-    assert field.startswith("tapo.") and field in ROWS[name]["fields"]
+    assert field.startswith(("tapo.", "algorithm.credit")) and field in ROWS[name]["fields"]
 
 
 def test_every_sweep_holds_the_base_and_reference_of_its_rows_and_no_config_twice():
@@ -73,7 +73,7 @@ def test_sweeps_that_the_evidence_needs():
     ]  # fmt: skip
     betas = {get_config(f"row={row}").tapo.beta for row in SWEEPS["beta"]}
     assert betas == {0.2, 0.4, 0.6, 0.8, 1.0, 1.2}
-    assert get_config("row=exact_match").tapo.theta == 1 and get_config("row=gigpo").tapo.control == "gigpo"
+    assert get_config("row=exact_match").tapo.theta == 1 and get_config("row=gigpo").algorithm.credit == "gigpo"
     assert [get_config(f"row={row}").rollout.group_size for row in SWEEPS["group"]] == [8, 8, 4, 4, 16, 16]
 
 

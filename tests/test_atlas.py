@@ -11,6 +11,7 @@ from tapo_jax.atlas.play import Settings, make_prompt
 from tapo_jax.atlas.questions import ask, corpus
 from tapo_jax.atlas.scene import BACKGROUND, COLOURS, draw_scene
 from tapo_jax.atlas.world import ATTRIBUTES, fictional_world, real_world
+from tapo_jax.data.atlas import AtlasPrompts
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
 
 def test_prompts_round_trip(tmp_path, worlds):
     builder = dataset.prepare(tmp_path, settings=Settings(hops=(2,)), seed=5, sizes=(3, 8))
-    prompts = dataset.AtlasPrompts(builder, "held_out")
+    prompts = AtlasPrompts(builder, "held_out")
     assert len(prompts) == 8 and len({prompt.id for prompt in prompts}) == 8
     for prompt in prompts:
         assert prompt.hops == 2 and prompt.images[0].shape == (256, 256, 3) and prompt.images[0].dtype == np.uint8

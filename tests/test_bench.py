@@ -18,7 +18,7 @@ def test_loop_of_the_benchmark_equals_the_reference():
     steps = tapo.encode_steps(random_tapo.groups(2, P, G, K), steps=K, features=64)
     success = np.random.default_rng(0).random((P, G)) < 0.5
     advantage = np.where(success, 0.9, -0.6).astype(np.float32)
-    kernel = np.asarray(jax.jit(tapo.transfer_credit)(steps, success, advantage).advantage_PxS)
+    kernel = np.asarray(jax.jit(tapo.transfer)(steps, success, advantage).advantage_PxS)
     agree = 0
     for p, slots in enumerate(tapo_loops.as_lists(steps)):
         own = advantage[p].astype(float).tolist()

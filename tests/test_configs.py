@@ -10,8 +10,8 @@ from tapo_jax.config import UserError, beside, flat
 
 CONFIGS = sorted(path.name for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
 ALGORITHMS = {
-    "tapo_grpo.py": ("grpo", True), "tapo_gspo.py": ("gspo", True), "tapo_sapo.py": ("sapo", True),
-    "grpo.py": ("grpo", False), "gspo.py": ("gspo", False), "sapo.py": ("sapo", False),
+    "tapo_grpo.py": ("grpo", "tapo"), "tapo_gspo.py": ("gspo", "tapo"), "tapo_sapo.py": ("sapo", "tapo"),
+    "grpo.py": ("grpo", "trajectory"), "gspo.py": ("gspo", "trajectory"), "sapo.py": ("sapo", "trajectory"),
 }  # fmt: skip
 
 
@@ -31,9 +31,9 @@ def test_every_config_can_be_read_and_refuses_unknown_arguments(name):
 def test_the_six_algorithms_pass_the_checks_and_differ_only_in_the_algorithm(name, arg):
     config, base = load(name, arg), load("tapo_grpo.py", arg)
     check.check(config)
-    assert (config.algorithm.loss, config.tapo.enabled) == ALGORITHMS[name]
+    assert (config.algorithm.loss, config.algorithm.credit) == ALGORITHMS[name]
     changed = {field for field, value in flat(config).items() if flat(base)[field] != value}
-    assert changed <= {"algorithm.loss", "algorithm.clip_low", "algorithm.clip_high", "tapo.enabled"}
+    assert changed <= {"algorithm.loss", "algorithm.clip_low", "algorithm.clip_high", "algorithm.credit"}
 
 
 def test_defaults_are_those_of_the_paper():

@@ -17,8 +17,9 @@ from rollout_world import model
 
 from tapo_jax import evaluate, evaluate_checkpoint
 from tapo_jax.config import UserError
-from tapo_jax.learn.checkpoints import Checkpoints
+from tapo_jax.learn.checkpoints import Checkpoints, read_params
 from tapo_jax.learn.state import TrainState, split_model
+from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.types import Episode, Prompt
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -101,8 +102,8 @@ def test_sums_of_two_processes_are_those_of_one():
 class FakeAgent:
     """Stands in for an Agent: remembers what it was asked to play."""
 
-    def play(self, params, prompts, **options):
-        self.asked = (params, list(prompts), options)
+    def play(self, params, prompts, group_size, sampling):
+        self.asked = (params, list(prompts), group_size, sampling)
         return [dataclasses.replace(EPISODES[i], prompt=prompt) for i, prompt in enumerate(prompts)], PLAYED
 
 
@@ -110,9 +111,9 @@ def test_evaluate_plays_each_prompt_once():
     agent, prompts = FakeAgent(), [e.prompt for e in EPISODES]
     values = dict(evaluate.evaluate(agent, "weights", prompts, temperature=0.0, seed=7))
     assert values["accuracy"] == 0.25
-    params, asked, options = agent.asked
+    params, asked, *options = agent.asked
     assert params == "weights" and asked == prompts
-    assert options == dict(group_size=1, temperature=0.0, top_p=1.0, seed=7, step=0, first_prompt=0)
+    assert options == [1, Sampling(temperature=0.0, top_p=1.0, seed=7, step=0, first_prompt=0)]
     assert dict(evaluate.evaluate(agent, "weights", [], temperature=0.0, seed=7)) == {}
 
 
@@ -122,7 +123,7 @@ def test_processes_share_the_prompts(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     agent, prompts = FakeAgent(), [e.prompt for e in EPISODES]
     evaluate.play(agent, None, prompts, temperature=0.0, seed=0)
-    assert agent.asked[1] == prompts[2:] and agent.asked[2]["first_prompt"] == 2
+    assert agent.asked[1] == prompts[2:] and agent.asked[3].first_prompt == 2
 
 
 def test_table():
@@ -156,9 +157,7 @@ def saved(tmp_path_factory):
 def test_weights_of_a_checkpoint(saved):
     folder, params = saved
     like = jax.tree.map(lambda a: a + 1, params)
-    for found, wanted in zip(
-        jax.tree.leaves(evaluate_checkpoint.read_params(folder, like)), jax.tree.leaves(params), strict=True
-    ):
+    for found, wanted in zip(jax.tree.leaves(read_params(folder, like)), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -190,7 +189,7 @@ def test_damaged_checkpoint_is_one_sentence(saved, tmp_path, damage):
     shutil.copytree(saved[0], folder)
     damage(folder)
     with pytest.raises(UserError) as caught:
-        evaluate_checkpoint.read_params(folder, saved[1])
+        read_params(folder, saved[1])
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -198,7 +197,7 @@ def test_checkpoint_of_another_model_is_one_sentence(saved):
     folder, params = saved
     wider = jax.tree.map(lambda a: jnp.zeros((*a.shape[:-1], a.shape[-1] + 2)), params)
     with pytest.raises(UserError, match="cannot be read into the model of this config"):
-        evaluate_checkpoint.read_params(folder, wider)
+        read_params(folder, wider)
 
 
 def get_config(**model_fields):

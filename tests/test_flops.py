@@ -106,6 +106,7 @@ def test_passes():
     assert flops.forward(CONFIG, [5, 7], [4, 16]) == text + tower
     assert flops.update(CONFIG, [5, 7], [4, 16]) == 3 * (text + tower)
     assert flops.update(CONFIG, [5, 7], [4, 16], train_vision=False) == 3 * text + tower
+    assert flops.update(CONFIG, [5, 7], [4, 16], lora=True) == 2 * text + tower
     # A decoding step of slots with 5 and 7 tokens: 2 new tokens that meet 12 keys.
     assert flops.decode(CONFIG, [5, 7]) == flops.decoder(CONFIG, tokens=2, pairs=12, logits=2)
 

@@ -84,6 +84,6 @@ def test_ablations(tmp_path):
     assert figures(notebook) >= 4
     assert "2 done, 0 failed, 0 waiting" in text and "TAPO improves grpo" in text
     results = [json.loads((out / row / "seed_0" / "result.json").read_text()) for row in ("grpo", "tapo_grpo")]
-    assert [result["config"]["tapo.enabled"] for result in results] == [False, True]
+    assert [result["config"]["algorithm.credit"] for result in results] == ["trajectory", "tapo"]
     assert results[0]["evals"][0] == results[1]["evals"][0]  # the same cold start on the same questions
     assert results[0]["model"] == results[1]["model"]

@@ -7,18 +7,15 @@ import pytest
 
 from tapo_jax import sharding, tapo
 from tapo_jax.batch import ModelInputs, TrainBatch
-from tapo_jax.learn import assign_credit
-from tapo_jax.learn.outcomes import Outcome
+from tapo_jax.learn import assign_credit, gigpo
+from tapo_jax.learn.outcomes import EncodedBatch
 from tapo_jax.tapo import adaptive as tapo_adaptive
 from tapo_jax.types import Identity
 
 P, G, K, T = 2, 4, 2, 6
-TRANSFER = dict(theta=0.7, alpha_min=0.25, beta=0.8, text="dice")
 
 
-def run(
-    reward_PxG, success_PxG, calls, *, mesh_data=1, transfer=TRANSFER, thresholds=None, past=(), mask_T=None, **options
-):
+def run(reward_PxG, success_PxG, calls, *, mesh_data=1, thresholds=None, past=(), mask_T=None, **options):
     """-> (advantage_BxT, mask_BxT, credit, thresholds, metrics) on the host. past: (success, advantage, weight) of M
     remembered rollouts. Token 0 is the prompt, 1-2 step 0, 3-4 step 1, 5 the answer."""
     mesh = sharding.make_mesh(mesh_data, 1, 1, devices=jax.devices()[:mesh_data])
@@ -31,17 +28,15 @@ def run(
         inputs=inputs, mask_BxT=mask_BxT, step_BxT=step_BxT, sampler_logp_BxT=np.zeros((B, T), np.float32)
     )
     success_PxM, advantage_PxM, weight_PxM = past or (np.zeros((P, 0), bool), *[np.zeros((P, 0), np.float32)] * 2)
-    outcome = Outcome(
+    encoded = EncodedBatch(
         reward_PxG=np.array(reward_PxG, np.float32), success_PxG=np.array(success_PxG),
         steps=tapo.encode_steps(calls, steps=K, features=16), anchor_PxV=np.array(ANCHORS, np.int32),
         remembered_success_PxM=success_PxM,
         remembered_advantage_PxM=advantage_PxM, remembered_weight_PxM=weight_PxM,
     )  # fmt: skip
-    settings = (
-        dict(estimator="dr_grpo", dynamic_sampling=False, overlong_buffer=0, max_length=T, transfer=transfer) | options
-    )
-    program = assign_credit.make_prepare(mesh, **settings)
-    placed = sharding.put_rows(batch, mesh, B), sharding.put_rows(outcome, mesh, P)
+    settings = assign_credit.Settings(**{"estimator": "dr_grpo", "max_length": T} | options)
+    program = assign_credit.make_assign_credit(mesh, settings)
+    placed = sharding.put_rows(batch, mesh, B), sharding.put_rows(encoded, mesh, P)
     thresholds, seed_step_2 = sharding.put_replicated((thresholds, np.zeros(2, np.int32)), mesh)
     return jax.device_get(program(*placed, thresholds, seed_step_2))
 
@@ -80,7 +75,7 @@ def test_a_failures_matching_step_gets_credit_and_nothing_else_changes(mesh_data
 
 
 def test_tapo_off_changes_no_advantage_but_is_still_diagnosed():
-    advantage_BxT, mask_BxT, credit, _, metrics = run(REWARD, SUCCESS, CALLS, transfer=None)
+    advantage_BxT, mask_BxT, credit, _, metrics = run(REWARD, SUCCESS, CALLS, credit="trajectory")
     np.testing.assert_allclose(advantage_BxT[1][mask_BxT[1]], -0.25, atol=1e-6)
     assert metrics["tapo/correctable_actions"] == 0.5 and metrics["tapo/mean_compensation"] == 0
     # What is recorded: rollout 1's first step (slot 2) is like slot 0, and keeps its advantage.
@@ -121,8 +116,8 @@ def test_adaptive_thresholds_follow_the_witnesses_and_are_used_before_they_move(
     """Two successes with the same call: one pair, sim 1. Share with sim ≤ 0.9 is 0, so theta moves by 0.5 · (0.8 - 0)
     to 1.3, cut to 1."""
     calls = [[[call("a")], [call("a")], [call("a")], []], [[], [], [], []]]
-    start = tapo_adaptive.init(["tool", "other"], 0.9)
-    adaptive = {"tools": ["tool", "other"], "quantile": 0.8, "rate": 0.5}
+    adaptive = tapo_adaptive.Settings(("tool", "other"), quantile=0.8, rate=0.5)
+    start = tapo_adaptive.init(adaptive, 0.9)
     reward, success = [[1, 1, 0, 0], [1] * 4], [[True, True, False, False], [True] * 4]
     _, _, credit, moved, metrics = run(reward, success, calls, thresholds=start, adaptive=adaptive)
     np.testing.assert_allclose(moved.theta_N, [1.0, 0.9])
@@ -134,9 +129,9 @@ def test_the_comparator_compares_all_turns_that_saw_the_same():
     """Rollout 0 of prompt 0 calls a tool and then answers; 1 and 2 answer the question at once: returns 1, 0, 0 of the
     first turns, mean 1/3, std √(1/3): (2/3) / √(1/3) = 1.1547 more than 0.75 for the call, 0.57735 less than -0.25 for
     the hasty answers. Nobody else saw what rollout 0 answered to."""
-    gigpo = {"discount": 1.0, "omega": 1.0}
+    numbers = gigpo.Settings(discount=1.0, omega=1.0)
     turns = {"mask_T": [0, 1, 1, 0, 1, 1]}
-    advantage_BxT, _, credit, _, metrics = run(REWARD, SUCCESS, CALLS, gigpo=gigpo, **turns)
+    advantage_BxT, _, credit, _, metrics = run(REWARD, SUCCESS, CALLS, credit="gigpo", gigpo=numbers, **turns)
     np.testing.assert_allclose(advantage_BxT[0], [0, 1.90470, 1.90470, 0, 0.75, 0.75], atol=1e-4)
     np.testing.assert_allclose(advantage_BxT[1][:3], [0, -0.82735, -0.82735], atol=1e-4)
     assert not advantage_BxT[4:].any()  # all rewards of prompt 1 are equal

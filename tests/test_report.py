@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import synthetic
 
-from tapo_jax import records
+from tapo_jax import records, tapo
 from tapo_jax.config import UserError, flat
 from tapo_jax.records import RecordedEpisode, RecordedTurn
 from tapo_jax.report import __main__ as report
@@ -136,9 +136,23 @@ def test_interpolation_between_evaluations():
 
 
 def config(enabled, **tapo):
-    return flat(
-        {"seed": 3, "algorithm": {"loss": "grpo"}, "tapo": {"enabled": enabled, "beta": 0.8, "theta": 0.7} | tapo}
-    )
+    """A flat config as older results hold it, with today's names."""
+    tapo = {"enabled": enabled, "beta": 0.8, "theta": 0.7} | tapo
+    return results.renamed(flat({"seed": 3, "algorithm": {"loss": "grpo"}, "tapo": tapo}))
+
+
+def test_old_names_of_fields_are_understood():
+    old = {"tapo.enabled": True, "tapo.control": "gigpo", "data.name": "atlas", "reward.format": 0.5}
+    new = {"algorithm.credit": "gigpo", "tapo.control": "none", "data.source": "atlas", "reward.weights.format": 0.5}
+    assert results.renamed(old) == new == results.renamed(new)
+    assert config(True)["algorithm.credit"] == "tapo" and config(False)["algorithm.credit"] == "trajectory"
+
+
+def test_what_the_report_calls_published_is_the_librarys_default():
+    for name, value in results.PUBLISHED.items():
+        section, _, field = name.partition(".")
+        if section == "tapo" and hasattr(tapo.PUBLISHED, field):
+            assert getattr(tapo.PUBLISHED, field) == value, name
 
 
 def test_bases_and_reference_are_found_from_the_configs():

@@ -5,11 +5,12 @@ import pytest
 from tapo_jax.config import flat
 from tapo_jax.report import claims as report_claims
 from tapo_jax.report.claims import FAILS, HOLDS, OPEN, decided
-from tapo_jax.report.results import Result, Sweep
+from tapo_jax.report.results import Result, Sweep, renamed
 
 
 def result(row, seed, accuracy, *, entropy=0.2, correctable=0.6, share=0.0001, falls=0.0, loss="grpo", **tapo):
-    config = flat({"algorithm": {"loss": loss}, "tapo": {"enabled": True, "beta": 0.8, "theta": 0.7} | tapo})
+    fields = {"algorithm": {"loss": loss}, "tapo": {"enabled": True, "beta": 0.8, "theta": 0.7} | tapo}
+    config = renamed(flat(fields))
     curves = {
         "loss/entropy": [[1, 0.5], [2, 0.4], [3, entropy]],
         "reward/accuracy": [[step, 0.5 - (falls if step > 6 else 0.0)] for step in range(12)],

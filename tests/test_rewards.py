@@ -58,3 +58,17 @@ def test_total_is_the_weighted_sum():
     assert rewards.total(values, {"accuracy": 1.0, "format": 0.5}) == 1.5
     with pytest.raises(KeyError):
         rewards.total(values, {"style": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("1889", 1), ("1,889 m", 1), ("about 1889.5 metres.", 1), ("(1889)", 1), ("1889, I think", 1),
+        ("in 1700 or 1800", 0), ("1700-1800", 0), ("-1889", 0), ("\N{MINUS SIGN}1889", 0), ("18,89", 0), ("2100", 0),
+        ("", 0), (None, 0), ("many", 0), ("nan", 0), ("9" * 400, 0),
+    ],
+)  # fmt: skip
+def test_a_number_is_right_in_its_range(answer, right):
+    """InfoSeek's numeric questions: one number, between the ends."""
+    assert rewards.in_range(answer, [[1700.1, 2077.9]]) == right
+    assert rewards.in_range(answer, []) == 0

@@ -1,5 +1,6 @@
 """Rollouts of a random model whose text is read as calls and answers (`rollout_world.read_turn`)."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -22,10 +23,11 @@ from tapo_jax.learn.logprobs import token_logp
 from tapo_jax.models import qwen3_vl
 from tapo_jax.rollout import episode as episode_module
 from tapo_jax.rollout.episode import Limits
+from tapo_jax.rollout.players import Players
 from tapo_jax.rollout.rounds import rollout
-from tapo_jax.rollout.sampler import Sampler
-from tapo_jax.rollout.schedule import Shapes
-from tapo_jax.types import Prompt
+from tapo_jax.rollout.sampler import Sampler, make_shapes
+from tapo_jax.rollout.schedule import Sampling, Shapes
+from tapo_jax.types import Identity, Prompt
 
 CAPACITY, CHUNK, STEPS = 192, 5, 5
 CHAT = world.chat(40)  # a turn ends after about 6 tokens
@@ -42,20 +44,18 @@ def random_text_means_something(monkeypatch):
     monkeypatch.setattr(episode_module, "parse_turn", world.read_turn)
 
 
-def make_sampler(cls=Sampler, *, slots=6, shapes=SHAPES, mesh=None):
-    return cls(
-        world.model(), slots=slots, capacity=CAPACITY, chunk=CHUNK, image_patches=36, most_patches=4 * CAPACITY,
-        stop_ids=CHAT.stop_ids, forbidden_V=CHAT.forbidden_V(272), mesh=mesh, shapes=shapes,
-    )  # fmt: skip
+def make_sampler(cls=Sampler, *, shapes=SHAPES, mesh=None):
+    mesh = mesh or sharding.one_device()
+    return cls(world.model(), mesh, shapes, stop_ids=CHAT.stop_ids, forbidden_V=CHAT.forbidden_V(272))
 
 
-def play(sampler, params=None, count=4, **options):
-    settings = {
-        "chat": CHAT, "pixels": world.pixels(), "runner": world.runner(), "group_size": 3, "limits": LIMITS,
-        "temperature": 1.0, "top_p": 1.0, "seed": 3, "step": 0,
-    }  # fmt: skip
-    questions = options.pop("prompts", None) or world.prompts(count)
-    return rollout(sampler, world.params() if params is None else params, questions, **{**settings, **options})
+def play(sampler, params=None, count=4, *, prompts=None, group_size=3, **options):
+    """options: fields of `Players` and `Sampling` that differ from the usual ones."""
+    numbers = {"seed": 3} | {f.name: options.pop(f.name) for f in dataclasses.fields(Sampling) if f.name in options}
+    parts = {"chat": CHAT, "pixels": world.pixels(), "runner": world.runner(), "limits": LIMITS} | options
+    players = Players(sampler, **parts)
+    params = world.params() if params is None else params
+    return rollout(players, params, prompts or world.prompts(count), group_size, Sampling(**numbers))
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +159,8 @@ class Recorder(Sampler):
         for target, ids in prompts.items():
             self.begin(target, ids)
 
-    def decode(self, params, plan, draws, **options):
-        chunk = super().decode(params, plan, draws, **options)
+    def decode(self, params, plan, draws, sampling):
+        chunk = super().decode(params, plan, draws, sampling)
         for drawn, (token_n, _) in zip(draws, chunk.fetch(), strict=True):
             assert drawn.length == len(self.now[drawn.slot])
             self.now[drawn.slot].extend(token_n.tolist())
@@ -231,7 +231,7 @@ def test_slots_are_reused_and_their_number_changes_nothing(sampled):
         chunk=16,
         merge=2,
     )
-    assert same_tokens(episodes, play(make_sampler(slots=2, shapes=few))[0])
+    assert same_tokens(episodes, play(make_sampler(shapes=few))[0])
 
 
 def test_slots_over_eight_devices_play_the_same_episodes(sampled):
@@ -247,7 +247,7 @@ def test_slots_over_eight_devices_play_the_same_episodes(sampled):
         merge=2,
     )
     params = jax.device_put(world.params(), sharding.replicated(mesh))
-    spread = make_sampler(slots=16, shapes=shapes, mesh=mesh)
+    spread = make_sampler(shapes=shapes, mesh=mesh)
     found, _ = play(spread, params)
     assert same_tokens(episodes, found)
     compiled = metrics.compile_count()
@@ -266,7 +266,7 @@ def test_nothing_compiles_after_warm_up_and_no_transfer_is_implicit(sampled):
         chunk=CHUNK,
         merge=2,
     )
-    fresh = make_sampler(slots=3, shapes=shapes)
+    fresh = make_sampler(shapes=shapes)
     params = world.params()
     fresh.warm_up(params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(fresh._state))  # empty rows write nothing
@@ -353,8 +353,9 @@ def test_an_episode_longer_than_a_slot_is_refused(sampler):
 
 
 def test_slots_that_the_mesh_does_not_divide_are_refused():
+    sizes = {"capacity": CAPACITY, "chunk": CHUNK, "image_patches": 36, "most_patches": 4 * CAPACITY}
     with pytest.raises(UserError, match="multiple of 8"):
-        make_sampler(slots=12, mesh=sharding.make_mesh(data=8), shapes=None)
+        make_shapes(world.config(), sharding.make_mesh(data=8), slots=12, **sizes)
 
 
 def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tmp_path):
@@ -382,3 +383,26 @@ def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tmp_path):
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [part["slots"] for part in found] == [4, 4]
     assert found[0]["tokens"] + found[1]["tokens"] == [episode.token_T.tolist() for episode in sampled[0]]
+
+
+class Listening(world.Say):
+    """Keeps whose question it was called for."""
+
+    needs_prompt = True
+
+    def __init__(self):
+        super().__init__()
+        self.heard = set()
+
+    def __call__(self, arguments, images, prompt):
+        self.heard.add(prompt.id)
+        return super().__call__(arguments, images)
+
+
+def test_a_tool_that_needs_the_prompt_hears_whose_question_it_answers(sampler):
+    tool = Listening()
+    episodes, _ = play(sampler, count=9, runner=world.runner(tool))
+    calls = [(e.prompt.id, turn.call) for e in episodes for turn in e.turns if turn.is_step]
+    calls = [(name, call) for name, call in calls if call.name == "say"]
+    assert len(tool.heard) > 1 and tool.heard == {name for name, _ in calls}
+    assert all(call.parameters[-1] == Identity(name) for name, call in calls)

@@ -9,12 +9,13 @@ import pytest
 import rollout_world as world
 from flax import nnx
 
+from tapo_jax import sharding
 from tapo_jax.models import qwen3_vl
 from tapo_jax.models.inputs import make_row
 from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.rollout.generate import generate
 from tapo_jax.rollout.sampler import Sampler
-from tapo_jax.rollout.schedule import Draw, Extension, Round, Shapes
+from tapo_jax.rollout.schedule import Draw, Extension, Needs, Round, Sampling, Shapes
 from tapo_jax.types import root_image
 
 CONFIG, IMAGE = world.config(), world.config().image_token
@@ -119,24 +120,18 @@ SHAPES = Shapes(extend_rows=(1, 3), decode_rows=(2, 3), lengths=(32,), patches=(
 
 @pytest.fixture(scope="module")
 def sampler():
-    return Sampler(
-        world.model(), slots=3, capacity=64, chunk=4, image_patches=36, most_patches=256, stop_ids=[],
-        forbidden_V=world.chat().forbidden_V(272), shapes=SHAPES,
-    )  # fmt: skip
+    forbidden_V = world.chat().forbidden_V(272)
+    return Sampler(world.model(), sharding.one_device(), SHAPES, stop_ids=[], forbidden_V=forbidden_V)
 
 
 def turn(sampler, extensions, copies, draws):
-    plan = sampler.plan(extensions, copies, draws, more=True)
+    plan = sampler.plan(Needs(extensions, copies, draws), more=True)
     sampler.extend(world.params(), plan, extensions)
     sampler.copy(plan, copies)
     if not draws:
         return []
-    return [
-        token_n.tolist()
-        for token_n, _ in sampler.decode(
-            world.params(), plan, draws, temperature=0.0, top_p=1.0, seed=0, step=0
-        ).fetch()
-    ]
+    written = sampler.decode(world.params(), plan, draws, Sampling(temperature=0.0)).fetch()
+    return [token_n.tolist() for token_n, _ in written]
 
 
 def prompt_row(text: str, images=()):
@@ -193,14 +188,14 @@ def test_an_extension_of_padding_past_the_capacity_keeps_every_token(sampler):
     last, after = make_row(ids[40:], [], CONFIG, world.pixels(), far)
     turn(sampler, [Extension(1, 0, straight, fresh=True)], [], [])
     turn(sampler, [Extension(1, 32, more, fresh=False)], [], [])
-    piece = sampler.plan([Extension(1, 40, last, fresh=False)], [], [], more=True).pieces[0]
+    piece = sampler.plan(Needs([Extension(1, 40, last, fresh=False)]), more=True).pieces[0]
     assert (piece.length, piece.window) == (32, 64)
     found = turn(sampler, [Extension(1, 40, last, fresh=False)], [], [Draw(1, 60, after, 4, 0, 0, 0, 0)])[0]
     assert found == generate(world.model(), CONFIG, [ids.tolist()], max_new_tokens=4, temperature=0.0)[0]
 
 
 def test_a_round_without_needs_is_no_round(sampler):
-    assert sampler.plan([], [], [], more=False) == Round(more=False, decode_window=64)
+    assert sampler.plan(Needs(), more=False) == Round(more=False, decode_window=64)
     assert jax.tree.leaves(sampler._slots())[0].shape[0] == 1  # one shard
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tapo_jax.models.inputs import Row
-from tapo_jax.rollout.schedule import Draw, Extension, Piece, Shapes, cover, group, most_in_a_shard, place, plan
+from tapo_jax.rollout.schedule import Draw, Extension, Needs, Piece, Shapes, cover, group, most_in_a_shard, place, plan
 
 SHAPES = Shapes(
     extend_rows=(2, 8), decode_rows=(2, 4, 8), lengths=(16, 64), patches=(32, 64), windows=(48, 96), chunk=8, merge=2,
@@ -31,7 +31,7 @@ def draw(slot: int, length: int) -> Draw:
 
 def test_the_calls_of_a_small_round():
     needs = [extension(0, 10), extension(1, 16), extension(3, 17, 20), extension(4, 12, 40, before=50)]
-    found = plan(SHAPES, needs, [(0, 2)], [draw(0, 40), draw(5, 20), draw(6, 20)], more=True, agree=ALONE)
+    found = plan(SHAPES, Needs(needs, [(0, 2)], [draw(0, 40), draw(5, 20), draw(6, 20)]), more=True, agree=ALONE)
     assert found.pieces == (
         Piece(2, 16, 0, 48),  # 16 tokens behind nothing fit into 48
         Piece(2, 16, 64, 96),  # 40 patches; 50 + 16 places are more than 48
@@ -46,13 +46,13 @@ def test_the_calls_of_a_small_round():
 
 
 def test_an_idle_process_makes_the_calls_of_the_busy_one():
-    busy = ([extension(0, 10), extension(9, 60)], [(0, 1)], [draw(0, 80)])
+    busy = Needs([extension(0, 10), extension(9, 60)], [(0, 1)], [draw(0, 80)])
     vectors = []
-    plan(SHAPES, *busy, more=True, agree=lambda vector: vectors.append(vector) or vector)
-    plan(SHAPES, [], [], [], more=False, agree=lambda vector: vectors.append(vector) or vector)
+    plan(SHAPES, busy, more=True, agree=lambda vector: vectors.append(vector) or vector)
+    plan(SHAPES, Needs(), more=False, agree=lambda vector: vectors.append(vector) or vector)
     agree = lambda _: np.maximum(*vectors)  # noqa: E731
-    assert plan(SHAPES, [], [], [], more=False, agree=agree) == plan(SHAPES, *busy, more=True, agree=agree)
-    assert not plan(SHAPES, [], [], [], more=False, agree=ALONE).more
+    assert plan(SHAPES, Needs(), more=False, agree=agree) == plan(SHAPES, busy, more=True, agree=agree)
+    assert not plan(SHAPES, Needs(), more=False, agree=ALONE).more
 
 
 def test_rows_of_a_call_are_bounded_by_its_tokens():
@@ -72,7 +72,7 @@ def test_every_need_is_met_by_a_call_that_warm_up_compiles(data):
         patches = data.draw(st.integers(0, 16)) * 4 if tokens >= 16 else 0
         needs.append(extension(slot, tokens, patches, before=data.draw(st.integers(0, 96 - tokens))))
     draws = [draw(slot, data.draw(st.integers(1, 95))) for slot in slots]
-    found = plan(SHAPES, needs, [], draws, more=True, agree=ALONE)
+    found = plan(SHAPES, Needs(needs, [], draws), more=True, agree=ALONE)
     assert set(found.pieces) <= set(SHAPES.extend_calls())
     if draws:
         assert (found.decode_rows, found.decode_window) in set(SHAPES.decode_calls())

@@ -1,23 +1,20 @@
 """Where questions and tools come from: Atlas, a folder of JSON lines, a function of the user's, a service."""
 
-import io
 import json
 import threading
 from types import SimpleNamespace
 
 import httpx
-import PIL.Image
 import pytest
 
 from configs import tapo_grpo
 from tapo_jax import rewards
-from tapo_jax.atlas.dataset import decode_image
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
-from tapo_jax.data.jsonl import JsonlPrompts
+from tapo_jax.data.corpus import read_corpus
 from tapo_jax.tools.base import ToolRunner
 from tapo_jax.tools.remote_search import RemoteTextSearch
-from tapo_jax.tools.retrieval_service import make_server, read_corpus
+from tapo_jax.tools.retrieval_service import make_server
 from tapo_jax.tools.text_search import TextSearch
 from tapo_jax.types import Prompt, ToolCall
 
@@ -32,6 +29,22 @@ def config(**changes):
 
 def my_prompts(config, split):
     return [Prompt(split, "?", (), ("x",))]
+
+
+def letters(config, split):
+    return [Prompt("1", "?", (), "Paris")]
+
+
+def twins(config, split):
+    return [Prompt("1", "?", (), ("x",)), Prompt("1", "which?", (), ("x",))]
+
+
+def no_prompts(config, split):
+    return ["?"]
+
+
+def one_prompt(config, split):
+    return Prompt("1", "?", (), ("x",))
 
 
 def my_tools(config):
@@ -57,7 +70,7 @@ def test_atlas_by_default(tmp_path):
 
 
 def test_your_own_functions():
-    made = config(**{"data.name": "tests.test_sources:my_prompts", "tools.source": "tests.test_sources:my_tools"})
+    made = config(**{"data.source": "tests.test_sources:my_prompts", "tools.source": "tests.test_sources:my_tools"})
     made.tools.names = ("text_search_tool",)
     assert sources.prompts(made, "train")[0].id == "train" and len(sources.tools(made)) == 1
 
@@ -65,10 +78,18 @@ def test_your_own_functions():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"data.name": "fvqa"}, "data.name is 'fvqa': use atlas, jsonl"),
-        ({"data.name": "tests.test_sources:nothing"}, "no function of this name"),
-        ({"data.name": "os.no_such:thing"}, "no function of this name"),
-        ({"data.name": "jsonl", "data.dir": "/nonexistent"}, "has no file"),
+        ({"data.source": "vqa"}, "data.source is 'vqa': use atlas, jsonl, fvqa, mars"),
+        ({"data.source": "tests.test_sources:nothing"}, "no function of this name"),
+        ({"data.source": "os.no_such:thing"}, "no function of this name"),
+        (
+            {"data.source": "tests.test_sources:letters"},
+            "the answers of question '1' are 'Paris': give a tuple of strings",
+        ),
+        ({"data.source": "tests.test_sources:twins"}, "two of its questions have the id '1'"),
+        ({"data.source": "tests.test_sources:no_prompts"}, "gave a str for a Prompt"),
+        ({"data.source": "tests.test_sources:one_prompt"}, "gave a Prompt: give a sequence of Prompt"),
+        ({"data.source": "jsonl", "data.dir": "/nonexistent"}, "data folder /nonexistent does not exist"),
+        ({"data.source": "fvqa", "data.dir": ""}, "data.dir is empty"),
     ],
 )
 def test_a_wrong_source_is_one_sentence(changes, says):
@@ -85,60 +106,34 @@ def test_a_wrong_tool_is_one_sentence():
         sources.tools(made)
 
 
+def test_recorded_tools():
+    made = config(**{"tools.source": "recorded", "tools.endpoint": "http://127.0.0.1:9"})
+    assert [tool.name for tool in sources.tools(made)] == list(made.tools.names)
+    made.tools.endpoint = ""
+    with pytest.raises(UserError, match="'text_search_tool': the tools of this source are image_zoom_in_tool, image_s"):
+        sources.tools(made)
+
+
 def test_your_own_rewards():
     """Names without a weight are kept, for the metrics; those with one must be there."""
     episode = SimpleNamespace(turns=[1, 2, 3])
     assert sources.score(config()) is rewards.score
-    own = sources.score(config(reward_source="tests.test_sources:my_score"))(episode)
+    own = sources.score(config(**{"reward.source": "tests.test_sources:my_score"}))(episode)
     assert own == {"accuracy": 1.0, "format": 0.5, "turns": 3.0} and all(type(value) is float for value in own.values())
-    with pytest.raises(UserError, match="reward_source 'tests.test_sources:forgetful_score' gave no format: every"):
-        sources.score(config(reward_source="tests.test_sources:forgetful_score"))(episode)
+    with pytest.raises(UserError, match="reward.source 'tests.test_sources:forgetful_score' gave no format: every"):
+        sources.score(config(**{"reward.source": "tests.test_sources:forgetful_score"}))(episode)
     for path, says in (
         ("exact", "use rewards or your own"),
         ("tests.test_sources:nothing", "no function of this name"),
     ):
         with pytest.raises(UserError, match=says):
-            sources.score(config(reward_source=path))
+            sources.score(config(**{"reward.source": path}))
 
 
 def test_a_folder_of_questions(tmp_path):
-    PIL.Image.new("RGB", (6, 4), (9, 8, 7)).save(tmp_path / "a.png")
-    rows = [
-        {"question": "q", "images": ["a.png"], "answers": ["x", "y"]},
-        {"id": "b", "question": "r", "answers": ["z"], "hops": 2},
-    ]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prompts = sources.prompts(config(**{"data.name": "jsonl", "data.dir": str(tmp_path)}), "train")
-    first, second = prompts[0], prompts[1]
-    assert (first.id, first.answers, first.images[0].shape) == ("1", ("x", "y"), (4, 6, 3)) and first.images[0][
-        0, 0
-    ].tolist() == [9, 8, 7]
-    assert (second.id, second.hops, second.images) == ("b", 2, ())
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        "[]",
-        '{"question": "q"}',
-        '{"question": "q", "answers": []}',
-        '{"question": "q", "answers": ["x"], "images": ["../secret.png"]}',
-    ],
-)
-def test_a_line_that_does_not_fit_is_named(tmp_path, line):
-    (tmp_path / "folder").mkdir()
-    PIL.Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
-    (tmp_path / "folder" / "train.jsonl").write_text('{"question": "q", "answers": ["x"]}\n' + line)
-    with pytest.raises(UserError, match="line 2"):
-        JsonlPrompts(str(tmp_path / "folder"), "train")
-
-
-def test_a_huge_image_is_refused_before_it_is_decoded():
-    data = io.BytesIO()
-    PIL.Image.new("1", (8000, 8000)).save(data, format="PNG")
-    with pytest.raises(ValueError, match="larger than the limit"):
-        decode_image(data.getvalue())
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "q", "answers": ["x", "y"]}))
+    prompts = sources.prompts(config(**{"data.source": "jsonl", "data.dir": str(tmp_path)}), "train")
+    assert [(prompt.id, prompt.answers) for prompt in prompts] == [("1", ("x", "y"))]
 
 
 @pytest.fixture
@@ -177,7 +172,27 @@ def test_a_service_that_is_gone_is_an_observation():
     assert result.error == "exception" and "ConnectError" in result.text
 
 
-def test_a_corpus_line_without_contents_is_named(tmp_path):
-    (tmp_path / "c.jsonl").write_text('{"contents": "a"}\n{"text": "b"}')
-    with pytest.raises(UserError, match="line 2"):
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b'{"contents": "a"}\n{"text": "b"}', "line 2: the field 'contents' is missing"),
+        (b'{"contents": "a"}\n\n{"contents": 5}', "line 3: the field 'contents' is 5"),
+        (b'{"contents": "caf\xe9"}', "line 1: byte 18 is not UTF-8"),
+        (b'{"contents": "a \\ud83d"}', "line 1: .* surrogate"),
+        ('{"contents": "a"}'.encode("utf-16"), "is UTF-16"),
+        (b'["a"]', "line 1|JSON list"),
+        (b"", "has no passage with a word in it"),
+        (b'{"contents": "..."}\n{"contents": " "}\n', "has no passage with a word in it"),
+    ],
+)
+def test_a_corpus_that_cannot_be_searched_is_one_sentence(tmp_path, data, says):
+    (tmp_path / "c.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match=says):
         read_corpus(str(tmp_path / "c.jsonl"))
+
+
+def test_no_character_of_a_passage_ends_a_line(tmp_path):
+    texts = ["one\u2028two", "three\x85four", "five\u2029six"]
+    lines = "\n\n".join(json.dumps({"contents": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n")
+    assert read_corpus(str(tmp_path / "c.jsonl")) == texts

@@ -211,7 +211,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_ends_with_a_report(tmp_path, monkey
     monkeypatch.setenv("XLA_FLAGS", "")  # one device
     model = tiny_run.write_model(tmp_path / "model")
     runs = []
-    for row, fields in {"grpo": {"tapo__enabled": False}, "broken": {}, "tapo_grpo": {}}.items():
+    for row, fields in {"grpo": {"algorithm__credit": "trajectory"}, "broken": {}, "tapo_grpo": {}}.items():
         fields |= {"total_steps": 3, "eval__at_start": True, "tapo__theta": 0.7, "tapo__alpha_min": 0.25}
         code = TINY.format(tests=str(TESTS), model=str(model), fields=fields)
         places = tmp_path / "out" / row / "seed_0", tmp_path / "runs" / row / "seed_0"

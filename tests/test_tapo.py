@@ -16,7 +16,7 @@ OPTIONS = dict(theta=0.7, alpha_min=0.25, beta=0.8)
 
 @functools.cache
 def compiled(**options):
-    return jax.jit(functools.partial(tapo.credit_transfer, **options))
+    return jax.jit(functools.partial(tapo.transfer_from_similarity, settings=tapo.Settings(**options)))
 
 
 def transfer(sim, success, advantage, valid=None, jit=True, **options):
@@ -29,7 +29,11 @@ def transfer(sim, success, advantage, valid=None, jit=True, **options):
     trajectory = np.array([np.arange(2 * G) // 2], np.int32)
     weight = options.pop("weight_PxG", np.ones((1, G), np.float32))
     options = {**OPTIONS, **options}
-    function = compiled(**options) if jit else functools.partial(tapo.credit_transfer, **options)
+    function = (
+        compiled(**options)
+        if jit
+        else functools.partial(tapo.transfer_from_similarity, settings=tapo.Settings(**options))
+    )
     success, advantage = np.array([success], bool), np.array([advantage], np.float32)
     return function(full[None], trajectory, valid, success, advantage, weight_PxG=weight)
 
@@ -202,7 +206,7 @@ def test_nothing_failing_gives_zero_fractions():
     assert float(metrics["tapo/correctable_actions"]) == 0 and all(np.isfinite(float(v)) for v in metrics.values())
 
 
-@pytest.mark.parametrize("algorithm", losses.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", losses.LOSSES)
 def test_gradient_reaches_each_token_by_its_own_step(algorithm):
     """From calls to the gradient: on policy every algorithm's gradient is -A / tokens of the token's own step."""
     right, other = (("search", (Text(query),)) for query in ("eiffel tower", "rome"))
@@ -212,10 +216,10 @@ def test_gradient_reaches_each_token_by_its_own_step(algorithm):
 
     @jax.jit
     def gradient(logp, step):
-        result = tapo.transfer_credit(steps, success, advantage)
+        result = tapo.transfer(steps, success, advantage)
         token = tapo.token_advantages(advantage, result.advantage_PxS, step)
         mask = jnp.ones(logp.shape, bool)
-        return jax.grad(lambda x: losses.policy_loss(x, logp, token, mask, algorithm=algorithm)[0])(logp)
+        return jax.grad(lambda x: losses.policy_loss(x, logp, token, mask, losses.Settings(algorithm))[0])(logp)
 
     step = np.array([[0, 0, -1], [0, 1, -1]], np.int32)
     # The failing rollout's first call is the successful one's: -0.7 + 0.8·1·1·1 > 0, clipped to 0: no gradient at all.
@@ -232,8 +236,8 @@ def test_unknown_names_raise():
     steps = tapo.encode_steps([[[("a", ())], []]], steps=1)
     args = steps, np.array([[True, False]]), np.float32([[1, -1]])
     with pytest.raises(ValueError, match="prompt"):
-        tapo.transfer_credit(*args, scope="world")
+        tapo.Settings(scope="world")
     with pytest.raises(ValueError, match="shuffled"):
-        tapo.transfer_credit(*args, control="random")
+        tapo.Settings(control="random")
     with pytest.raises(ValueError, match="key"):
-        tapo.transfer_credit(*args, control="shuffled")
+        tapo.transfer(*args, tapo.Settings(control="shuffled"))

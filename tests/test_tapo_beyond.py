@@ -15,8 +15,8 @@ from tapo_jax.tapo import memory as tapo_memory
 from tapo_jax.types import Identity, Number, Region, Text
 
 pairwise = jax.jit(tapo.pairwise_similarity, static_argnames="text")
-transfer = jax.jit(tapo.transfer_credit)
-update = jax.jit(tapo_adaptive.update, static_argnames=("quantile", "rate"))
+transfer = jax.jit(tapo.transfer)
+update = jax.jit(tapo_adaptive.update, static_argnames="settings")
 thresholds = jax.jit(tapo_adaptive.thresholds)
 
 
@@ -39,11 +39,12 @@ def test_adaptive_threshold_becomes_the_quantile():
     time, so that their 0.8-quantile is 1."""
     rng = np.random.default_rng(0)
     batches = [batch(rng) for _ in range(16)]
-    state = tapo_adaptive.init(["zoom", "search", "never"], 0.7)
+    state = tapo_adaptive.init(tapo_adaptive.Settings(("zoom", "search", "never")), 0.7)
 
     @functools.partial(jax.jit, static_argnames="rate")
     def learn(state, steps, success, rate):
-        return tapo_adaptive.update(state, steps, tapo.pairwise_similarity(steps), success, quantile=0.8, rate=rate)
+        settings = tapo_adaptive.Settings((), quantile=0.8, rate=rate)
+        return tapo_adaptive.update(state, steps, tapo.pairwise_similarity(steps), success, settings)
 
     for rate in [0.05] * 30 + [0.005] * 100:
         steps, success = batches[int(rng.integers(16))]
@@ -65,16 +66,17 @@ def test_adaptive_update_by_hand():
     near, far = ("zoom", (Region(1, (0.0, 0.0, 0.4, 0.4)),)), ("zoom", (Region(1, (0.2, 0.0, 0.6, 0.4)),))
     steps = tapo.encode_steps([[[near, near], [far], [near], [far]]], steps=2)
     success = np.array([[True, True, True, False]])
-    state = tapo_adaptive.init(["zoom"], 0.7)
-    new = update(state, steps, pairwise(steps), success, quantile=0.8, rate=0.1)
+    settings = tapo_adaptive.Settings(("zoom",), quantile=0.8, rate=0.1)
+    state = tapo_adaptive.init(settings, 0.7)
+    new = update(state, steps, pairwise(steps), success, settings)
     # The first rollout's two equal zooms are two witnesses: pairs (0,1)×2, (0,2)×2, (1,2): five, of them three at 1/3;
     # a pair within one rollout does not count.
     assert float(new.pairs_N[0]) == 5
     np.testing.assert_allclose(new.theta_N[0], 0.7 + 0.1 * (0.8 - 3 / 5), rtol=1e-6)
-    nobody = update(state, steps, pairwise(steps), np.zeros((1, 4), bool))
+    nobody = update(state, steps, pairwise(steps), np.zeros((1, 4), bool), settings)
     assert float(nobody.theta_N[0]) == np.float32(0.7)
     with pytest.raises(ValueError, match="quantile"):
-        tapo_adaptive.update(state, steps, jnp.zeros((1, 8, 8)), success, quantile=1.0)
+        tapo_adaptive.Settings(("zoom",), quantile=1.0)
 
 
 def test_adaptive_thresholds_act_per_tool():
@@ -82,15 +84,15 @@ def test_adaptive_thresholds_act_per_tool():
     a, b = (("search", (Text(text),)) for text in ("eiffel tower height", "eiffel tower heights"))
     steps = tapo.encode_steps([[[near, a], [far, b]]], steps=2)
     success, advantage = np.array([[True, False]]), np.float32([[1, -1]])
-    state = tapo_adaptive.init(["zoom", "search"], 0.7)
+    state = tapo_adaptive.init(tapo_adaptive.Settings(("zoom", "search")), 0.7)
     state = tapo_adaptive.AdaptiveTheta(state.tool_N, jnp.array([0.3, 0.99]), state.pairs_N)
     theta = thresholds(state, steps, 0.7)
     np.testing.assert_allclose(theta, [[0.3, 0.99, 0.3, 0.99]], rtol=1e-6)
     fixed = transfer(steps, success, advantage)
-    adaptive = transfer(steps, success, advantage, theta=theta)
+    adaptive = transfer(steps, success, advantage, theta_PxS=theta)
     assert fixed.corrected_PxS.tolist() == [[False, False, False, True]]
     assert adaptive.corrected_PxS.tolist() == [[False, False, True, False]]
-    unknown = thresholds(tapo_adaptive.init(["calculator"], 0.5), steps, 0.7)
+    unknown = thresholds(tapo_adaptive.init(tapo_adaptive.Settings(("calculator",)), 0.5), steps, 0.7)
     np.testing.assert_allclose(unknown, np.full((1, 4), 0.7), rtol=1e-6)
 
 
@@ -101,12 +103,12 @@ SEARCH = ("search", (Text("height"),))
 def test_memory_corrects_a_group_that_fails_throughout():
     groups = [[[ZOOM, SEARCH], [None, SEARCH]]]
     won, advantage = np.array([[True, False]]), np.float32([[0.9, -0.9]])
-    memory = tapo_memory.remember({}, 10, ["q"], groups, won, advantage, steps=5, size=2)
+    memory = tapo_memory.remember({}, 10, ["q"], groups, won, advantage, tapo_memory.Settings(5, 2))
     assert [entry["step"] for entry in memory["q"]] == [10] and json.loads(json.dumps(memory)) == memory
     # Two steps later nobody answers. The remembered success weighs 0.5² and its advantage counts 0.5²·0.9; it is the
     # only success, so sup = 1.
     now = [[[SEARCH], [ZOOM]]]
-    extended, success, advantage, weight = tapo_memory.recall(memory, 12, ["q"], now, steps=5, size=2, discount=0.5)
+    extended, success, advantage, weight = tapo_memory.recall(memory, 12, ["q"], now, tapo_memory.Settings(5, 2, 0.5))
     assert extended[0][2] == [ZOOM, SEARCH] and extended[0][3] == []
     assert success.tolist() == [[True, False]] and weight.tolist() == [[0.25, 0.0]]
     steps = tapo.encode_steps(extended, steps=2)
@@ -126,20 +128,21 @@ def test_memory_forgets_and_never_looks_ahead():
     groups, won = [[[SEARCH]]], np.array([[True]])
     memory = {}
     for step in range(6):
-        memory = tapo_memory.remember(memory, step, ["q"], groups, won, np.float32([[step]]), steps=3, size=2)
+        settings = tapo_memory.Settings(3, 2)
+        memory = tapo_memory.remember(memory, step, ["q"], groups, won, np.float32([[step]]), settings)
     assert [entry["step"] for entry in memory["q"]] == [4, 5]  # size 2: the newest
     for step, expected in [(5, [4]), (6, [4, 5]), (8, [5]), (9, [])]:
-        _, success, advantage, _ = tapo_memory.recall(memory, step, ["q"], groups, steps=3, size=2, discount=0.9)
+        _, success, advantage, _ = tapo_memory.recall(memory, step, ["q"], groups, tapo_memory.Settings(3, 2, 0.9))
         assert advantage[0, success[0]].tolist() == expected, step
     # another question's step ages this one's; a failure leaves nothing, a success without a call itself
     groups, won = [[[SEARCH]], [[None]]], np.array([[False], [True]])
-    memory = tapo_memory.remember(memory, 7, ["r", "s"], groups, won, np.ones((2, 1)), steps=3, size=2)
+    memory = tapo_memory.remember(memory, 7, ["r", "s"], groups, won, np.ones((2, 1)), tapo_memory.Settings(3, 2))
     assert list(memory) == ["q", "s"] and [entry["step"] for entry in memory["q"]] == [5]
     assert memory["s"] == [{"step": 7, "advantage": 1.0, "calls": []}]
 
 
 def test_memory_shapes_do_not_depend_on_what_is_remembered():
-    extended, *arrays = tapo_memory.recall({}, 3, ["q"], [[[SEARCH]]], steps=3, size=4, discount=0.9)
+    extended, *arrays = tapo_memory.recall({}, 3, ["q"], [[[SEARCH]]], tapo_memory.Settings(3, 4, 0.9))
     assert len(extended[0]) == 5 and all(x.shape == (1, 4) and not x.any() for x in arrays)
 
 

@@ -35,7 +35,8 @@ def test_equal_to_plain_loops(options, quantum):
     for seed, (G, K) in enumerate([(4, 3), (8, 2), (1, 4), (5, 1)]):
         batch = random_tapo.arrays(100 * seed + bool(quantum), 60, G, K, quantum)
         with jax.enable_x64(True):
-            result = jax.jit(functools.partial(tapo.credit_transfer, **options))(*batch)
+            settings = tapo.Settings(**options)
+            result = jax.jit(functools.partial(tapo.transfer_from_similarity, settings=settings))(*batch)
             assert result.advantage_PxS.dtype == np.float64
             result = jax.tree.map(np.asarray, result)
         for p in range(60):
@@ -49,7 +50,7 @@ def test_equal_to_plain_loops(options, quantum):
 
 def test_float32_agrees_with_float64():
     batch = random_tapo.arrays(7, 400, 8, 4)
-    function = jax.jit(functools.partial(tapo.credit_transfer, **BASE))
+    function = jax.jit(functools.partial(tapo.transfer_from_similarity, settings=tapo.Settings(**BASE)))
     single = function(*(x.astype(np.float32) if x.dtype == np.float64 else x for x in batch))
     with jax.enable_x64(True):
         double = jax.tree.map(np.asarray, function(*batch))
@@ -78,12 +79,12 @@ def test_batch_scope_equals_one_large_group_of_the_loops(options):
         **BASE,
         **options,
     )
-    result = jax.jit(lambda s: tapo.transfer_credit(s, success, advantage, scope="batch", **options))(steps)
+    result = jax.jit(lambda s: tapo.transfer(s, success, advantage, tapo.Settings(scope="batch", **options)))(steps)
     for name in ("corrected", "correctable", "cluster", "witness"):
         assert np.asarray(getattr(result, f"{name}_PxS")).reshape(-1).tolist() == expected[name], name
     np.testing.assert_allclose(np.asarray(result.advantage_PxS).reshape(-1), expected["advantage"], atol=1e-6)
     assert int(result.clusters_P.sum()) == expected["clusters"]
-    within = jax.jit(tapo.transfer_credit)(steps, success, advantage)
+    within = jax.jit(tapo.transfer)(steps, success, advantage)
     assert (result.sim_PxS >= within.sim_PxS).all() and (result.sim_PxS > within.sim_PxS).any()
 
 
@@ -118,8 +119,9 @@ OPTION = st.fixed_dictionaries(
 @functools.cache
 def compiled(cluster, aggregate, clip):
     def run(batch, theta, alpha_min, beta):
-        options = dict(theta=theta, alpha_min=alpha_min, beta=beta)
-        return tapo.credit_transfer(*batch, **options, cluster=cluster, aggregate=aggregate, clip=clip)
+        numbers = dict(theta=theta, alpha_min=alpha_min, beta=beta)  # traced: Settings may hold traced numbers
+        choices = dict(cluster=cluster, aggregate=aggregate, clip=clip)
+        return tapo.transfer_from_similarity(*batch, tapo.Settings(**numbers, **choices))
 
     return jax.jit(run)
 
@@ -224,7 +226,7 @@ def test_vmap_over_another_axis_and_one_step():
     batches = [random_tapo.arrays(seed, 6, 4, 1) for seed in range(3)]
     stacked = tuple(jnp.asarray(np.stack(x)) for x in zip(*batches, strict=True))
     for cluster in ("components", "leader"):
-        function = functools.partial(tapo.credit_transfer, **BASE, cluster=cluster)
+        function = functools.partial(tapo.transfer_from_similarity, settings=tapo.Settings(**BASE, cluster=cluster))
         mapped, function = jax.jit(jax.vmap(function))(*stacked), jax.jit(function)
         for i in range(3):
             single = function(*(x[i] for x in stacked))

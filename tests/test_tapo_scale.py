@@ -21,14 +21,15 @@ def batch(seed=5):
     return steps, success, np.where(success, 0.9, -0.6).astype(np.float32), step
 
 
-def pipeline(steps, success, advantage, step, **options):
-    result = tapo.transfer_credit(steps, success, advantage, **options)
+def pipeline(steps, success, advantage, step, key=None, **options):
+    result = tapo.transfer(steps, success, advantage, tapo.Settings(**options), key=key)
     token = tapo.token_advantages(advantage, result.advantage_PxS, step)
     return result, token, tapo.diagnostics(result, steps.trajectory_PxS, steps.valid_PxS, success, advantage)
 
 
-def transfer(arrays, **options):
-    return jax.tree.map(np.asarray, jax.jit(lambda *x: tapo.transfer_credit(*x, **options))(*arrays[:3]))
+def transfer(arrays, key=None, **options):
+    function = jax.jit(lambda *x: tapo.transfer(*x, tapo.Settings(**options), key=key))
+    return jax.tree.map(np.asarray, function(*arrays[:3]))
 
 
 @pytest.mark.parametrize("options", [{}, dict(cluster="leader"), dict(chunks=2), dict(control="shuffled")], ids=str)
@@ -73,7 +74,7 @@ def test_large_chunked_batch_does_not_hold_all_pairs():
     success, advantage = np.zeros((256, 8), bool), np.zeros((256, 8), np.float32)
 
     def temporaries(chunks):
-        function = jax.jit(lambda *x: tapo.transfer_credit(*x, chunks=chunks))
+        function = jax.jit(lambda *x: tapo.transfer(*x, tapo.Settings(chunks=chunks)))
         return function.lower(steps, success, advantage).compile().memory_analysis().temp_size_in_bytes
 
     pairs = 256 * 256 * 256 * 4

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import docs_tables
 import numpy as np
 import pytest
 import tiny_run
@@ -106,6 +107,16 @@ def test_a_run_writes_a_line_for_every_step_with_all_diagnostics(run8):
         assert line["loss/sampler_logp_difference"] < 1e-4
         assert line["optimizer/skipped"] == 0
     assert sum(line["tapo/corrected_actions"] for line in lines[1:]) > 0
+
+
+def test_the_page_of_metrics_has_every_metric_of_a_run_and_no_other(run8):
+    """Both ways: what a run writes is in docs/metrics.md, and what the page says that every step (or every step with an
+    evaluation, or with an importance cap) has is written."""
+    lines = records.read_metrics(run8 / "metrics.jsonl")
+    assert docs_tables.undocumented(set().union(*lines) - {"step"}) == []
+    assert docs_tables.missing(set(lines[1]), "") == []
+    for condition in ("a step with an evaluation", "`algorithm.importance_cap` is set", "the built-in rewards"):
+        assert docs_tables.missing(set(lines[-1]), condition) == []
 
 
 def test_after_warm_up_no_step_compiles_anything(run8):
@@ -226,7 +237,7 @@ def test_a_damaged_checkpoint_is_one_sentence(model, run8, tmp_path, monkeypatch
         ({"tapo.cluster": "kmeans"}, r"tapo\.cluster is 'kmeans'"),
         ({"optimizer.schedule": "step"}, r"optimizer\.schedule is 'step'"),
         ({"rollout.group_size": 0}, r"rollout\.group_size is 0"),
-        ({"tapo.steps": 2}, r"tapo\.steps is 2 and rollout\.max_turns is 3"),
+        ({"tapo.max_tool_steps": 2}, r"tapo\.max_tool_steps is 2 and rollout\.max_turns is 3"),
         ({"model.path": "/nowhere"}, r"model\.path is '/nowhere', which is no directory"),
         ({"model.remat": "some"}, r"model\.remat is 'some'"),
     ],

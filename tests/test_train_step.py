@@ -12,10 +12,9 @@ from flax import nnx
 
 from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs, TrainBatch
-from tapo_jax.learn import micro_batches as cut
-from tapo_jax.learn import train_step
+from tapo_jax.learn import losses, micro_batches, train_step
 from tapo_jax.learn.state import init_state, split_model
-from tapo_jax.learn.train_step import Objective
+from tapo_jax.learn.train_step import Policy
 from tapo_jax.models import parameters, qwen3_vl
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 
@@ -43,6 +42,8 @@ CONFIG = Qwen3VLConfig(
     vision=VISION,
 )
 FORBIDDEN_V = np.arange(32) >= 27
+GSPO = losses.Settings("gspo")
+Objective = functools.partial(train_step.Objective, train_vision=True)
 B, T = 8, 12
 
 
@@ -82,7 +83,7 @@ def make_batch(seed: int = 0, images: bool = False) -> TrainBatch:
     )
 
 
-def setup(objective: Objective, *, mesh_shape=(1, 1, 1), optimizer=None, seed: int = 0, rungs=None):
+def setup(objective: train_step.Objective, *, mesh_shape=(1, 1, 1), optimizer=None, seed: int = 0, buckets=None):
     """-> (state, update, mesh, place): `place` puts a host batch on the mesh."""
     devices = jax.devices()[: int(np.prod(mesh_shape))]
     mesh = sharding.make_mesh(*mesh_shape, devices=devices)
@@ -90,7 +91,9 @@ def setup(objective: Objective, *, mesh_shape=(1, 1, 1), optimizer=None, seed: i
     schedule = lambda count: 0.1 * count  # noqa: E731
     optimizer = optax.sgd(1.0) if optimizer is None else optimizer
     state = init_state(params, parameters.logical_axes(CONFIG), optimizer, mesh)
-    update = train_step.make_update(graphdef, optimizer, schedule, objective, FORBIDDEN_V, state, mesh, rungs=rungs)
+    update = train_step.make_update(
+        Policy(graphdef, FORBIDDEN_V, mesh), optimizer, schedule, objective, state, buckets=buckets
+    )
     return state, update, mesh, lambda batch: sharding.put_rows(batch, mesh, B)
 
 
@@ -98,7 +101,7 @@ def index(mesh, value: int) -> jax.Array:
     return sharding.put_replicated(np.int32(value), mesh)
 
 
-def run(objective: Objective, batch: TrainBatch, *, ref_logp_BxT=None, **options):
+def run(objective: train_step.Objective, batch: TrainBatch, *, ref_logp_BxT=None, **options):
     state, update, mesh, place = setup(objective, **options)
     before = jax.device_get(state.params)
     ref = None if ref_logp_BxT is None else place(ref_logp_BxT)
@@ -108,21 +111,21 @@ def run(objective: Objective, batch: TrainBatch, *, ref_logp_BxT=None, **options
 
 
 @functools.cache
-def plain_run(objective: Objective, *, images: bool = False, mesh_shape=(1, 1, 1), rungs=None):
+def plain_run(objective: train_step.Objective, *, images: bool = False, mesh_shape=(1, 1, 1), buckets=None):
     """-> (params before, state after, metrics) of one update on the last mini-batch."""
-    return run(objective, make_batch(images=images), mesh_shape=mesh_shape, rungs=rungs)
+    return run(objective, make_batch(images=images), mesh_shape=mesh_shape, buckets=buckets)
 
 
-def test_take_piece_is_strided_and_a_partition():
+def test_strided_part_is_strided_and_a_partition():
     rows = {"a": jnp.arange(12).reshape(6, 2)}
-    got = [cut.take_piece(rows, 3, m)["a"][:, 0].tolist() for m in range(3)]
+    got = [micro_batches.strided_part(rows, 3, m)["a"][:, 0].tolist() for m in range(3)]
     assert got == [[0, 6], [2, 8], [4, 10]]  # rows m and m + 3, whose first numbers are 2m and 2m + 6
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
 def test_micro_batches_do_not_change_the_update(aggregation):
     """The rows have different token counts, so a mean of micro-batch means would differ."""
-    objective = Objective(updates_per_batch=2, aggregation=aggregation)
+    objective = Objective(updates_per_batch=2, loss=losses.Settings(aggregation=aggregation))
     _, one, metrics_one = plain_run(objective)
     _, two, metrics_four = plain_run(dataclasses.replace(objective, micro_batches=2))
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
@@ -134,10 +137,10 @@ def test_micro_batches_do_not_change_the_update(aggregation):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1)])
 def test_narrow_micro_batches_do_not_change_the_update(shape):
     """Rows of 6 to 12 tokens, shortest first, in micro-batches of 8, 10 or 12 places."""
-    objective = Objective(updates_per_batch=1, loss="gspo")
+    objective = Objective(updates_per_batch=1, loss=GSPO)
     _, one, metrics_one = plain_run(objective, images=True)
-    rungs = ((8, 4), (10, 4), (12, 4))
-    _, two, metrics_two = plain_run(objective, images=True, rungs=rungs, mesh_shape=shape)
+    buckets = ((8, 4), (10, 4), (12, 4))
+    _, two, metrics_two = plain_run(objective, images=True, buckets=buckets, mesh_shape=shape)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)
     for name in ("loss/total", "loss/policy", "loss/entropy", "loss/ratio_max", "loss/tokens"):
@@ -145,9 +148,9 @@ def test_narrow_micro_batches_do_not_change_the_update(shape):
 
 
 def test_micro_batches_are_as_narrow_as_their_longest_row():
-    rungs = ((7, 2), (10, 4), (12, 4))
+    buckets = ((7, 2), (10, 4), (12, 4))
     batch = make_batch(images=True)
-    width = jax.jit(lambda rows: cut.as_narrow_as_possible(seen_width, rungs, rows.inputs, rows))
+    width = jax.jit(lambda rows: micro_batches.in_smallest_bucket(seen_width, buckets, rows.inputs, rows))
 
     def seen_width(rows: TrainBatch):
         assert rows.mask_BxT.shape[1] == rows.inputs.position_BxTx3.shape[1] == rows.inputs.feature_BxT.shape[1]
@@ -174,8 +177,8 @@ def test_every_device_sorts_its_own_rows_and_sends_none():
 
     @functools.partial(jax.jit, out_shardings=sharding.rows(mesh))
     def second(inputs):
-        order_Sxn = cut.by_length(inputs, mesh, ((8, 4), (12, 4)))
-        return cut.micro_batch((inputs, jnp.arange(B)), order_Sxn, 2, 1)
+        order_Sxn = micro_batches.by_length(inputs, mesh, ((8, 4), (12, 4)))
+        return micro_batches.micro_batch((inputs, jnp.arange(B)), order_Sxn, 2, 1)
 
     placed = sharding.put_rows(inputs, mesh, B)
     assert second(placed)[1].tolist() == [0, 2, 7, 5]  # of rows 0-3 and of rows 4-7 the two longest
@@ -184,21 +187,21 @@ def test_every_device_sorts_its_own_rows_and_sends_none():
 
 
 def test_a_mini_batch_is_cut_into_more_parts_only_where_that_saves_padding():
-    parts = lambda rows, least: cut.parts(np.zeros((2, rows), int), least)  # noqa: E731
-    assert cut.parts(None, 2) == 2
+    parts = lambda rows, least: micro_batches.micro_batch_count(np.zeros((2, rows), int), least)  # noqa: E731
+    assert micro_batches.micro_batch_count(None, 2) == 2
     assert [parts(32, 1), parts(32, 4), parts(12, 1), parts(12, 2), parts(1, 1), parts(7, 1)] == [8, 8, 6, 6, 1, 7]
     assert [parts(32, 16), parts(48, 3), parts(22, 1)] == [16, 6, 2]
 
 
-def test_rungs_pair_the_largest_sizes():
-    assert cut.make_rungs((448, 640), (576,)) == ((448, 576), (640, 576))
-    assert cut.make_rungs((640,), (256, 576)) == ((640, 256), (640, 576))
-    assert cut.make_rungs((8, 16), (8, 16, 32)) == ((8, 8), (8, 16), (16, 32))
+def test_buckets_pair_the_largest_sizes():
+    assert micro_batches.pair_buckets((448, 640), (576,)) == ((448, 576), (640, 576))
+    assert micro_batches.pair_buckets((640,), (256, 576)) == ((640, 256), (640, 576))
+    assert micro_batches.pair_buckets((8, 16), (8, 16, 32)) == ((8, 8), (8, 16), (16, 32))
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_every_mesh_gives_the_update_of_one_device(shape):
-    objective = Objective(updates_per_batch=1, loss="gspo")
+    objective = Objective(updates_per_batch=1, loss=GSPO)
     _, one, metrics_one = plain_run(objective, images=True)
     _, many, metrics_many = plain_run(objective, images=True, mesh_shape=shape)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
@@ -209,7 +212,7 @@ def test_every_mesh_gives_the_update_of_one_device(shape):
 def test_a_golden_update():
     """A mini-batch of the fixed model and batch. If this fails, the update computes something else than it did: where
     that is meant, print `metrics` and put the new numbers here; where it is not, the last change is wrong."""
-    _, _, metrics = plain_run(Objective(updates_per_batch=1, loss="gspo"), images=True)
+    _, _, metrics = plain_run(Objective(updates_per_batch=1, loss=GSPO), images=True)
     golden = {
         "loss/total": 0.484449,
         "loss/entropy": 3.292078,
@@ -227,9 +230,7 @@ def test_one_update_a_batch_is_the_policy_gradient():
 
     def surrogate(params):
         inputs = jax.tree.map(jnp.asarray, batch.inputs)
-        logp_BxT, _ = train_step.row_logp(
-            graphdef, params, inputs, temperature=1.0, forbidden_V=jnp.asarray(FORBIDDEN_V)
-        )
+        logp_BxT, _ = train_step.row_logp(Policy(graphdef, FORBIDDEN_V, sharding.one_device()), params, inputs)
         return -jnp.sum(jnp.where(batch.mask_BxT, batch.advantage_BxT * logp_BxT, 0)) / batch.mask_BxT.sum()
 
     gradient = jax.device_get(jax.grad(surrogate)(params))
@@ -278,13 +279,17 @@ def test_log_probs_come_back_in_the_order_of_the_rows():
     objective = Objective(updates_per_batch=2, micro_batches=2, temperature=0.7)
     state, _, mesh, place = setup(objective, mesh_shape=(2, 1, 1))
     graphdef, params = split_model(qwen3_vl.Qwen3VL(CONFIG, rngs=nnx.Rngs(0)))
-    log_probs = train_step.make_log_probs(graphdef, objective, FORBIDDEN_V, mesh)
+    log_probs = train_step.make_log_probs(Policy(graphdef, FORBIDDEN_V, mesh), objective)
     got_BxT = jax.device_get(log_probs(state.params, place(batch).inputs))
     inputs = jax.tree.map(jnp.asarray, batch.inputs)
-    want_BxT, _ = train_step.row_logp(graphdef, params, inputs, temperature=0.7, forbidden_V=jnp.asarray(FORBIDDEN_V))
+    want_BxT, _ = train_step.row_logp(
+        Policy(graphdef, FORBIDDEN_V, sharding.one_device()), params, inputs, temperature=0.7
+    )
     np.testing.assert_allclose(got_BxT, want_BxT, atol=1e-5)
-    rungs = ((8, 4), (12, 4))
-    later = train_step.make_log_probs(graphdef, objective, FORBIDDEN_V, mesh, rungs=rungs, later_updates=True)
+    buckets = ((8, 4), (12, 4))
+    later = train_step.make_log_probs(
+        Policy(graphdef, FORBIDDEN_V, mesh), objective, buckets=buckets, later_updates=True
+    )
     got_BxT = jax.device_get(later(state.params, place(batch).inputs))
     got_BxT, want_BxT = (np.where(batch.mask_BxT, logp_BxT, 0) for logp_BxT in (got_BxT, want_BxT))
     np.testing.assert_allclose(got_BxT[1::2], want_BxT[1::2], atol=1e-5)  # rows 1, 3, … are the second update's
@@ -309,11 +314,11 @@ def test_only_the_first_update_of_a_batch_takes_its_own_log_probs_as_the_old_one
 
 
 def test_the_vision_tower_can_be_frozen():
-    before, after, _ = plain_run(Objective(updates_per_batch=1, train_vision=False), images=True)
+    before, after, _ = plain_run(train_step.Objective(updates_per_batch=1), images=True)
     for a, b in zip(jax.tree.leaves(before["vision"]), jax.tree.leaves(after.params["vision"]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(before["decoder"]["q"], after.params["decoder"]["q"])
-    _, trained, _ = plain_run(Objective(updates_per_batch=1, loss="gspo"), images=True)
+    _, trained, _ = plain_run(Objective(updates_per_batch=1, loss=GSPO), images=True)
     assert not np.array_equal(before["vision"]["patch"], trained.params["vision"]["patch"])
 
 

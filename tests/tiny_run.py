@@ -45,7 +45,7 @@ def config(model: Path, name: str = "tapo_grpo.py", **fields) -> ConfigDict:
     c.model.update(path=str(model), train_vision=True)
     c.data.prompts_per_step = 4
     c.rollout.update(group_size=4, slots=8, max_turns=3, max_new_tokens=24, max_length=112, decode_chunk=8)
-    c.tapo.update(steps=3, features=32, theta=0.3, alpha_min=0.1)
+    c.tapo.update(max_tool_steps=3, features=32, theta=0.3, alpha_min=0.1)
     c.optimizer.lr = 3e-3
     c.train.update(length_buckets=(), patch_buckets=())
     c.checkpoint.every = 2

@@ -14,10 +14,8 @@ import tensorflow_datasets as tfds
 
 from tapo_jax.atlas.play import Settings, make_prompt
 from tapo_jax.atlas.world import real_world
-from tapo_jax.types import Prompt
 
 SPLITS = ("train", "held_out")
-MAX_PIXELS = 1 << 24  # of an image that is decoded, from anywhere
 
 
 class Atlas(tfds.core.GeneratorBasedBuilder):
@@ -68,37 +66,9 @@ class Atlas(tfds.core.GeneratorBasedBuilder):
                 },
             )
 
-
-class AtlasPrompts(Sequence):
-    """One split as prompts, with random access."""
-
-    def __init__(self, builder: Atlas, split: str):
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        self._source = builder.as_data_source(split=split, decoders=decoders)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Prompt:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        row = self._source[int(index)]
-        return Prompt(
-            id=_text(row["id"]),
-            question=_text(row["question"]),
-            images=(decode_image(row["image"]),),
-            answers=tuple(_text(answer) for answer in row["answers"]),
-            hops=int(row["hops"]),
-            meta={"chain": [_text(name) for name in row["chain"]], "attribute": _text(row["attribute"])},
-        )
-
-
-def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3]. Raises ValueError for an image of more than MAX_PIXELS, before it is decoded."""
-    image = PIL.Image.open(io.BytesIO(data))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels is larger than the limit of {MAX_PIXELS}")
-    return np.asarray(image.convert("RGB"))
+    def encoded(self, split: str) -> Sequence[dict]:
+        """The rows of a split with their images as PNG bytes, with random access."""
+        return self.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
 def prepare(directory: str | pathlib.Path, *, settings: Settings, seed: int, sizes: tuple[int, int]) -> Atlas:
@@ -111,7 +81,3 @@ def prepare(directory: str | pathlib.Path, *, settings: Settings, seed: int, siz
         fcntl.flock(lock, fcntl.LOCK_EX)
         builder.download_and_prepare()
     return builder
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

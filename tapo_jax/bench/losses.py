@@ -20,17 +20,17 @@ def run(args) -> list[dict]:
     advantage = rng.standard_normal(shape, np.float32)
     arrays = jax.device_put((logp, old, advantage, rng.random(shape) < 0.7))
     rows = []
-    for algorithm, aggregation in losses.ALGORITHMS.items():
+    for algorithm, chosen in losses.LOSSES.items():
 
         def loss(logp, old, advantage, mask, algorithm=algorithm):
-            return losses.policy_loss(logp, old, advantage, mask, algorithm=algorithm)
+            return losses.policy_loss(logp, old, advantage, mask, losses.Settings(algorithm))
 
         compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*arrays).compile()
         median, fastest = timing.timed(compiled, *arrays, repeats=args.repeats)
         rows.append(
             {
                 "loss": algorithm,
-                "aggregation": aggregation,
+                "aggregation": chosen.aggregation,
                 "tokens": args.rows * args.tokens,
                 "ms": median * 1e3,
                 "fastest_ms": fastest * 1e3,

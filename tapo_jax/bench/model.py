@@ -54,12 +54,10 @@ def run(args) -> list[dict]:
     size = SIZES[args.size]
     size = dataclasses.replace(size, rows=args.rows or size.rows)
     size = dataclasses.replace(size, config=dataclasses.replace(size.config, layers=args.layers or size.config.layers))
-    here = model_jax.Here(size)
+    here = model_jax.OurModel(size)
     there = None if args.no_torch else reference(here.model, size)
-    return [row(name, getattr(here, name)(args.repeats), there and getattr(there, name)(args.repeats)) for name in WORK]
-
-
-WORK = ("forward", "prefill", "decode", "train_step")  # the train step last: it changes the weights
+    ours, theirs = here.work(), {} if there is None else there.work()
+    return [row(name, ours[name](args.repeats), theirs[name](args.repeats) if theirs else None) for name in ours]
 
 
 def reference(model: nnx.Module, size: Size) -> Any:
@@ -71,7 +69,7 @@ def reference(model: nnx.Module, size: Size) -> Any:
     return model_torch.make(model, size)
 
 
-def row(name: str, here: Measured, there: Measured | None) -> dict:
+def row(name: str, here: Measured, there: Measured | None) -> dict[str, Any]:
     import jax  # noqa: PLC0415 - see run
 
     chip = flops.chip(jax.devices()[0].device_kind)

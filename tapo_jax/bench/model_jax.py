@@ -1,7 +1,6 @@
 """The side of `bench_model` that runs here: the programs of training and sampling on one device."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 
@@ -9,35 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.bench.model_work import Measured, Size, added_mib, conversations, written_mask
 from tapo_jax.learn import train_step
-from tapo_jax.learn.optimizer import make_optimizer
+from tapo_jax.learn.optimizer import Settings, make_optimizer
 from tapo_jax.learn.state import init_state, split_model
 from tapo_jax.models import flops, positions
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.qwen3_vl import Qwen3VL
-from tapo_jax.rollout import slots
-
-OPTIMIZER = ConfigDict(
-    dict(
-        lr=1e-4,
-        schedule="constant",
-        warmup_steps=0,
-        b1=0.9,
-        b2=0.95,
-        weight_decay=0.0,
-        grad_clip=1.0,
-        vision_lr_multiplier=1.0,
-    )
-)
+from tapo_jax.rollout import schedule, slots
 
 
-class Here:
-    """Random weights and the four programs."""
+class OurModel:
+    """Random weights and the four programs of training and sampling."""
 
     def __init__(self, size: Size):
         self.size, self.config = size, size.config
@@ -47,15 +32,18 @@ class Here:
         nnx.update(self.model, make())
         self.graphdef, self.params = split_model(self.model)
         self.forbidden_V = np.zeros(self.config.vocab, bool)
+        self.policy = train_step.Policy(self.graphdef, self.forbidden_V, sharding.one_device())
         self.slots: slots.SlotState | None = None
+
+    def work(self) -> dict[str, Callable[[int], Measured]]:
+        """Return what is measured, in order: the train step last, because it changes the weights."""
+        steps = (self.forward, self.prefill, self.decode, self.train_step)
+        return {step.__name__: step for step in steps}
 
     def forward(self, calls: int) -> Measured:
         size = self.size
         inputs, lengths, images = self._inputs(size.rows, size.tokens)
-        logp = functools.partial(
-            train_step.row_logp, self.graphdef, temperature=1.0, forbidden_V=jnp.asarray(self.forbidden_V)
-        )
-        program = jax.jit(lambda params, inputs: logp(params, inputs)[0])
+        program = jax.jit(lambda params, inputs: train_step.row_logp(self.policy, params, inputs)[0])
         found = timed(lambda: program(self.params, inputs), calls=calls)
         return dataclasses.replace(found, tokens=sum(lengths), flops=flops.forward(self.config, lengths, images))
 
@@ -81,16 +69,11 @@ class Here:
         size = self.size
         tokens, _, grids = conversations(self.config, 1, size.prompt, size.patches)
         _, position = positions.rope_positions(tokens[0], grids, self.config)
-        slot_C = np.arange(size.slots)
-        fields = [
-            slot_C,
-            *(np.full(size.slots, n) for n in (size.prompt, position, size.chunk + 1, 0)),
-            slot_C,
-            0 * slot_C,
-            0 * slot_C,
-        ]
-        request = np.stack(fields, -1)[None].astype(np.int32)
-        greedy, never = np.array([0.0, 1.0], np.float32), np.array([-1], np.int32)
+        length, room = size.prompt, size.chunk + 1
+        draws = [schedule.Draw(slot, length, int(position), room, 0, slot, 0, 0) for slot in range(size.slots)]
+        request = slots.DrawRequest.of(draws, np.arange(size.slots)[None], size.slots)
+        greedy, never = np.float32(0), np.array([-1], np.int32)
+        rule = slots.DrawRule(np.int32(0), np.int32(0), greedy, np.float32(1), self.forbidden_V, never)
 
         def call() -> np.ndarray:
             self.slots, drawn = slots.decode_slots(
@@ -98,10 +81,7 @@ class Here:
                 self.params,
                 self.slots,
                 request,
-                np.zeros(2, np.int32),
-                greedy,
-                self.forbidden_V,
-                never,
+                rule,
                 window=self._capacity,
                 chunk=size.chunk,
             )
@@ -129,11 +109,10 @@ class Here:
                 advantage_BxT=advantage_BxT,
             )
         )
-        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        optimizer, schedule = make_optimizer(OPTIMIZER, total_steps=100)
-        state = init_state(self.params, logical_axes(self.config), optimizer, mesh)
-        objective = train_step.Objective(importance_cap=None, remat=size.remat)
-        update = train_step.make_update(self.graphdef, optimizer, schedule, objective, self.forbidden_V, state, mesh)
+        optimizer, rate = make_optimizer(Settings(lr=1e-4), total_steps=100)
+        state = init_state(self.params, logical_axes(self.config), optimizer, self.policy.mesh)
+        objective = train_step.Objective(importance_cap=None, remat=size.remat, train_vision=True)
+        update = train_step.make_update(self.policy, optimizer, rate, objective, state)
         self.params = None
 
         def call() -> float:

@@ -15,7 +15,7 @@ from tapo_jax.bench.model_work import Measured, Size, added_mib, conversations, 
 from tapo_jax.models import hf
 
 
-def make(model: nnx.Module, size: Size) -> "There | None":
+def make(model: nnx.Module, size: Size) -> "TransformersModel | None":
     """None where jax runs on a device that this PyTorch does not know."""
     kind = "cpu" if jax.default_backend() == "cpu" else "cuda"
     if kind == "cuda" and not torch.cuda.is_available():
@@ -24,15 +24,20 @@ def make(model: nnx.Module, size: Size) -> "There | None":
     with tempfile.TemporaryDirectory() as directory:
         hf.save(model, size.config, directory)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[size.dtype]
-        return There(Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=dtype).to(kind), size)
+        return TransformersModel(Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=dtype).to(kind), size)
 
 
-class There:
+class TransformersModel:
     """The four pieces of work as a user of transformers writes them."""
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, size: Size):
         self.model, self.size, self.device = model.eval(), size, model.device
         self.prefilled = None
+
+    def work(self) -> dict[str, Callable[[int], Measured]]:
+        """Return what is measured, in order: the train step last, because it changes the weights."""
+        steps = (self.forward, self.prefill, self.decode, self.train_step)
+        return {step.__name__: step for step in steps}
 
     def forward(self, calls: int) -> Measured:
         inputs = self._inputs(self.size.rows, self.size.tokens)

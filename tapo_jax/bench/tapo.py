@@ -6,6 +6,7 @@ matmul speed. CPU seconds count every thread and do not depend on what else the 
 wall-clock times.
 """
 
+import dataclasses
 import time
 
 import jax
@@ -15,7 +16,6 @@ from tapo_jax import tapo
 from tapo_jax.bench import tapo_loops, timing
 from tapo_jax.types import Region, Text
 
-THETA, ALPHA_MIN, BETA = 0.7, 0.25, 0.8
 PARAMETERS = 4e9
 SIZES = {"paper": (128, 8, 8, 1), "large": (1024, 16, 16, 16)}  # P, G, K, chunks
 MIXES = {"text": 1.0, "search": 0.7}  # share of text searches
@@ -44,9 +44,7 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
     step = rng.integers(-1, K, (P * G, args.tokens)).astype(np.int32)
 
     def kernel(steps, success, advantage, step):
-        result = tapo.transfer_credit(
-            steps, success, advantage, theta=THETA, alpha_min=ALPHA_MIN, beta=BETA, chunks=chunks
-        )
+        result = tapo.transfer(steps, success, advantage, dataclasses.replace(tapo.PUBLISHED, chunks=chunks))
         return result.advantage_PxS, tapo.token_advantages(advantage, result.advantage_PxS, step)
 
     arrays = jax.device_put((steps, success, advantage, step))
@@ -61,9 +59,10 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
     slots = tapo_loops.as_lists(jax.tree.map(lambda x: x[:looped], steps))
     lists = [x[:looped].tolist() for x in (success, advantage.astype(float), step.reshape(P, G, -1))]
     start, loop_cpu = time.perf_counter(), time.process_time()
-    different = 0
+    different, published = 0, tapo.PUBLISHED
     for p, group in enumerate(slots):
-        corrected = tapo_loops.transfer(group, lists[0][p], lists[1][p], THETA, ALPHA_MIN, BETA)
+        numbers = published.theta, published.alpha_min, published.beta
+        corrected = tapo_loops.transfer(group, lists[0][p], lists[1][p], *numbers)
         tokens = tapo_loops.token_rows(lists[1][p], corrected, K, lists[2][p])
         different += int((np.abs(np.array(corrected) - step_advantage[p]) > 1e-5).sum())
         if not different and not np.allclose(tokens, token_advantage.reshape(P, G, -1)[p], atol=1e-5):

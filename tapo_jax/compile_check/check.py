@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from tapo_jax.compile_check import hlo_costs
-from tapo_jax.compile_check.programs import PROGRAMS, Abstract, Program, abstract_run
+from tapo_jax.compile_check.programs import PROGRAMS, Abstract, Program, abstract_run, has_reference
 from tapo_jax.config import UserError, check_choice
 from tapo_jax.models import decode_kernel, flops, splash
 from tapo_jax.models.flops import GIB, Chip
@@ -63,10 +63,13 @@ def run_check(
     short: bool = False,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Compiles the programs for the topology, prints the table, writes JSON to `out`, and says whether all fit. short:
+    """Compiles the programs for the topology, prints the table, writes JSON to `out`, and says whether all fit.
+
+    programs: names of `PROGRAMS`; none: all that the run has. short:
     prints nothing but a table of fewer columns, with lines that can stand below those of other checks."""
     for name in programs:
         check_choice("--programs", name, tuple(PROGRAMS))
+    programs = programs or tuple(name for name in PROGRAMS if name != "log_probs" or has_reference(config))
     devices = topology_devices(topology)
     chip = flops.chip(devices[0].device_kind)
     if chip is None:

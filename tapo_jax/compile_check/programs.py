@@ -14,32 +14,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import programs, sharding
+from tapo_jax import sharding
+from tapo_jax.agent import sampler_shapes
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.check import check, check_rows
 from tapo_jax.config import check_choice
 from tapo_jax.learn import train_step
-from tapo_jax.learn.optimizer import make_optimizer
 from tapo_jax.learn.state import TrainState, split_model
-from tapo_jax.models import flops, hf
-from tapo_jax.models.attention import decodes_in_place
+from tapo_jax.models import flops, lora
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
-from tapo_jax.models.inputs import most_patches
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.published import MODELS
+from tapo_jax.models.qwen3_vl import Qwen3VL
+from tapo_jax.programs import buckets, make_objective, make_optimizer
 from tapo_jax.rollout import slots
 from tapo_jax.rollout.schedule import Shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function of the run with abstract arguments. model_flops: of one call on all chips. beside: bytes on one
-    chip of what is no argument but lies there meanwhile. loops: turns of a loop whose length depends on data (decoding
-    ends early when all turns have ended)."""
+    """A jitted function of the run with abstract arguments.
+
+    model_flops: of one call on all chips.
+    beside: bytes on one chip of other memory in use, which is no argument.
+    loops: iterations of a loop whose length depends on data (decoding ends early when all turns have ended).
+    """
 
     name: str
     lower: Callable[[], Any]
@@ -83,18 +87,25 @@ def abstract_run(config: ConfigDict, devices: list) -> Abstract:
         micro_batches=config.train.micro_batches,
     )
     model_config = model_shapes(config.model)
-    model = hf.abstract(model_config, param_dtype=config.model.param_dtype, dtype=config.model.dtype)
-    graphdef, params = split_model(model)
+    graphdef, params = split_model(abstract_model(model_config, config.model))
     axes = logical_axes(model_config)
-    optimizer, schedule = make_optimizer(
-        config.optimizer,
-        total_steps=1,
-        updates_per_step=config.train.updates_per_batch,
-        train_vision=config.model.train_vision,
-    )
+    optimizer, schedule = make_optimizer(config, total_steps=1)
     opt_state = jax.eval_shape(optimizer.init, params)
     params, opt_state = (placed(tree, sharding.parameters(tree, axes, mesh)) for tree in (params, opt_state))
     return Abstract(config, model_config, mesh, graphdef, params, opt_state, optimizer, schedule)
+
+
+def abstract_model(model_config: Qwen3VLConfig, model: ConfigDict) -> Qwen3VL:
+    """Make the model of shapes, with low-rank parameters where the config has them."""
+
+    def make() -> Qwen3VL:
+        dtypes = {"param_dtype": jnp.dtype(model.param_dtype), "dtype": jnp.dtype(model.dtype)}
+        made = Qwen3VL(model_config, rngs=nnx.Rngs(0), **dtypes)
+        if model.lora_rank:
+            lora.add(made, model.lora_rank, modules=model.lora_modules, alpha=model.lora_alpha)
+        return made
+
+    return nnx.eval_shape(make)
 
 
 def image_patches(config: ConfigDict, model_config: Qwen3VLConfig) -> int:
@@ -114,27 +125,58 @@ def bytes_of_one(tree: Any) -> float:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def train_program(run: Abstract) -> Program:
-    """One update on the largest batch: every row as long as rollout.max_length, with as many patches as
-    it can have."""
+def has_reference(config: ConfigDict) -> bool:
+    """Return whether the weights that a KL term pulls towards stay on the chips."""
+    return config.algorithm.kl_coef != 0
+
+
+def reference_bytes(run: Abstract) -> float:
+    """Return what the reference weights take on one chip."""
+    return bytes_of_one(run.params) if has_reference(run.config) else 0.0
+
+
+def policy_of(run: Abstract) -> train_step.Policy:
+    return train_step.Policy(run.graphdef, np.zeros(run.model_config.vocab, bool), run.mesh)
+
+
+def largest_batch(run: Abstract) -> TrainBatch:
+    """Return the batch whose rows are all as long as rollout.max_length, with as many patches as they can have."""
     config, mesh = run.config, run.mesh
-    scalar = _array((), jnp.int32, sharding.replicated(mesh))
-    state = TrainState(scalar, run.params, run.opt_state, scalar, scalar)
-    objective = train_step.make_objective(config)
-    forbidden_V = np.zeros(run.model_config.vocab, bool)
-    rungs = programs.rungs(config, run.model_config)
-    update = train_step.make_update(
-        run.graphdef, run.optimizer, run.schedule, objective, forbidden_V, state, mesh, rungs=rungs
-    )
     B, T = config.data.prompts_per_step * config.rollout.group_size, config.rollout.max_length
-    patches = rungs[-1][1]
-    shapes = jax.eval_shape(lambda: _batch(B, T, patches, run))
+    shapes = jax.eval_shape(lambda: _batch(B, T, buckets(config, run.model_config)[-1][1], run))
     batch = placed(shapes, jax.tree.map(lambda _: sharding.rows(mesh), shapes))
-    old_logp = batch.sampler_logp_BxT if objective.updates_per_batch > 1 else None
-    batch = dataclasses.replace(batch, old_logp_BxT=old_logp)
-    rows = B // objective.updates_per_batch
-    count = flops.update(run.model_config, [T] * rows, [patches] * rows, train_vision=config.model.train_vision)
-    return Program("train", lambda: update.lower(state, batch, None, scalar), count)
+    old_logp = batch.sampler_logp_BxT if config.train.updates_per_batch > 1 else None
+    return dataclasses.replace(batch, old_logp_BxT=old_logp)
+
+
+def train_program(run: Abstract) -> Program:
+    """One update on the largest batch."""
+    config = run.config
+    scalar = _array((), jnp.int32, sharding.replicated(run.mesh))
+    state = TrainState(scalar, run.params, run.opt_state, scalar, scalar)
+    sizes = buckets(config, run.model_config)
+    update = train_step.make_update(
+        policy_of(run), run.optimizer, run.schedule, make_objective(config), state, buckets=sizes
+    )
+    batch = largest_batch(run)
+    reference = batch.sampler_logp_BxT if has_reference(config) else None
+    rows = batch.mask_BxT.shape[0] // config.train.updates_per_batch
+    kinds = {"train_vision": config.model.train_vision, "lora": config.model.lora_rank > 0}
+    count = flops.update(run.model_config, [config.rollout.max_length] * rows, [sizes[-1][1]] * rows, **kinds)
+    lower = lambda: update.lower(state, batch, reference, scalar)  # noqa: E731
+    return Program("train", lower, count, beside=reference_bytes(run))
+
+
+def log_probs_program(run: Abstract) -> Program:
+    """The reference's log-probabilities of the largest batch."""
+    config = run.config
+    sizes = buckets(config, run.model_config)
+    log_probs = train_step.make_log_probs(policy_of(run), make_objective(config), buckets=sizes)
+    batch = largest_batch(run)
+    rows = batch.mask_BxT.shape[0]
+    count = flops.forward(run.model_config, [config.rollout.max_length] * rows, [sizes[-1][1]] * rows)
+    beside = bytes_of_one(run.params) + bytes_of_one(run.opt_state)  # the trained weights; the arguments are others
+    return Program("log_probs", lambda: log_probs.lower(run.params, batch.inputs), count, beside=beside)
 
 
 def _batch(B: int, T: int, patches: int, run: Abstract) -> TrainBatch:
@@ -175,20 +217,8 @@ class Slots:
 def abstract_slots(run: Abstract) -> Slots:
     config, model_config = run.config, run.model_config
     shards = sharding.batch_shards(run.mesh)
-    sizes = dict(slots=config.rollout.slots // shards, capacity=config.rollout.max_length)
-    with jax.set_mesh(run.mesh):
-        cache = {"capacity": sizes["capacity"], "kv_heads": model_config.kv_heads, "head_dim": model_config.head_dim}
-        in_place = decodes_in_place(**cache)
-    shapes = Shapes.make(
-        **sizes,
-        chunk=config.rollout.decode_chunk,
-        merge=model_config.vision.merge,
-        image_patches=image_patches(config, model_config),
-        most_patches=most_patches(
-            config.rollout.max_image_tokens, config.rollout.max_length, model_config.vision.merge
-        ),
-        in_place=in_place,
-    )
+    shapes = sampler_shapes(config, model_config, run.mesh, image_patches(config, model_config))
+    sizes = {"slots": shapes.slots, "capacity": shapes.capacity}
     with jax.set_mesh(run.mesh):
         empty = slots.init_slots.lower(model_config, shards, **sizes, dtype=jnp.dtype(config.model.dtype))
         state = placed(empty.out_info, empty.compile().output_shardings)
@@ -201,23 +231,24 @@ def decode_program(run: Abstract) -> Program:
     chunk, capacity, R, vocab = found.shapes.chunk, found.shapes.capacity, found.shapes.slots, run.model_config.vocab
     rows, everywhere = sharding.rows(run.mesh), sharding.replicated(run.mesh)
 
+    integer, number = _array((), jnp.int32, everywhere), _array((), jnp.float32, everywhere)
+    forbidden_V, stop_E = _array((vocab,), bool, everywhere), _array((2,), jnp.int32, everywhere)
+    rule = slots.DrawRule(integer, integer, number, number, forbidden_V, stop_E)
+
     def lower() -> Any:
         with jax.set_mesh(run.mesh):
             return slots.decode_slots.lower(
                 run.graphdef,
                 run.params,
                 found.state,
-                _array((found.shards, R, 8), jnp.int32, rows),
-                _array((2,), jnp.int32, everywhere),
-                _array((2,), jnp.float32, everywhere),
-                _array((vocab,), bool, everywhere),
-                _array((2,), jnp.int32, everywhere),
+                slots.DrawRequest.abstract(found.shards, R, rows),
+                rule,
                 window=capacity,
                 chunk=chunk,
             )
 
     count = chunk * flops.decode(run.model_config, [capacity] * found.shards * R)
-    return Program("decode", lower, count, beside=bytes_of_one(run.opt_state), loops=chunk)
+    return Program("decode", lower, count, beside=bytes_of_one(run.opt_state) + reference_bytes(run), loops=chunk)
 
 
 def extend_program(run: Abstract) -> Program:
@@ -237,11 +268,12 @@ def extend_program(run: Abstract) -> Program:
     lengths, images = [piece.length] * B, [piece.patches] * B
     text = flops.decoder(run.model_config, tokens=sum(lengths), pairs=flops.causal_pairs(lengths), logits=0)
     tower = flops.vision_tower(run.model_config.vision, patches=sum(images), pairs=flops.full_pairs(images))
-    return Program("extend", lower, text + tower, beside=bytes_of_one(run.opt_state))
+    return Program("extend", lower, text + tower, beside=bytes_of_one(run.opt_state) + reference_bytes(run))
 
 
 PROGRAMS: dict[str, Callable[[Abstract], Program]] = {
     "train": train_program,
+    "log_probs": log_probs_program,
     "extend": extend_program,
     "decode": decode_program,
 }

@@ -2,60 +2,130 @@
 
     DIR/train.jsonl     {"id": "1", "question": "…", "images": ["images/1.jpg"], "answers": ["…", "…"], "hops": 1}
 
-"id", "hops" and "images" may be left out. Images are read when a question is drawn.
+"id", "hops" and "images" may be left out. "image_search" may hold a recorded search: {"titles": ["…"], "thumbnails":
+["images/2.jpg", null], "summary": "…"}. All other fields are kept in `Prompt.meta`. Images are read when they are
+looked at.
 """
 
-import json
-import pathlib
+import difflib
+import functools
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from tapo_jax.atlas.dataset import decode_image
+from tapo_jax import rewards
 from tapo_jax.config import UserError
+from tapo_jax.data.images import stored_file
+from tapo_jax.data.json_files import json_lines, shown
+from tapo_jax.data.paths import data_folder, find_file, split_file
+from tapo_jax.data.recordings import recording
+from tapo_jax.data.rows import Row, lazy, marked
 from tapo_jax.types import Prompt
+
+FIELDS = ("id", "question", "images", "answers", "hops", "image_search")
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 class JsonlPrompts(Sequence):
-    """One split of a folder, with random access. Raises UserError naming the line that does not fit."""
+    """One split of a folder, with random access. Raises UserError naming the line and the field that do not fit."""
 
-    def __init__(self, folder: str, split: str):
-        self._folder = pathlib.Path(folder).resolve()
-        path = self._folder / f"{split}.jsonl"
-        if not path.is_file():
-            raise UserError(
-                f"data.dir has no file {path}: write one JSON object a line, with question, images and answers."
-            )
-        self._rows = [
-            self._row(path, number, line) for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1)
-        ]
-        if not self._rows:
-            raise UserError(f"{path} has no questions.")
-
-    def _row(self, path: pathlib.Path, number: int, line: str) -> dict:
-        try:
-            row = json.loads(line)
-            fits = (
-                isinstance(row["question"], str)
-                and row["answers"]
-                and all(isinstance(text, str) for text in row["answers"])
-            )
-            images = [(self._folder / name).resolve() for name in row.get("images", [])]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: expected an object with question, images and answers.") from error
-        if not fits:
-            raise UserError(
-                f"{path}, line {number}: question must be a string and answers a list of at least one string."
-            )
-        for image in images:
-            if not image.is_relative_to(self._folder) or not image.is_file():
-                raise UserError(f"{path}, line {number}: the image {image} does not exist in the folder.")
-        return {**row, "id": str(row.get("id", number)), "images": images}
+    def __init__(self, directory: str | os.PathLike, split: str):
+        folder = data_folder(directory)
+        path = split_file(folder, split, ("{split}.jsonl",))
+        self._prompts = []
+        line_of: dict[str, int] = {}
+        for number, values in json_lines(path):
+            prompt = _prompt(Row(f"{path}, line {number}", values), number, folder)
+            if line_of.setdefault(prompt.id, number) != number:
+                raise UserError(
+                    f"{path}, line {number}: the id {shown(prompt.id)} is that of line {line_of[prompt.id]}: give each "
+                    "question its own (without an id it is the line's number)."
+                )
+            self._prompts.append(prompt)
+        if not self._prompts:
+            raise UserError(f"{path} has no questions: write one JSON object a line, with question and answers.")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._prompts)
 
     def __getitem__(self, index: int) -> Prompt:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        row = self._rows[index]
-        images = tuple(decode_image(image.read_bytes()) for image in row["images"])
-        return Prompt(row["id"], row["question"], images, tuple(row["answers"]), int(row.get("hops", 1)))
+        return self._prompts[index]
+
+
+def _prompt(row: Row, number: int, folder: Path) -> Prompt:
+    _refuse_misspelt(row)
+    images = []
+    for name in row.optional("images") if isinstance(row.optional("images"), list) else _no_list(row):
+        path = find_file(folder, name)
+        if path is None:
+            raise row.bad("images", f"paths of files inside {folder}, and {shown(name)} is none")
+        images.append(stored_file(path))
+    meta = row.rest(FIELDS)
+    found = row.optional("image_search")
+    if found is not None:
+        meta["image_search"] = recording(Row(f"{row.where}, image_search", _object(row, found)), folder)
+    return Prompt(
+        row.name("id", str(number)),
+        marked(row, "question", row.text("question"), len(images)),
+        lazy(images),
+        _answers(row),
+        _hops(row),
+        meta,
+    )
+
+
+def _no_list(row: Row) -> list:
+    """Rows without a list of images have none, and may say null."""
+    if row.optional("images") is not None:
+        raise row.bad("images", 'a list of paths, like ["images/1.jpg"]')
+    return []
+
+
+def _object(row: Row, value: Any) -> dict:
+    if not isinstance(value, dict):
+        raise row.bad("image_search", 'an object with "titles", "thumbnails" and "summary"')
+    return value
+
+
+def _answers(row: Row) -> tuple[str, ...]:
+    answers = row.optional("answers")
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise row.bad("answers", 'a list of at least one text, like ["Paris"]')
+    for answer in answers:
+        row.encodable("answers", answer)
+        if not rewards.exact_match(answer, (answer,)):
+            raise row.bad("answers", f"texts that an answer can match, and {shown(answer)} is empty to the reward")
+    return tuple(dict.fromkeys(answers))
+
+
+def _hops(row: Row) -> int:
+    hops = row.optional("hops")
+    if hops is None:
+        return 1
+    if type(hops) is not int or hops < 1:
+        raise row.bad("hops", "a whole number of at least 1")
+    return hops
+
+
+def _refuse_misspelt(row: Row) -> None:
+    """A field that looks like one of ours, which the row lacks, would be lost without a word."""
+    lacking = tuple(name for name in FIELDS if name not in row.values and name not in ("id", "image_search"))
+    for name, value in row.values.items():
+        if name in FIELDS:
+            continue
+        meant = _alike(name, lacking)
+        names = value if isinstance(value, list) else [value]
+        pictures = any(isinstance(text, str) and text.lower().endswith(_PICTURES) for text in names)
+        if not meant and pictures and "images" in lacking:
+            meant = ["images"]
+        if meant:
+            raise UserError(
+                f"{row.where}: there is a field '{name}' and no '{meant[0]}': is that what it means? (With "
+                f"'{meant[0]}' in the row, '{name}' is kept beside it as a field of your own.)"
+            )
+
+
+@functools.cache
+def _alike(name: str, lacking: tuple[str, ...]) -> list[str]:
+    return difflib.get_close_matches(name.casefold(), lacking, n=1, cutoff=0.8)

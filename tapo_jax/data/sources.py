@@ -1,9 +1,10 @@
 """What a config names -> the questions of a split, the tools that can answer them, and what an answer is worth.
 
-`data.name` is "atlas" (the embedded world), "jsonl" (the folder data.dir, see `jsonl.py`), or your own
-"package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is likewise "atlas" or
-"package.module:function", called as function(config) -> list[Tool]; `reward_source` is "rewards" or
-"package.module:function", called as function(episode) -> {name: number}, among them "accuracy".
+`data.source` is "atlas" (the embedded world), one of `readers.READERS` (a data set in the folder data.dir), or your own
+"package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is "atlas", "recorded"
+(zoom, and the image searches that were recorded for the questions) or "package.module:function", called as
+function(config) -> list[Tool]; `reward.source` is "rewards" or "package.module:function", called as
+function(episode) -> {name: number}, among them "accuracy".
 """
 
 import dataclasses
@@ -16,26 +17,47 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tapo_jax import rewards
-from tapo_jax.atlas import dataset
 from tapo_jax.atlas.play import Settings, make_tools
 from tapo_jax.atlas.world import real_world
 from tapo_jax.config import UserError
-from tapo_jax.data.jsonl import JsonlPrompts
+from tapo_jax.data import atlas
+from tapo_jax.data.readers import READERS, read
 from tapo_jax.tools.base import Tool
+from tapo_jax.tools.recorded_image_search import RecordedImageSearch
 from tapo_jax.tools.remote_search import RemoteTextSearch
-from tapo_jax.types import Episode, Prompt
+from tapo_jax.tools.zoom import ZoomTool
+from tapo_jax.types import BadPrompt, Episode, Prompt
 
 
 def prompts(config: Any, split: str) -> Sequence[Prompt]:
     """All questions of a split. Raises UserError for a data set or a split that does not exist."""
-    if ":" in config.data.name:
-        return _function("data.name", config.data.name)(config, split)
-    readers = {"atlas": _atlas_prompts, "jsonl": lambda config, split: JsonlPrompts(config.data.dir, split)}
-    if config.data.name not in readers:
+    if ":" in config.data.source:
+        return _own_prompts("data.source", config.data.source, config, split)
+    if config.data.source not in READERS:
         raise UserError(
-            f"data.name is '{config.data.name}': use {', '.join(readers)} or your own \"package.module:function\"."
+            f"data.source is '{config.data.source}': use {', '.join(READERS)} or your own \"package.module:function\"."
         )
-    return readers[config.data.name](config, split)
+    if config.data.source == "atlas":
+        return _atlas_prompts(config, split)
+    return read(config.data.source, config.data.dir, split)
+
+
+def _own_prompts(field: str, path: str, config: Any, split: str) -> Sequence[Prompt]:
+    """The questions of a function of the user's. Where they are a list, equal ids have to be equal questions."""
+    try:
+        found = _function(field, path)(config, split)
+    except BadPrompt as error:
+        raise UserError(f"{field} is '{path}', and {error}.") from error
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise UserError(f"{field} is '{path}', which gave a {type(found).__name__}: give a sequence of Prompt.")
+    asked: dict[str, tuple] = {}
+    for prompt in found if isinstance(found, (list, tuple)) else ():
+        if not isinstance(prompt, Prompt):
+            raise UserError(f"{field} is '{path}', which gave a {type(prompt).__name__} for a Prompt.")
+        question = (prompt.question, prompt.answers)
+        if asked.setdefault(prompt.id, question) != question:
+            raise UserError(f"{field} is '{path}', and two of its questions have the id '{prompt.id}'.")
+    return found
 
 
 def tools(config: Any) -> list[Tool]:
@@ -44,8 +66,12 @@ def tools(config: Any) -> list[Tool]:
         found = _function("tools.source", config.tools.source)(config)
     elif config.tools.source == "atlas":
         found = make_tools(real_world("train"), atlas_settings(config))
+    elif config.tools.source == "recorded":
+        found = [ZoomTool(size=config.tools.zoom_size), RecordedImageSearch(results=config.tools.image_top_k)]
     else:
-        raise UserError(f"tools.source is '{config.tools.source}': use atlas or your own \"package.module:function\".")
+        raise UserError(
+            f"tools.source is '{config.tools.source}': use atlas, recorded or your own \"package.module:function\"."
+        )
     made = {tool.name: tool for tool in found}
     if config.tools.endpoint:
         c = config.tools
@@ -59,20 +85,21 @@ def tools(config: Any) -> list[Tool]:
 
 def score(config: Any) -> Callable[[Episode], dict[str, float]]:
     """What gives an episode its named rewards. Raises UserError for a source that does not exist, and, when it is
-    called, for rewards without accuracy or without one that config.reward gives a weight."""
-    if config.reward_source == "rewards":
+    called, for rewards without accuracy or without one that reward.weights gives a weight."""
+    if config.reward.source == "rewards":
         return rewards.score
-    if ":" not in config.reward_source:
+    if ":" not in config.reward.source:
         raise UserError(
-            f"reward_source is '{config.reward_source}': use rewards or your own \"package.module:function\"."
+            f"reward.source is '{config.reward.source}': use rewards or your own \"package.module:function\"."
         )
-    function, weighted = _function("reward_source", config.reward_source), set(config.reward)
+    function, weighted = _function("reward.source", config.reward.source), set(config.reward.weights)
+    extra = dict(config.reward.extra)
 
     def checked(episode: Episode) -> dict[str, float]:
-        found = {name: float(value) for name, value in function(episode).items()}
+        found = {name: float(value) for name, value in function(episode, **extra).items()}
         if missing := sorted((weighted | {"accuracy"}) - found.keys()):
             raise UserError(
-                f"reward_source '{config.reward_source}' gave no {', '.join(missing)}: every name of config.reward is "
+                f"reward.source '{config.reward.source}' gave no {', '.join(missing)}: every name of reward.weights is "
                 "needed, and accuracy, by which TAPO knows a success."
             )
         return found
@@ -89,13 +116,11 @@ def _function(field: str, path: str) -> Callable:
 
 
 def _atlas_prompts(config: Any, split: str) -> Sequence[Prompt]:
-    if split not in dataset.SPLITS:
-        raise UserError(f"The split '{split}' does not exist: Atlas has {', '.join(dataset.SPLITS)}.")
     settings, sizes = atlas_settings(config), tuple(config.data.sizes)
     described = json.dumps([dataclasses.asdict(settings), config.data.world_seed, sizes])
     folder = hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
-    builder = dataset.prepare(_data_dir(config) / folder, settings=settings, seed=config.data.world_seed, sizes=sizes)
-    return dataset.AtlasPrompts(builder, split)
+    directory = _data_dir(config) / folder
+    return atlas.read(directory, split, settings=settings, seed=config.data.world_seed, sizes=sizes)
 
 
 def atlas_settings(config: Any) -> Settings:

@@ -6,12 +6,13 @@ Axes: P prompts, G rollouts of each, B rows.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
 
 
-def group_advantages(reward_PxG, estimator: str = "grpo", epsilon: float = 1e-6):
-    """Advantage of every trajectory against its own group.
+def group_advantages(reward_PxG: ArrayLike, estimator: str = "grpo", epsilon: float = 1e-6) -> jax.Array:
+    """Return the advantage of every trajectory against its own group.
 
     reward_PxG: finite rewards. Returns advantage_PxG in the rewards' float type (float32 for integers).
 
@@ -52,8 +53,8 @@ def group_advantages(reward_PxG, estimator: str = "grpo", epsilon: float = 1e-6)
     return centred_PxG
 
 
-def check_rewards(reward_PxG) -> None:
-    """Raises ValueError that names the first group with a NaN or infinite reward. Traced arrays pass unseen."""
+def check_rewards(reward_PxG: ArrayLike) -> None:
+    """Raise a ValueError that names the first group with a NaN or infinite reward. Traced arrays pass unseen."""
     if np.ndim(reward_PxG) != 2:
         raise ValueError(f"rewards have shape {np.shape(reward_PxG)}; expected [prompts, group]")
     if isinstance(reward_PxG, jax.core.Tracer):
@@ -67,16 +68,21 @@ def check_rewards(reward_PxG) -> None:
         raise ValueError(f"group {group} has rewards {rewards}; every reward must be finite")
 
 
-def has_signal(reward_PxG):
-    """signal_P: whether the rewards of a group differ at all. Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476,
-    section 3.2) drops the groups without: their advantages are 0 and they only dilute the mean."""
+def has_signal(reward_PxG: jax.Array) -> jax.Array:
+    """Return signal_P: whether the rewards of a group differ at all.
+
+    Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.2) drops the groups without: their advantages
+    are 0 and they only dilute the mean.
+    """
     return ~(reward_PxG.max(axis=1) <= reward_PxG.min(axis=1))  # a NaN is no reason to be silent
 
 
-def overlong_penalty(length_B, max_length: int, buffer: int):
-    """Soft overlong punishment (DAPO, arXiv 2503.14476, section 3.4): 0 up to max_length - buffer tokens, then linearly
-    down to -1 at max_length, -1 beyond. (There of generated tokens; here of the whole conversation, which is what runs
-    out.) Returns penalty_B to add to the reward; buffer 0 gives 0 everywhere."""
+def overlong_penalty(length_B: ArrayLike, max_length: int, buffer: int) -> jax.Array:
+    """Return penalty_B, the soft overlong punishment to add to the reward (DAPO, arXiv 2503.14476, section 3.4).
+
+    0 up to max_length - buffer tokens, then linearly down to -1 at max_length, -1 beyond. There it is of generated
+    tokens; here of the whole conversation, which is what runs out. buffer 0 gives 0 everywhere.
+    """
     if buffer == 0:
         return jnp.zeros(jnp.shape(length_B), jnp.float32)
     if not 0 < buffer <= max_length:

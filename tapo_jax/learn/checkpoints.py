@@ -127,6 +127,36 @@ class Checkpoints:
         )
 
 
+def read_params(checkpoint: Path, like: Any) -> Any:
+    """Read the weights of one checkpoint of a run (WORKDIR/checkpoints/N), laid out like `like`, and nothing else.
+
+    Raises UserError where they cannot be read, do not fit, or are not those that were saved.
+    """
+    wanted = {"params": jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)}
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            params = reader.restore(checkpoint.absolute() / "state", args=arguments)["params"]
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            saved = reader.restore(checkpoint.absolute() / "run")
+    except Exception as error:  # orbax and its readers raise many kinds for a damaged file
+        reason = _first_line(error).split(" See full")[0].rstrip(".")
+        _forget_failed_reads()
+        raise _unfit(checkpoint, reason) from error
+    if int(jax.device_get(fingerprint(params))) != saved["params_fingerprint"]:
+        raise _unfit(checkpoint, "its arrays are not those that were saved")
+    return params
+
+
+def _unfit(checkpoint: Path, reason: str) -> UserError:
+    return UserError(
+        f"The checkpoint {checkpoint} cannot be read into the model of this config ({reason}): use the config that "
+        "wrote it, or evaluate another checkpoint."
+    )
+
+
 def _forget_failed_reads() -> None:
     """A failed read leaves half-run coroutines, each of which prints a page when it is collected: the sentence would
     drown."""

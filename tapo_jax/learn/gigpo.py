@@ -5,18 +5,33 @@ there. A step here is every turn of the policy, the answer and calls that went w
 Axes: P prompts, G rollouts, K steps of a rollout, S = G·K slots (slot = g·K + k); B rows, T tokens.
 """
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 
 
-def turns(mask_BxT):
-    """turn_BxT: int32, the number of the turn that a token was written in, -1 where the policy did not write it.
-    Between two turns there always stands a token that it did not."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """GiGPO's numbers; the defaults are the paper's."""
+
+    omega: float = 1.0
+    """The weight of the step-level advantage."""
+    discount: float = 0.95
+    """The discount of a rollout's reward for each step that follows."""
+
+
+def turns(mask_BxT: jax.Array) -> jax.Array:
+    """Return turn_BxT: int32, the number of the turn that a token was written in, -1 where the policy did not write it.
+
+    Between two turns there is always a token that it did not write.
+    """
     before_BxT = jnp.pad(mask_BxT[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(mask_BxT, jnp.cumsum(mask_BxT & ~before_BxT, axis=1) - 1, -1)
 
 
-def step_returns(reward_PxG, valid_PxS, discount=0.95):
-    """return_PxS: discount^(steps of the rollout that follow) · the rollout's reward (rewarded at the end only)."""
+def step_returns(reward_PxG: jax.Array, valid_PxS: jax.Array, discount: float = 0.95) -> jax.Array:
+    """Return return_PxS = discount^(steps of the rollout that follow) · its reward, which comes at the end only."""
     P, G = reward_PxG.shape
     valid_PxGxK = valid_PxS.reshape(P, G, -1)
     following_PxGxK = jnp.flip(jnp.cumsum(jnp.flip(valid_PxGxK, axis=2), axis=2), axis=2) - valid_PxGxK
@@ -24,13 +39,20 @@ def step_returns(reward_PxG, valid_PxS, discount=0.95):
     return jnp.where(valid_PxGxK, return_PxGxK, 0).reshape(P, -1)
 
 
-def step_advantages(return_PxS, anchor_PxS, valid_PxS, advantage_PxG, *, omega=1.0, normalise=True, epsilon=1e-6):
-    """advantage_PxS = trajectory's advantage + omega · (return - mean) / std over the steps with the same anchor state.
+def step_advantages(
+    return_PxS: jax.Array,
+    anchor_PxS: jax.Array,
+    valid_PxS: jax.Array,
+    advantage_PxG: jax.Array,
+    *,
+    omega: float = 1.0,
+    epsilon: float = 1e-6,
+) -> jax.Array:
+    """Return the trajectory's advantage + omega · (return - mean) / std over the steps with the same anchor state.
 
     anchor_PxS: int32 hash of the state that the step was taken in (for a tool agent: the conversation's last
-    observation).
-    normalise: divide by the standard deviation (ddof 1); False leaves it out (the paper's F_norm = 1).
-    A state that only one step saw, and one whose returns are all equal, adds exactly 0. A slot without a step gets 0.
+    observation). The standard deviation has ddof 1. A state that only one step saw, and one whose returns are all
+    equal, adds exactly 0. A slot without a step gets 0.
     """
     G = advantage_PxG.shape[1]
     same_PxSxS = (anchor_PxS[:, :, None] == anchor_PxS[:, None, :]) & valid_PxS[:, :, None] & valid_PxS[:, None, :]
@@ -38,8 +60,16 @@ def step_advantages(return_PxS, anchor_PxS, valid_PxS, advantage_PxG, *, omega=1
     # Differences instead of returns: equal returns give exactly 0, whatever their mean rounds to.
     difference_PxSxS = jnp.where(same_PxSxS, return_PxS[:, :, None] - return_PxS[:, None, :], 0)
     centred_PxS = difference_PxSxS.sum(axis=2) / count_PxS
-    if normalise:
-        square_PxS = jnp.where(same_PxSxS, (centred_PxS**2)[:, None, :], 0).sum(axis=2)
-        centred_PxS = centred_PxS / (jnp.sqrt(square_PxS / jnp.maximum(count_PxS - 1, 1)) + epsilon)
+    square_PxS = jnp.where(same_PxSxS, (centred_PxS**2)[:, None, :], 0).sum(axis=2)
+    centred_PxS = centred_PxS / (jnp.sqrt(square_PxS / jnp.maximum(count_PxS - 1, 1)) + epsilon)
     own_PxS = jnp.repeat(advantage_PxG, return_PxS.shape[1] // G, axis=1)
     return jnp.where(valid_PxS, own_PxS + omega * centred_PxS, 0)
+
+
+def turn_advantages(
+    anchor_PxV: jax.Array, reward_PxG: jax.Array, advantage_PxG: jax.Array, settings: Settings
+) -> jax.Array:
+    """Return the advantage of every turn, [P, V]. anchor_PxV: 0 where there is no turn."""
+    valid_PxV = anchor_PxV != 0
+    return_PxV = step_returns(reward_PxG, valid_PxV, settings.discount)
+    return step_advantages(return_PxV, anchor_PxV, valid_PxV, advantage_PxG, omega=settings.omega)

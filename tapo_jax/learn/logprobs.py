@@ -1,6 +1,6 @@
 """Log-probabilities and entropies of given tokens, never with a whole [B, T, V] array of logits.
 
-Axes: B rows, T tokens, D width, V vocabulary, C places of a chunk.
+Axes: B rows, T tokens, D width, V vocabulary, C positions of a chunk.
 """
 
 import jax
@@ -19,14 +19,12 @@ def token_logp(
     temperature: float = 1.0,
     forbidden_V: jax.Array | None = None,
     chunk: int = 128,
-    vocab_chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(logp_BxT, entropy_BxT), float32, aligned with the token itself: logp[:, t] = log p(token[:, t] | token[:, :t]).
+    """Return (logp_BxT, entropy_BxT), float32, aligned with the token: logp[:, t] = log p(token[:, t] | token[:, :t]).
 
     The distribution is softmax(logits / temperature) without the forbidden tokens, as the sampler draws from it; the
-    entropy is that distribution's. Place 0 has no history: both are 0 there.
-    chunk: places of every row whose logits exist at one time; vocab_chunk: how many of the V logits of these (None:
-    all; meant for a vocabulary that is not split over devices). The backward pass makes them again.
+    entropy is that distribution's. Position 0 has no history: both are 0 there.
+    chunk: positions of every row whose logits exist at one time. The backward pass recomputes them.
     """
     T = token_BxT.shape[1]
     if T == 1:
@@ -41,8 +39,6 @@ def token_logp(
     @jax.checkpoint
     def one(table_VxD: jax.Array, hidden_BxCxD: jax.Array, token_BxC: jax.Array) -> tuple[jax.Array, jax.Array]:
         table_VxD = table_VxD.astype(hidden_BxCxD.dtype)
-        if vocab_chunk is not None:
-            return _by_parts(table_VxD, hidden_BxCxD, token_BxC, temperature, forbidden_V, vocab_chunk)
         logits_BxCxV = _logits(table_VxD, hidden_BxCxD, temperature, forbidden_V)
         lse_BxC = jax.nn.logsumexp(logits_BxCxV, axis=-1)
         chosen_BxC = jnp.take_along_axis(logits_BxCxV, token_BxC[..., None], axis=-1)[..., 0]
@@ -68,43 +64,3 @@ def _logits(
 ) -> jax.Array:
     logits_BxCxV = qwen3_vl.times_table(table_VxD, hidden_BxCxD) / temperature
     return logits_BxCxV if forbidden_V is None else jnp.where(forbidden_V[None, None], MASKED, logits_BxCxV)
-
-
-def _by_parts(
-    table_VxD: jax.Array,
-    hidden_BxCxD: jax.Array,
-    token_BxC: jax.Array,
-    temperature: float,
-    forbidden_V: jax.Array | None,
-    size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The same sums over parts of the vocabulary, each relative to the largest logit so far."""
-    V, D = table_VxD.shape
-    parts = -(-V // size)
-    forbidden_V = jnp.zeros(V, bool) if forbidden_V is None else forbidden_V
-    table_PxWxD = jnp.pad(table_VxD, ((0, parts * size - V), (0, 0))).reshape(parts, size, D)
-    forbidden_PxW = jnp.pad(forbidden_V, (0, parts * size - V), constant_values=True).reshape(parts, size)
-
-    @jax.checkpoint
-    def part(sums: tuple[jax.Array, ...], xs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
-        top_BxC, total_BxC, weighted_BxC, chosen_BxC = sums
-        table_WxD, forbidden_W, start = xs
-        logits_BxCxW = _logits(table_WxD, hidden_BxCxD, temperature, forbidden_W)
-        new_BxC = jax.lax.stop_gradient(jnp.maximum(top_BxC, jnp.max(logits_BxCxW, axis=-1)))
-        weight_BxCxW = jnp.exp(logits_BxCxW - new_BxC[..., None])
-        shrink_BxC = jnp.exp(top_BxC - new_BxC)
-        place_BxC = token_BxC - start
-        found_BxC = jnp.take_along_axis(logits_BxCxW, jnp.clip(place_BxC, 0, size - 1)[..., None], axis=-1)[..., 0]
-        return (
-            new_BxC,
-            total_BxC * shrink_BxC + jnp.sum(weight_BxCxW, axis=-1),
-            weighted_BxC * shrink_BxC + jnp.sum(weight_BxCxW * logits_BxCxW, axis=-1),
-            jnp.where((place_BxC >= 0) & (place_BxC < size), found_BxC, chosen_BxC),
-        ), None
-
-    zero_BxC = jnp.zeros(token_BxC.shape)
-    first = (jnp.full_like(zero_BxC, MASKED), zero_BxC, zero_BxC, zero_BxC)
-    xs = (table_PxWxD, forbidden_PxW, jnp.arange(parts) * size)
-    (top_BxC, total_BxC, weighted_BxC, chosen_BxC), _ = jax.lax.scan(part, first, xs)
-    lse_BxC = top_BxC + jnp.log(total_BxC)
-    return chosen_BxC - lse_BxC, lse_BxC - weighted_BxC / total_BxC

@@ -1,5 +1,7 @@
-"""config.optimizer -> an optax chain: clip, Adam, weight decay, the vision tower's own rate, schedule."""
+"""The optimizer as an optax chain: clip, Adam, weight decay, the vision tower's own rate, schedule."""
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -11,8 +13,24 @@ from tapo_jax.config import check_choice
 SCHEDULES = ("constant", "cosine", "linear")
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The optimizer's numbers. Steps are steps of the training loop."""
+
+    lr: float
+    schedule: str = "constant"
+    """One of `SCHEDULES`."""
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    """The bound of the gradient's global norm; 0: none."""
+    vision_lr_multiplier: float = 1.0
+
+
 def make_schedule(lr: float, kind: str, warmup: int, total: int) -> optax.Schedule:
-    """update number -> learning rate: a line from 0 to lr over `warmup` updates, then by `kind`.
+    """Return update number -> learning rate: a line from 0 to lr over `warmup` updates, then by `kind`.
 
     "constant": lr; "cosine": half a cosine from lr to 0 at `total`; "linear": a line from lr to 0 at `total`.
     The first update uses lr / warmup (not 0, which would waste it). Raises UserError for another kind.
@@ -31,19 +49,19 @@ def make_schedule(lr: float, kind: str, warmup: int, total: int) -> optax.Schedu
 
 
 def is_vision(name: str) -> bool:
-    """Of a parameter's path such as "vision/blocks/qkv"."""
+    """Return whether a parameter path such as "vision/blocks/qkv" belongs to the vision tower."""
     return name.startswith("vision/")
 
 
 def is_trained(name: str, *, train_vision: bool, lora: bool) -> bool:
-    """With low-rank parameters nothing else is trained; else everything, or everything but the vision tower."""
+    """Return whether a parameter is trained: with lora only the low-rank ones, else all or all but the vision tower."""
     if lora:
         return name.endswith(("_lora_a", "_lora_b"))
     return train_vision or not is_vision(name)
 
 
 def is_decayed(name: str) -> bool:
-    """Weight decay is for matrices: no scale of a norm, no bias (stacked layers make both of them two-dimensional)."""
+    """Return whether a parameter decays: a matrix, no scale of a norm, no bias (stacked layers make both 2-D)."""
     last = name.rsplit("/", 1)[-1]
     return "norm" not in last and "bias" not in last
 
@@ -53,23 +71,28 @@ def _labels(tree: Any, label: Any) -> Any:
 
 
 def make_optimizer(
-    optimizer: Any, *, total_steps: int, updates_per_step: int = 1, train_vision: bool = True, lora: bool = False
+    settings: Settings, *, total_steps: int, updates_per_step: int = 1, train_vision: bool = True, lora: bool = False
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The chain and its schedule (of update numbers). `optimizer` has lr, schedule, warmup_steps, b1, b2, weight_decay,
-    grad_clip (0: no clipping) and vision_lr_multiplier; its steps are steps of the loop, each of `updates_per_step`
-    updates.
+    """Return the chain and its schedule (of update numbers).
 
     A parameter that is not trained (`is_trained`) has no update, no decay, no moments in memory, no part in the clipped
-    norm.
+    norm. updates_per_step: updates of one step of the loop.
+
+    Raises ValueError for a negative or non-finite grad_clip, which would turn descent into ascent, and for negative
+    warm-up.
     """
+    if not 0 <= settings.grad_clip < math.inf:
+        raise ValueError(f"optimizer.grad_clip is {settings.grad_clip}; it must be 0 (no clipping) or positive")
+    if settings.warmup_steps < 0:
+        raise ValueError(f"optimizer.warmup_steps is {settings.warmup_steps}; it must be at least 0")
     schedule = make_schedule(
-        optimizer.lr, optimizer.schedule, optimizer.warmup_steps * updates_per_step, total_steps * updates_per_step
+        settings.lr, settings.schedule, settings.warmup_steps * updates_per_step, total_steps * updates_per_step
     )
     chain = [
-        optax.clip_by_global_norm(optimizer.grad_clip) if optimizer.grad_clip else optax.identity(),
-        optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, mu_dtype="float32"),
-        optax.add_decayed_weights(optimizer.weight_decay, mask=lambda tree: _labels(tree, is_decayed)),
-        optax.masked(optax.scale(optimizer.vision_lr_multiplier), lambda tree: _labels(tree, is_vision)),
+        optax.clip_by_global_norm(settings.grad_clip) if settings.grad_clip else optax.identity(),
+        optax.scale_by_adam(b1=settings.b1, b2=settings.b2, mu_dtype="float32"),
+        optax.add_decayed_weights(settings.weight_decay, mask=lambda tree: _labels(tree, is_decayed)),
+        optax.masked(optax.scale(settings.vision_lr_multiplier), lambda tree: _labels(tree, is_vision)),
         optax.scale_by_learning_rate(schedule),
     ]
     trained = optax.chain(*chain)

@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 
 from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs, TrainBatch
-from tapo_jax.learn import losses
-from tapo_jax.learn import micro_batches as cut
+from tapo_jax.learn import losses, micro_batches
 from tapo_jax.learn.logprobs import token_logp
 from tapo_jax.learn.optimizer import is_trained
 from tapo_jax.learn.state import TrainState, apply_gradients, updates_made
@@ -28,54 +27,41 @@ from tapo_jax.models import qwen3_vl
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """What one update minimises, as plain numbers (meanings in `losses.py`). Hashable: part of the compiled program."""
+class Policy:
+    """What stays the same of the trained model.
 
-    loss: str = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    clip_dual: float | None = None
-    tau_pos: float = 1.0
-    tau_neg: float = 1.05
-    aggregation: str | None = None
+    graphdef: its structure; `nnx.merge(graphdef, params)` is the model.
+    forbidden_V: bool, tokens that the policy may not write.
+    mesh: where its programs run.
+    """
+
+    graphdef: Any
+    forbidden_V: Any
+    mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What one update minimises and how it is computed."""
+
+    loss: losses.Settings = losses.Settings()
     kl_coef: float = 0.0
+    """The weight of the KL term towards the reference model."""
     kl_estimator: str = "k3"
     importance_cap: float | None = 2.0
+    """The bound of trainer / sampler probability (`losses.importance_weight`); None: no correction."""
     temperature: float = 1.0
+    """The temperature that the sampler drew at."""
     updates_per_batch: int = 1
     micro_batches: int = 1
     remat: str = "none"
     logp_chunk: int = 128
-    train_vision: bool = True
+    train_vision: bool = False
     lora: bool = False
 
 
-def make_objective(config: Any) -> Objective:
-    """The numbers of a config's algorithm, rollout, train and model that the update needs."""
-    a = config.algorithm
-    return Objective(
-        loss=a.loss,
-        clip_low=a.clip_low,
-        clip_high=a.clip_high,
-        clip_dual=a.clip_dual,
-        tau_pos=a.tau_pos,
-        tau_neg=a.tau_neg,
-        aggregation=a.aggregation,
-        kl_coef=a.kl_coef,
-        kl_estimator=a.kl_estimator,
-        importance_cap=a.importance_cap,
-        temperature=config.rollout.temperature,
-        updates_per_batch=config.train.updates_per_batch,
-        micro_batches=config.train.micro_batches,
-        remat=config.model.remat,
-        logp_chunk=config.model.logp_chunk,
-        train_vision=config.model.train_vision,
-        lora=config.model.lora_rank > 0,
-    )
-
-
 def accumulate(
-    loss_fn: Callable, params: Any, inputs: Callable, rows: Callable, count: int, rungs: cut.Rungs
+    loss_fn: Callable, params: Any, inputs: Callable, rows: Callable, count: int, buckets: micro_batches.Buckets
 ) -> tuple[jax.Array, dict, Any]:
     """-> (loss, metrics, gradient) of `loss_fn(params, rows) -> (loss, metrics)` over `count` micro-batches.
 
@@ -85,9 +71,9 @@ def accumulate(
     value_and_gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def body(total: Any, index: jax.Array) -> tuple[Any, dict]:
-        piece = rows(index)
+        part = rows(index)
         compute = functools.partial(value_and_gradient, params)
-        (loss, metrics), gradient = cut.as_narrow_as_possible(compute, rungs, inputs(piece), piece)
+        (loss, metrics), gradient = micro_batches.in_smallest_bucket(compute, buckets, inputs(part), part)
         return jax.tree.map(jnp.add, total, (loss, gradient)), metrics
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
@@ -106,21 +92,20 @@ def freeze(params: Any, *, train_vision: bool, lora: bool) -> Any:
 
 
 def row_logp(
-    graphdef: Any,
+    policy: Policy,
     params: Any,
     inputs: ModelInputs,
     *,
-    temperature: float,
-    forbidden_V: jax.Array,
+    temperature: float = 1.0,
     remat: str = "none",
     chunk: int = 128,
-    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """-> (logp_BxT, entropy_BxT) of every token under the distribution that the sampler draws from."""
-    model = nnx.merge(graphdef, params)
-    with sharding.on(mesh):
+    """Return (logp_BxT, entropy_BxT) of every token under the distribution that the sampler draws from."""
+    model = nnx.merge(policy.graphdef, params)
+    with sharding.on(policy.mesh):
         hidden_BxTxD = qwen3_vl.hidden_states(model, inputs, remat=remat)
         hidden_BxTxD = sharding.constrain(hidden_BxTxD, "batch", None, None)
+        forbidden_V = jnp.asarray(policy.forbidden_V)
         options = {"temperature": temperature, "forbidden_V": forbidden_V, "chunk": chunk}
         return token_logp(model, hidden_BxTxD, inputs.token_BxT, **options)
 
@@ -129,132 +114,130 @@ def row_logp(
 
 
 def make_log_probs(
-    graphdef: Any,
+    policy: Policy,
     objective: Objective,
-    forbidden_V: Any,
-    mesh: Mesh,
     *,
-    rungs: cut.Rungs | None = None,
+    buckets: micro_batches.Buckets | None = None,
     later_updates: bool = False,
 ) -> Callable:
-    """jitted (params, inputs) -> logp_BxT of the whole batch, computed in the micro-batches that the updates use.
+    """Return the jitted (params, inputs) -> logp_BxT of the whole batch, in the micro-batches that the updates use.
 
-    rungs: as for `make_update`. later_updates: only of the rows of the second update and those after it, 0 elsewhere:
-    the first update of a batch finds the old log-probabilities among its own.
+    buckets: as for `make_update`.
+    later_updates: only of the rows of the second update and those after it, 0 elsewhere: the first update of a batch
+        finds the old log-probabilities among its own.
     """
     updates = objective.updates_per_batch
-    options = {"temperature": objective.temperature, "chunk": objective.logp_chunk, "mesh": mesh}
+    options = {"temperature": objective.temperature, "chunk": objective.logp_chunk}
 
     def log_probs(params: Any, inputs: ModelInputs) -> jax.Array:
         B, T = inputs.token_BxT.shape
-        widths = rungs or [_size(inputs)]
+        sizes = buckets or [_size(inputs)]
 
-        def compute(piece: ModelInputs) -> jax.Array:
-            logp_bxt = row_logp(graphdef, params, piece, forbidden_V=jnp.asarray(forbidden_V), **options)[0]
+        def compute(rows: ModelInputs) -> jax.Array:
+            logp_bxt = row_logp(policy, params, rows, **options)[0]
             return jnp.pad(logp_bxt, ((0, 0), (0, T - logp_bxt.shape[1])))
 
         def of_update(index: jax.Array) -> jax.Array:
-            rows = cut.take_piece(inputs, updates, index)
-            order_Sxn = cut.by_length(rows, mesh, widths)
-            count = cut.parts(order_Sxn, objective.micro_batches)
-
-            def of_micro_batch(number: jax.Array) -> jax.Array:
-                piece = cut.micro_batch(rows, order_Sxn, count, number)
-                return cut.as_narrow_as_possible(compute, widths, piece, piece)
-
-            logp_MxbxT = jax.lax.map(of_micro_batch, jnp.arange(count))
-            if order_Sxn is None:
-                return jnp.swapaxes(logp_MxbxT, 0, 1).reshape(-1, T)
-            logp_SxMxkxT = jnp.swapaxes(logp_MxbxT.reshape(count, len(order_Sxn), -1, T), 0, 1)
-            return cut.take_rows(logp_SxMxkxT.reshape(-1, T), jnp.argsort(order_Sxn, axis=1))
+            mini_batch = micro_batches.strided_part(inputs, updates, index)
+            return _in_micro_batches(compute, mini_batch, policy.mesh, sizes, objective.micro_batches)
 
         first = int(later_updates)
         logp_UxbxT = jax.lax.map(of_update, jnp.arange(first, updates))
         logp_UxbxT = jnp.pad(logp_UxbxT, ((first, 0), (0, 0), (0, 0)))
         return jnp.swapaxes(logp_UxbxT, 0, 1).reshape(B, T)
 
-    return jax.jit(log_probs, out_shardings=sharding.rows(mesh))
+    return jax.jit(log_probs, out_shardings=sharding.rows(policy.mesh))
+
+
+def _in_micro_batches(
+    compute: Callable, rows: ModelInputs, mesh: Mesh, buckets: micro_batches.Buckets, least: int
+) -> jax.Array:
+    """Compute [rows, T] in micro-batches of like length, and put the rows back in their order."""
+    order_Sxn = micro_batches.by_length(rows, mesh, buckets)
+    count = micro_batches.micro_batch_count(order_Sxn, least)
+
+    def of_micro_batch(number: jax.Array) -> jax.Array:
+        part = micro_batches.micro_batch(rows, order_Sxn, count, number)
+        return micro_batches.in_smallest_bucket(compute, buckets, part, part)
+
+    logp_MxbxT = jax.lax.map(of_micro_batch, jnp.arange(count))
+    T = logp_MxbxT.shape[-1]
+    if order_Sxn is None:
+        return jnp.swapaxes(logp_MxbxT, 0, 1).reshape(-1, T)
+    logp_SxMxkxT = jnp.swapaxes(logp_MxbxT.reshape(count, len(order_Sxn), -1, T), 0, 1)
+    return micro_batches.take_rows(logp_SxMxkxT.reshape(-1, T), jnp.argsort(order_Sxn, axis=1))
 
 
 def make_update(
-    graphdef: Any,
+    policy: Policy,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     objective: Objective,
-    forbidden_V: Any,
     state: TrainState,
-    mesh: Mesh,
     *,
-    rungs: cut.Rungs | None = None,
+    buckets: micro_batches.Buckets | None = None,
 ) -> Callable:
-    """jitted (state, batch, ref_logp_BxT or None, index) -> (state, metrics): one update on mini-batch `index` of the
-    batch.
+    """Return the jitted (state, batch, ref_logp_BxT or None, index) -> (state, metrics): one update on mini-batch
+    `index` of the batch.
 
     The state is donated and keeps the layout of `state`. batch.advantage_BxT is filled; batch.old_logp_BxT where there
     is more than one update a batch, for the second and later ones: in the first (index 0) the old log-probabilities are
     the current ones without their gradient, and no extra pass is made.
-    rungs: ascending (tokens, patches) that a micro-batch may be cut to, the last one the batch's own; None: that alone.
+    buckets: ascending (tokens, patches) that a micro-batch may be cropped to, the last one the batch's own; None: only
+        the batch's own.
     """
 
     def update(
         state: TrainState, batch: TrainBatch, ref_logp_BxT: jax.Array | None, index: jax.Array
     ) -> tuple[TrainState, dict]:
-        mini_batch = cut.take_piece((batch, ref_logp_BxT), objective.updates_per_batch, index)
-        aggregation = objective.aggregation or losses.ALGORITHMS[objective.loss]
-        denominator = losses.count(mini_batch[0].mask_BxT, aggregation)
+        mini_batch = micro_batches.strided_part((batch, ref_logp_BxT), objective.updates_per_batch, index)
+        denominator = losses.count(mini_batch[0].mask_BxT, losses.aggregation_of(objective.loss))
 
         def loss_fn(params: Any, rows: tuple[TrainBatch, jax.Array | None]) -> tuple[jax.Array, dict]:
             params = freeze(params, train_vision=objective.train_vision, lora=objective.lora)
-            return piece_loss(
-                graphdef, params, *rows, index == 0, objective, aggregation, denominator, jnp.asarray(forbidden_V), mesh
-            )
+            return micro_batch_loss(policy, params, *rows, index == 0, objective, denominator)
 
-        widths = rungs or [_size(batch.inputs)]
-        order_Sxn = cut.by_length(mini_batch[0].inputs, mesh, widths)
-        count = cut.parts(order_Sxn, objective.micro_batches)
-        rows = lambda number: cut.micro_batch(mini_batch, order_Sxn, count, number)  # noqa: E731
-        loss, metrics_M, gradient = accumulate(
-            loss_fn, state.params, lambda piece: piece[0].inputs, rows, count, widths
-        )
+        sizes = buckets or [_size(batch.inputs)]
+        order_Sxn = micro_batches.by_length(mini_batch[0].inputs, policy.mesh, sizes)
+        count = micro_batches.micro_batch_count(order_Sxn, objective.micro_batches)
+        rows = lambda number: micro_batches.micro_batch(mini_batch, order_Sxn, count, number)  # noqa: E731
+        loss, metrics_M, gradient = accumulate(loss_fn, state.params, lambda part: part[0].inputs, rows, count, sizes)
         rate = schedule(updates_made(state))
         state, optimizer_metrics = apply_gradients(state, optimizer, loss, gradient)
         return state, {"loss/total": loss, "optimizer/lr": rate} | combine(metrics_M) | optimizer_metrics
 
     layout = jax.tree.map(lambda array: array.sharding, state)
-    return jax.jit(update, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
+    return jax.jit(update, donate_argnums=0, out_shardings=(layout, sharding.replicated(policy.mesh)))
 
 
 def _size(inputs: ModelInputs) -> tuple[int, int]:
-    """(tokens, patches) of every row."""
+    """Return (tokens, patches) of every row."""
     return inputs.token_BxT.shape[1], 0 if inputs.pixels_BxNxF is None else inputs.pixels_BxNxF.shape[1]
 
 
-def piece_loss(
-    graphdef: Any,
+def micro_batch_loss(
+    policy: Policy,
     params: Any,
     batch: TrainBatch,
     ref_logp_BxT: jax.Array | None,
     first: jax.Array,
     objective: Objective,
-    aggregation: str,
     denominator: jax.Array,
-    forbidden_V: jax.Array,
-    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one micro-batch, divided by the count of its mini-batch, and its metrics (means over its tokens).
+    """Return the loss of one micro-batch, divided by the count of its mini-batch, and its metrics.
 
     first: bool, whether nothing was updated since the batch was played.
+    denominator: `losses.count` of the mini-batch.
+    The metrics are means over the micro-batch's tokens.
     """
     mask_BxT = batch.mask_BxT
     logp_BxT, entropy_BxT = row_logp(
-        graphdef,
+        policy,
         params,
         batch.inputs,
         temperature=objective.temperature,
-        forbidden_V=forbidden_V,
         remat=objective.remat,
         chunk=objective.logp_chunk,
-        mesh=mesh,
     )
     old_logp_BxT = jax.lax.stop_gradient(logp_BxT)
     if objective.updates_per_batch > 1:
@@ -269,13 +252,7 @@ def piece_loss(
         old_logp_BxT,
         batch.advantage_BxT,
         mask_BxT,
-        algorithm=objective.loss,
-        clip_low=objective.clip_low,
-        clip_high=objective.clip_high,
-        clip_dual=objective.clip_dual,
-        tau_pos=objective.tau_pos,
-        tau_neg=objective.tau_neg,
-        aggregation=aggregation,
+        objective.loss,
         denominator=denominator,
         weight_BxT=weight_BxT,
     )
@@ -285,6 +262,7 @@ def piece_loss(
     if ref_logp_BxT is not None:
         kl_BxT = losses.kl(logp_BxT, ref_logp_BxT, objective.kl_estimator)
         metrics["loss/kl"] = losses.aggregate(jax.lax.stop_gradient(kl_BxT), mask_BxT)
+        aggregation = losses.aggregation_of(objective.loss)
         loss += objective.kl_coef * losses.aggregate(kl_BxT, mask_BxT, aggregation, denominator)
     return loss, metrics
 

@@ -49,26 +49,6 @@ def init_cache(config: Qwen3VLConfig, slots: int, capacity: int, dtype: jnp.dtyp
     return Cache(k, v, jnp.zeros(slots, jnp.int32))
 
 
-def reset(cache: Cache, done_B: jax.Array) -> Cache:
-    """Empties the slots where done_B is True. Nothing is written but the lengths."""
-    return dataclasses.replace(cache, length_B=jnp.where(done_B, 0, cache.length_B))
-
-
-def head(cache: Cache, window: int) -> Cache:
-    """The first `window` places of every slot as a cache of its own: copy once, decode many steps, `put_head` back."""
-    k, v = (tuple(x[:, :, :, :window] for x in part) for part in (cache.k, cache.v))
-    return Cache(k, v, cache.length_B)
-
-
-def put_head(cache: Cache, small: Cache) -> Cache:
-    """Writes the places of `small` (from `head`) back over the first places of `cache`, with its lengths."""
-    k, v = (
-        tuple(jax.lax.dynamic_update_slice_in_dim(x, s, 0, 3) for x, s in zip(whole, part, strict=True))
-        for whole, part in ((cache.k, small.k), (cache.v, small.v))
-    )
-    return Cache(k, v, small.length_B)
-
-
 def write_all(
     x_LxBxKxSxA: jax.Array, new_BxKxTxA: jax.Array, layer: int | jax.Array, active_B: jax.Array, place_B: jax.Array
 ) -> jax.Array:

@@ -88,9 +88,20 @@ def forward(config: Qwen3VLConfig, lengths: Sequence[int], images: Sequence[int]
 
 
 def update(
-    config: Qwen3VLConfig, lengths: Sequence[int], images: Sequence[int] = (), *, train_vision: bool = True
+    config: Qwen3VLConfig,
+    lengths: Sequence[int],
+    images: Sequence[int] = (),
+    *,
+    train_vision: bool = True,
+    lora: bool = False,
 ) -> float:
-    """Forward and backward pass over whole episodes. A frozen vision tower has no backward pass."""
+    """Count the forward and backward pass over whole episodes.
+
+    A frozen vision tower has no backward pass. With low-rank updates (of the decoder) its kernels have no gradient,
+    only its activations: twice the forward pass; the small products themselves are left out.
+    """
+    if lora:
+        return 2 * _text(config, lengths) + _vision(config, images)
     return 3 * _text(config, lengths) + (3 if train_vision else 1) * _vision(config, images)
 
 

@@ -47,12 +47,6 @@ def logical_axes(config: Qwen3VLConfig) -> dict[Path, tuple[str | None, ...]]:
     return {path: spec.axes for path, spec in specs(config).items()}
 
 
-def vision_filter(path: tuple, value: object = None) -> bool:
-    """An nnx filter: True for the parameters of the vision tower (its mergers included)."""
-    del value
-    return bool(path) and path[0] == "vision"
-
-
 def create(table: dict[Path, Spec], key: jax.Array, dtype: jnp.dtype) -> dict[Path, jax.Array]:
     """Fresh values. Normal draws are made in float32, so that a narrow dtype rounds the same numbers."""
     return dict(zip(table, _create(tuple(table.values()), key, dtype), strict=True))

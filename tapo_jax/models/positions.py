@@ -5,11 +5,6 @@ import numpy as np
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 
 
-def image_tokens(grid_thw: np.ndarray, config: Qwen3VLConfig) -> int:
-    """How many placeholders an image of this patch grid (t, h, w) takes in the token sequence."""
-    return int(np.prod(grid_thw)) // config.vision.merge**2
-
-
 def rope_positions(
     token_T: np.ndarray, grid_thw_Ix3: np.ndarray, config: Qwen3VLConfig, start: int = 0
 ) -> tuple[np.ndarray, int]:

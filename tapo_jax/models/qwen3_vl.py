@@ -83,39 +83,22 @@ def times_table(table_VxD: jax.Array, hidden_xD: jax.Array) -> jax.Array:
     return out.reshape(*hidden_xD.shape[:-1], table_VxD.shape[0])
 
 
-def extend(
-    model: Qwen3VL,
-    cache: Cache,
-    inputs: ModelInputs,
-    slot_R: jax.Array | None = None,
-    *,
-    window: int | None = None,
-) -> tuple[jax.Array, Cache]:
-    """Adds the rows' tokens to their slots and attends over all that a slot then holds.
+def extend(model: Qwen3VL, cache: Cache, inputs: ModelInputs) -> tuple[jax.Array, Cache]:
+    """Add the rows' tokens to their slots (row r is slot r) and attend over all that a slot then holds.
 
     inputs: R rows; the valid tokens (segment > 0) are at the left. T = 1 without images is a decoding step.
-    slot_R: int32, the slot of each row, each at most once among rows with tokens; None: row r is slot r.
-    window: a static bound on every slot's length after this call; attention reads no further (copies the window; for
-    many decoding steps take `cache.head` once instead).
+
     Returns (hidden_RxTxD after the final norm, cache with the counts added to the lengths). A row without tokens leaves
-    its slot as it was. The caller sees to it that length + count stays within the capacity
-    (and the window); padding needs no room.
+    its slot as it was. The caller sees to it that length + count stays within the capacity; padding needs no room.
     """
     config, params = model.config, model.arrays()
-    R = inputs.token_BxT.shape[0]
     count_R = jnp.sum(inputs.segment_BxT > 0, axis=1, dtype=jnp.int32)
-    row_R = jnp.arange(R, dtype=jnp.int32) if slot_R is None else slot_R
-    length_R = cache.length_B if slot_R is None else cache.length_B[slot_R]
-    if slot_R is None:
-        write = functools.partial(cache_lib.write_all, active_B=count_R > 0, place_B=length_R)
-    else:  # rows without tokens may repeat a slot that another row fills: they write nowhere
-        target_R = jnp.where(count_R > 0, row_R, cache.slots)
-        write = functools.partial(cache_lib.write, slot_R=target_R, place_R=length_R)
+    length_R = cache.length_B
+    write = functools.partial(cache_lib.write_all, active_B=count_R > 0, place_B=length_R)
     x_RxTxD, deep = _embed(params, inputs, config, model.dtype, "none")
     turn = rotary(inputs.position_BxTx3, config)
 
-    one_each = inputs.token_BxT.shape[1] == 1 and slot_R is None and window in (None, cache.capacity)
-    in_place = one_each and decodes_in_place(**cache.sizes)
+    in_place = inputs.token_BxT.shape[1] == 1 and decodes_in_place(**cache.sizes)
 
     def layer(x_RxTxD, k_cache, v_cache, p, index, place):
         q, k, v = _qkv(x_RxTxD, p, turn, config)
@@ -127,8 +110,7 @@ def extend(
             return _add_deep(_rest(x_RxTxD, out[:, None], p, config), deep, index), k_cache, v_cache
         k_cache = write(k_cache, k.swapaxes(1, 2), place)
         v_cache = write(v_cache, v.swapaxes(1, 2), place)
-        seen = [c[place] if slot_R is None else c[place, slot_R] for c in (k_cache, v_cache)]
-        seen = [c[:, :, :window].astype(q.dtype) for c in seen]
+        seen = [c[place].astype(q.dtype) for c in (k_cache, v_cache)]
         out = cached_attention(q, *seen, length_R)
         return _add_deep(_rest(x_RxTxD, out, p, config), deep, index), k_cache, v_cache
 
@@ -144,8 +126,7 @@ def extend(
         carry = (x_RxTxD, cache.k[0], cache.v[0])
         (x_RxTxD, k_0, v_0), _ = jax.lax.scan(lambda c, xs: (layer(*c, *xs, xs[1]), None), carry, xs)
         k_new, v_new = [k_0], [v_0]
-    # Rows with a repeated slot add 0 there.
-    length_B = cache.length_B.at[row_R].add(count_R)
+    length_B = length_R + count_R
     hidden_RxTxD = rms_norm(x_RxTxD, params["norm"], config.norm_epsilon)
     return hidden_RxTxD, Cache(tuple(k_new), tuple(v_new), length_B)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tapo_jax.report.plots import smooth
-from tapo_jax.report.results import PUBLISHED, SEEDS, THRESHOLDS, Result, Sweep
+from tapo_jax.report.results import PUBLISHED, SEEDS, THRESHOLDS, Result, Sweep, assigns_credit
 from tapo_jax.report.statistics import mean_of, student
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
@@ -66,7 +66,7 @@ def claims(sweep: Sweep, step: float) -> list[dict[str, Any]]:
 def is_published(config: Mapping[str, Any]) -> bool:
     """Whether TAPO is on and as published; a field that the config lacks counts as published."""
     same = all(config.get(name, value) == value for name, value in PUBLISHED.items())
-    return same and bool(config.get("tapo.enabled"))
+    return same and assigns_credit(config)
 
 
 def decided(value_N: Sequence[float], *, bound: float = 0.0, above: bool = True, **about: Any) -> dict[str, Any] | None:
@@ -111,7 +111,7 @@ def ablated(
     sweep: Sweep, row: str, reference: str, config: Mapping[str, Any], accuracy: Callable[[Result], float]
 ) -> dict[str, Any] | None:
     """What TAPO as published must beat: itself without support, with exact matches only, and the controls."""
-    control = config.get("tapo.control", "none")
+    control = "gigpo" if config.get("algorithm.credit") == "gigpo" else config.get("tapo.control", "none")
     claim, paper = "", ""
     if config.get("tapo.support") is False:
         claim, paper = "Support helps (TAPO over TAPO without it)", "−4.71 % relative without it"
@@ -174,7 +174,7 @@ def together(claim: str, parts: Sequence[dict[str, Any] | None], paper: str) -> 
 def cost(sweep: Sweep, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """TAPO's share of a step's time, the median over steps: the mean over the rows with TAPO, for each seed."""
     by_seed: dict[int, list[float]] = {}
-    rows = [row for row in configs if configs[row].get("tapo.enabled")]
+    rows = [row for row in configs if assigns_credit(configs[row])]
     for row in rows:
         for seed, result in sweep.results[row].items():
             if result.tapo_share is not None:

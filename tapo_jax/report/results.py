@@ -38,7 +38,7 @@ SEEDS = 3  # that a verdict needs
 POINTS = 40  # of a condensed curve
 # TAPO as published; what the paper leaves open is this project's default.
 PUBLISHED = {
-    "tapo.enabled": True, "tapo.beta": 0.8, "tapo.support": True, "tapo.clip": True, "tapo.control": "none",
+    "algorithm.credit": "tapo", "tapo.beta": 0.8, "tapo.support": True, "tapo.clip": True, "tapo.control": "none",
     "tapo.theta": 0.7, "tapo.cluster": "components", "tapo.cluster_theta": None, "tapo.aggregate": "mean",
     "tapo.scope": "prompt", "tapo.adaptive_theta": False, "tapo.memory_steps": 0, "tapo.alpha_min": 0.25,
     "tapo.text": "dice",
@@ -190,7 +190,7 @@ def _result(folder: Path, row: str, seed: int) -> Result | None:
             return None
     evals = tuple((float(step), float(seconds), float(accuracy)) for step, seconds, accuracy in found["evals"])
     later = later_accuracy(folder, found["config"])
-    return Result(row, seed, evals, found["curves"], found["config"], found["tapo_share"], later)
+    return Result(row, seed, evals, found["curves"], renamed(found["config"]), found["tapo_share"], later)
 
 
 def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int, int] | None:
@@ -214,6 +214,39 @@ def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int,
     return accuracy, *questions, len(found) * sum(questions)
 
 
+# Names that fields had in results that were written before.
+OLD_NAMES = {
+    "data.name": "data.source",
+    "reward_source": "reward.source",
+    "reward.accuracy": "reward.weights.accuracy",
+    "reward.format": "reward.weights.format",
+    "tapo.steps": "tapo.max_tool_steps",
+    "tapo.gigpo_omega": "algorithm.gigpo_omega",
+    "tapo.gigpo_discount": "algorithm.gigpo_discount",
+}
+
+
+def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a flat config with today's names of its fields, in their order."""
+    found = {OLD_NAMES.get(name, name): value for name, value in config.items()}
+    if "tapo.enabled" in found:
+        compared = found.get("tapo.control") == "gigpo"
+        found["tapo.control"] = "none" if compared else found.get("tapo.control", "none")
+        enabled = found.pop("tapo.enabled")
+        found["algorithm.credit"] = ("gigpo" if compared else "tapo") if enabled else "trajectory"
+    return found
+
+
+def assigns_credit(config: Mapping[str, Any]) -> bool:
+    """Return whether a run gave parts of a trajectory different credit."""
+    return config.get("algorithm.credit", "trajectory") != "trajectory"
+
+
+def is_of_credit(name: str) -> bool:
+    """Return whether a field says how credit is assigned."""
+    return name.startswith("tapo.") or name == "algorithm.credit"
+
+
 def bases(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
     """From the rows' flat configs: base[row] is the row with TAPO off that is the same in every field outside of
     tapo.*; reference[row] the row with TAPO on of that family that differs from the others in the fewest fields: the
@@ -224,16 +257,16 @@ def bases(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dic
     families: dict[str, list[str]] = {}
     for row, config in configs.items():
         families.setdefault(
-            json.dumps({k: v for k, v in config.items() if not k.startswith("tapo.") and k != "seed"}, sort_keys=True),
+            json.dumps({k: v for k, v in config.items() if not is_of_credit(k) and k != "seed"}, sort_keys=True),
             [],
         ).append(row)
     for rows in families.values():
-        on = [row for row in rows if configs[row].get("tapo.enabled")]
+        on = [row for row in rows if assigns_credit(configs[row])]
         off = [row for row in rows if row not in on]
         if off:
             base |= {row: off[0] for row in rows if row != off[0]}
         if len(on) > 2:
-            names = {name for row in on for name in configs[row] if name.startswith("tapo.")}
+            names = {name for row in on for name in configs[row] if is_of_credit(name)}
             apart = {
                 row: (
                     sum(configs[row].get(name) != configs[other].get(name) for other in on for name in names),

@@ -89,7 +89,9 @@ def write_truth(paths: Sequence[Path], out: Path) -> str:
     try:
         rows = table(episodes)
     except ValueError as error:
-        raise UserError(f"{error}: `report truth` reads runs with data.name 'atlas', whose facts are known.") from error
+        raise UserError(
+            f"{error}: `report truth` reads runs with data.source 'atlas', whose facts are known."
+        ) from error
     (out / "truth.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     lines = [
         f"{'':<20}{'punished steps of failures':>48}    {'mean advantage, before → after':>32}",

@@ -1,0 +1,9 @@
+"""From prompts to episodes: conversations in KV slots, tools on threads, tokens from the sampler.
+
+What is public is listed in `__init__.pyi` and imported when it is first used. Never imports `tapo_jax.learn`.
+`tapo_jax.rollout.generate.generate` samples from a model without tools.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

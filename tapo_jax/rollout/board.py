@@ -6,19 +6,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tapo_jax.models.inputs import PixelStore, Row, make_row
-from tapo_jax.rollout.chat import Chat
-from tapo_jax.rollout.episode import Conversation, Limits, Opening, open_prompt
-from tapo_jax.rollout.sampler import Sampler
-from tapo_jax.rollout.schedule import Draw, Extension
-from tapo_jax.tools.base import ToolRunner
+from tapo_jax.models.inputs import Row, make_row
+from tapo_jax.rollout.episode import Conversation, Opening, open_prompt
+from tapo_jax.rollout.players import Players
+from tapo_jax.rollout.schedule import Draw, Extension, Needs
 from tapo_jax.types import Episode, Prompt
 
 
 @dataclasses.dataclass
 class Player:
-    """A conversation in its slot. `sent` tokens and `sent_images` images of it are in the cache; the next token is at
-    `position`. row: tokens that wait to be extended; their last one is followed by `row_end`."""
+    """A conversation in its slot.
+
+    sent, sent_images: how many of its tokens and images are in the cache; the next token is at `position`.
+    row: tokens that wait to be added; the position after their last one is `row_end`.
+    """
 
     conversation: Conversation
     episode: int
@@ -30,54 +31,56 @@ class Player:
     row_end: int = 0
     future: concurrent.futures.Future | None = None
 
+    @property
+    def starts(self) -> bool:
+        """Whether its prompt waits to be extended."""
+        return self.row is not None and not self.sent
+
+
+@dataclasses.dataclass
+class Slot:
+    """A slot of this process: who plays in it, and the prompt whose tokens its cache begins with."""
+
+    player: Player | None = None
+    held: int | None = None
+
 
 class Board:
-    """The host's state of one rollout: who plays in which slot, and the episodes that have finished."""
+    """The host's state of one rollout: who plays in which slot, and the episodes that have finished.
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        prompts: Sequence[Prompt],
-        chat: Chat,
-        pixels: PixelStore,
-        runner: ToolRunner,
-        group_size: int,
-        limits: Limits,
-        first_prompt: int,
-        system: str,
-    ):
-        self._sampler, self._prompts, self._chat, self._pixels, self._runner = sampler, prompts, chat, pixels, runner
-        self._group_size, self._limits, self._first_prompt, self._system = group_size, limits, first_prompt, system
+    players: what the rollout is played with.
+    prompts: of this process; each gets `group_size` episodes.
+    first_prompt: the number of prompts[0] among those of all processes.
+    """
+
+    def __init__(self, players: Players, prompts: Sequence[Prompt], group_size: int, first_prompt: int):
+        self._with, self._prompts, self._group_size, self._first_prompt = players, prompts, group_size, first_prompt
         self.episodes: list[Episode | None] = [None] * (len(prompts) * group_size)
         self._next = 0
-        self._opening: tuple[Opening, Row | None, int] | None = (
-            None  # of the prompt that episodes are being started for
-        )
-        self._players: list[Player | None] = [None] * sampler.slots
-        self._held: list[int | None] = [None] * sampler.slots  # the prompt whose tokens each slot's cache begins with
+        self._opened: tuple[int, Opening, Row | None, int] | None = None  # the newest prompt that was opened
+        self._slots = [Slot() for _ in range(players.sampler.slots)]
 
     @property
     def playing(self) -> bool:
-        return any(self._players)
+        return any(slot.player for slot in self._slots)
 
     # Slots.
 
     def fill_slots(self) -> None:
-        """Every free slot takes the next episode."""
-        for slot, player in enumerate(self._players):
-            while player is None and self._next < len(self.episodes):
-                player = self._start(self._next)
+        """Give every free slot the next episode."""
+        for slot in self._slots:
+            while slot.player is None and self._next < len(self.episodes):
+                slot.player = self._start(self._next)
                 self._next += 1
-            self._players[slot] = player
 
     def _start(self, index: int) -> Player | None:
-        """The player of an episode, or None where the episode is over at once."""
+        """Return the player of an episode, or None where the episode is over at once."""
         prompt, sample = divmod(index, self._group_size)
-        if sample == 0:
-            self._opening = self._open(self._prompts[prompt])
-        opening, row, row_end = self._opening
+        if self._opened is None or self._opened[0] != prompt:
+            self._opened = prompt, *self._open(self._prompts[prompt])
+        _, opening, row, row_end = self._opened
         conversation = Conversation(
-            opening, sample, limits=self._limits, chat=self._chat, image_tokens=self._pixels.tokens
+            opening, sample, limits=self._with.limits, chat=self._with.chat, image_tokens=self._with.pixels.tokens
         )
         if conversation.finish is not None:
             self.episodes[index] = conversation.episode()
@@ -85,61 +88,73 @@ class Board:
         return Player(conversation, index, prompt, row=row, row_end=row_end)
 
     def _open(self, prompt: Prompt) -> tuple[Opening, Row | None, int]:
+        """Return a prompt as the policy sees it, its row and where the row ends; no row where it is too long."""
         opening = open_prompt(
             prompt,
-            chat=self._chat,
-            image_tokens=self._pixels.tokens,
-            tools=self._runner.schemas,
-            system=self._system,
+            chat=self._with.chat,
+            image_tokens=self._with.pixels.tokens,
+            tools=self._with.runner.schemas,
+            system=self._with.system,
         )
-        if len(opening.token_T) >= self._limits.max_length:
+        if len(opening.token_T) >= self._with.limits.max_length:
             return opening, None, 0
-        return opening, *make_row(opening.token_T, opening.images, self._sampler.config, self._pixels)
+        return opening, *make_row(opening.token_T, opening.images, self._with.sampler.config, self._with.pixels)
 
-    def needs(self) -> tuple[list[Extension], list[tuple[int, int]], list[Draw]]:
-        """What the slots need in this round: tokens to add, prompts to copy from a slot that has them, turns to
-        write."""
-        extensions, copies, draws = [], [], []
-        starting = {slot for slot, player in enumerate(self._players) if player and player.row and not player.sent}
+    def needs(self) -> Needs:
+        """Return what the slots need in this round."""
+        extensions, copies = self._additions()
+        draws = [
+            self._draw(number, slot.player)
+            for number, slot in enumerate(self._slots)
+            if slot.player is not None and slot.player.future is None
+        ]
+        return Needs(extensions, copies, draws)
+
+    def _additions(self) -> tuple[list[Extension], list[tuple[int, int]]]:
+        """Return the tokens to add, and the prompts to copy from a slot of the same shard that has them."""
+        extensions, copies = [], []
+        starting = {number for number, slot in enumerate(self._slots) if slot.player and slot.player.starts}
         source = {
-            (self._shard(slot), prompt): slot
-            for slot, prompt in enumerate(self._held)
-            if prompt is not None and (slot not in starting or self._players[slot].prompt == prompt)
+            (self._shard(number), slot.held): number
+            for number, slot in enumerate(self._slots)
+            if slot.held is not None and (number not in starting or slot.player.prompt == slot.held)
         }
-        for slot, player in enumerate(self._players):
-            if player is None or player.future is not None:
+        for number, slot in enumerate(self._slots):
+            player = slot.player
+            if player is None or player.future is not None or player.row is None:
                 continue
-            if player.row is not None:
-                here = (self._shard(slot), player.prompt)
-                if slot in starting and here in source:
-                    copies.append((source[here], slot))
-                else:
-                    extensions.append(Extension(slot, player.sent, player.row, fresh=slot in starting))
-                    if slot in starting:
-                        source[here] = slot
-            conversation = player.conversation
-            draws.append(
-                Draw(
-                    slot=slot,
-                    length=player.sent + (len(player.row.token_T) if player.row else 0),
-                    position=player.row_end if player.row else player.position,
-                    allowance=conversation.allowance,
-                    drawn=conversation.turn_tokens,
-                    prompt=self._first_prompt + player.prompt,
-                    sample=conversation.sample,
-                    turn=len(conversation.turns),
-                )
-            )
-        return extensions, copies, draws
+            here = (self._shard(number), player.prompt)
+            if number in starting and here in source:
+                copies.append((source[here], number))
+                continue
+            extensions.append(Extension(number, player.sent, player.row, fresh=number in starting))
+            if number in starting:
+                source[here] = number
+        return extensions, copies
+
+    def _draw(self, number: int, player: Player) -> Draw:
+        conversation = player.conversation
+        return Draw(
+            slot=number,
+            length=player.sent + (len(player.row.token_T) if player.row else 0),
+            position=player.row_end if player.row else player.position,
+            allowance=conversation.allowance,
+            drawn=conversation.turn_tokens,
+            prompt=self._first_prompt + player.prompt,
+            sample=conversation.sample,
+            turn=len(conversation.turns),
+        )
 
     def _shard(self, slot: int) -> int:
-        return slot // self._sampler.slots_per_shard
+        return slot // self._with.sampler.slots_per_shard
 
-    def mark_sent(self, extensions: Sequence[Extension], copies: Sequence[tuple[int, int]]) -> None:
-        for slot in [extension.slot for extension in extensions] + [target for _, target in copies]:
-            player = self._players[slot]
+    def mark_sent(self, needs: Needs) -> None:
+        """Note that the tokens of extensions and copies are in the cache."""
+        for number in [extension.slot for extension in needs.extensions] + [target for _, target in needs.copies]:
+            slot = self._slots[number]
+            player = slot.player
             if not player.sent:
-                self._held[slot] = player.prompt
+                slot.held = player.prompt
             player.sent += len(player.row.token_T)
             player.sent_images = len(player.conversation.images)
             player.position, player.row = player.row_end, None
@@ -147,41 +162,47 @@ class Board:
     # Turns and tools.
 
     def futures(self) -> set[concurrent.futures.Future]:
-        return {player.future for player in self._players if player and player.future}
+        return {slot.player.future for slot in self._slots if slot.player and slot.player.future}
 
     def collect_tools(self, may_take: bool) -> None:
-        """Appends the results that are there, in slot order."""
-        for slot, player in enumerate(self._players):
+        """Append the results that are there, in slot order."""
+        for slot in self._slots:
+            player = slot.player
             if may_take and player and player.future and player.future.done():
                 call, result = player.future.result()
                 player.future = None
                 player.conversation.add_result(call, result)
-                self._after_turn(slot, player)
+                self._after_turn(slot)
 
     def take_turns(self, draws: Sequence[Draw], written: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Appends what was drawn; closes the turns that ended and submits their calls."""
+        """Append what was drawn; close the turns that ended and submit their calls."""
         for drawn, (token_n, logp_n) in zip(draws, written, strict=True):
-            player = self._players[drawn.slot]
+            slot = self._slots[drawn.slot]
+            player = slot.player
             conversation = player.conversation
             conversation.add_sampled(token_n, logp_n)
-            ended = conversation.allowance == 0 or int(token_n[-1]) in self._sampler.stop_ids
+            ended = conversation.allowance == 0 or int(token_n[-1]) in self._with.sampler.stop_ids
             cached = len(token_n) - int(ended)  # the last token of a turn is fed with what follows it
             player.sent += cached
             player.position += cached
             if ended:
                 call = conversation.end_turn()
                 if call is not None:
-                    player.future = self._runner.submit(call, conversation.images)
+                    player.future = self._with.runner.submit(
+                        call, conversation.images, prompt=conversation.opening.prompt
+                    )
                 else:
-                    self._after_turn(drawn.slot, player)
+                    self._after_turn(slot)
 
-    def _after_turn(self, slot: int, player: Player) -> None:
-        """The episode is over, or its new tokens wait for the next round."""
+    def _after_turn(self, slot: Slot) -> None:
+        """Keep an episode that is over; else its new tokens wait for the next round."""
+        player = slot.player
         conversation = player.conversation
         if conversation.finish is not None:
             self.episodes[player.episode] = conversation.episode()
-            self._players[slot] = None
+            slot.player = None
             return
         token_T = np.array(conversation.token[player.sent :], np.int32)
         images = conversation.images[player.sent_images :]
-        player.row, player.row_end = make_row(token_T, images, self._sampler.config, self._pixels, player.position)
+        sampler, pixels = self._with.sampler, self._with.pixels
+        player.row, player.row_end = make_row(token_T, images, sampler.config, pixels, player.position)

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from flax import nnx
 
+from tapo_jax import sharding
 from tapo_jax.models import qwen3_vl
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.inputs import PixelStore, Row, make_row
 from tapo_jax.rollout.sampler import Sampler
-from tapo_jax.rollout.schedule import Draw, Extension, Shapes
+from tapo_jax.rollout.schedule import Draw, Extension, Needs, Sampling, Shapes
 from tapo_jax.types import root_image
 
 
@@ -54,19 +55,9 @@ def generate(
     )
     forbidden_V = np.zeros(config.vocab, bool)
     forbidden_V[[config.image_token, config.video_token, config.vision_start, config.vision_end]] = True
-    sampler = Sampler(
-        model,
-        slots=shapes.slots,
-        capacity=shapes.capacity,
-        chunk=shapes.chunk,
-        image_patches=patches,
-        most_patches=patches,
-        stop_ids=stop_ids,
-        forbidden_V=forbidden_V,
-        shapes=shapes,
-    )
+    sampler = Sampler(model, sharding.one_device(), shapes, stop_ids=stop_ids, forbidden_V=forbidden_V)
     params = nnx.to_pure_dict(nnx.state(model))
-    numbers = {"temperature": temperature, "top_p": top_p, "seed": seed, "step": 0}
+    sampling = Sampling(temperature, top_p, seed)
     written: list[list[int]] = [[] for _ in rows]
     for first in range(0, len(rows), sampler.slots):
         batch = rows[first : first + sampler.slots]
@@ -76,10 +67,10 @@ def generate(
             draws = [
                 _next_draw(slot, first, *batch[slot], len(written[first + slot]), max_new_tokens) for slot in going
             ]
-            plan = sampler.plan(extensions, [], draws, more=True)
+            plan = sampler.plan(Needs(extensions, (), draws), more=True)
             sampler.extend(params, plan, extensions)
             extensions = []
-            for slot, (token_n, _) in zip(going, sampler.decode(params, plan, draws, **numbers).fetch(), strict=True):
+            for slot, (token_n, _) in zip(going, sampler.decode(params, plan, draws, sampling).fetch(), strict=True):
                 written[first + slot].extend(token_n.tolist())
             open_turns = (written[first + slot] for slot in going)
             going = [

@@ -13,86 +13,68 @@ from collections.abc import Sequence
 from typing import Any
 
 from tapo_jax.config import UserError
-from tapo_jax.models.inputs import PixelStore
 from tapo_jax.rollout.board import Board
-from tapo_jax.rollout.chat import Chat
-from tapo_jax.rollout.episode import Limits
-from tapo_jax.rollout.sampler import Chunk, Sampler
+from tapo_jax.rollout.players import Players
+from tapo_jax.rollout.sampler import Chunk
+from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.rollout.summary import summary
-from tapo_jax.tools.base import ToolRunner
 from tapo_jax.types import Episode, Prompt
 
 POLL_S = 0.002
 
 
 def rollout(
-    sampler: Sampler,
-    params: Any,
-    prompts: Sequence[Prompt],
-    *,
-    chat: Chat,
-    pixels: PixelStore,
-    runner: ToolRunner,
-    group_size: int,
-    limits: Limits,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    step: int,
-    tool_wait_s: float = float("inf"),
-    first_prompt: int = 0,
-    system: str = "",
+    players: Players, params: Any, prompts: Sequence[Prompt], group_size: int, sampling: Sampling
 ) -> tuple[list[Episode], dict[str, float]]:
-    """Plays `group_size` episodes of each of this process's prompts. Rewards are left to the caller.
+    """Play `group_size` episodes of each of this process's prompts. Rewards are left to the caller.
 
-    params: the weights, as `nnx.merge` takes them. first_prompt: number of prompts[0] among the prompts of all
-    processes: the random keys come from (seed, step, prompt, sample, turn). tool_wait_s: how long a round waits for
-    tools after its decoding; finite values trade repeatability for never waiting on one slow tool.
-    Returns episodes in prompt-major order (p·G + g) and metrics: means over this process's episodes, and seconds as
-    time/*. Raises UserError where an episode may become longer than a slot.
+    params: the weights, as `nnx.merge` takes them.
+
+    Returns the episodes in prompt-major order (p·G + g) and metrics: means over this process's episodes, and seconds
+    as time/*. Raises UserError where an episode may become longer than a slot.
     """
+    sampler, limits = players.sampler, players.limits
     if limits.max_length > sampler.shapes.capacity:
         raise UserError(
             f"rollout.max_length is {limits.max_length}: a slot of the sampler holds {sampler.shapes.capacity} tokens."
         )
-    board = Board(sampler, prompts, chat, pixels, runner, group_size, limits, first_prompt, system)
+    board = Board(players, prompts, group_size, sampling.first_prompt)
     seconds = {"time/prefill": 0.0, "time/decode": 0.0, "time/tool_wait": 0.0}
     start = time.perf_counter()
     while True:
         board.fill_slots()
-        extensions, copies, draws = board.needs()
-        plan = sampler.plan(extensions, copies, draws, more=board.playing)
+        needs = board.needs()
+        plan = sampler.plan(needs, more=board.playing)
         if not plan.more:
             break
         began = time.perf_counter()
-        sampler.extend(params, plan, extensions)
-        sampler.copy(plan, copies)
+        sampler.extend(params, plan, needs.extensions)
+        sampler.copy(plan, needs.copies)
         sampler.wait()
-        board.mark_sent(extensions, copies)
+        board.mark_sent(needs)
         seconds["time/prefill"] += (decoding := time.perf_counter()) - began
-        chunk = None
-        if plan.decode_rows:
-            chunk = sampler.decode(params, plan, draws, temperature=temperature, top_p=top_p, seed=seed, step=step)
+        chunk = sampler.decode(params, plan, needs.draws, sampling) if plan.decode_rows else None
         board.collect_tools(_while_decoding(board.futures(), chunk))
         written = chunk.fetch() if chunk else []
         seconds["time/decode"] += (decoded := time.perf_counter()) - decoding
-        board.collect_tools(_wait(board.futures(), tool_wait_s, idle=not draws and not extensions))
+        idle = not needs.draws and not needs.extensions
+        board.collect_tools(_wait(board.futures(), players.tool_wait_s, idle=idle))
         seconds["time/tool_wait"] += time.perf_counter() - decoded
-        board.take_turns(draws, written)
+        board.take_turns(needs.draws, written)
     episodes = [episode for episode in board.episodes if episode is not None]
-    return episodes, {**seconds, **summary(episodes, tuple(runner.tools), time.perf_counter() - start)}
+    return episodes, {**seconds, **summary(episodes, tuple(players.runner.tools), time.perf_counter() - start)}
 
 
 def _while_decoding(futures: set[concurrent.futures.Future], chunk: Chunk | None) -> bool:
-    """Waits until all futures are done or the chunk is; True: all futures are done."""
+    """Wait until all futures are done or the chunk is. Return whether all futures are done."""
     while futures and chunk is not None and not chunk.is_ready():
         _, futures = concurrent.futures.wait(futures, timeout=POLL_S)
     return all(future.done() for future in futures)
 
 
 def _wait(futures: set[concurrent.futures.Future], tool_wait_s: float, *, idle: bool) -> bool:
-    """Waits for the tools; where there is nothing else to do at least for the first of them. True: what is done may be
-    taken."""
+    """Wait for the tools; where there is nothing else to do, at least for the first of them. Return True: what is done
+    may be taken."""
     timeout = None if tool_wait_s == float("inf") else tool_wait_s
     _, left = concurrent.futures.wait(futures, timeout=timeout)
     if idle and futures and left == futures:

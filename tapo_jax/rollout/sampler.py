@@ -4,7 +4,6 @@ The host side: which slots a call works on, in which of a few fixed shapes (`sch
 device side is in `slots.py`.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -19,10 +18,11 @@ from tapo_jax import sharding
 from tapo_jax.config import UserError
 from tapo_jax.models import qwen3_vl
 from tapo_jax.models.attention import decodes_in_place
+from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.inputs import model_inputs
 from tapo_jax.rollout import schedule
-from tapo_jax.rollout.schedule import Draw, Extension, Round, Shapes
-from tapo_jax.rollout.slots import SlotState, copy_slots, decode_slots, extend_slots, init_slots
+from tapo_jax.rollout.schedule import Draw, Extension, Needs, Round, Sampling, Shapes
+from tapo_jax.rollout.slots import DrawRequest, DrawRule, SlotState, copy_slots, decode_slots, extend_slots, init_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,146 +58,154 @@ def _this_process(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
     return tuple(np.concatenate(piece) for piece in jax.device_get(pieces))
 
 
+def make_shapes(
+    config: Qwen3VLConfig,
+    mesh: Mesh,
+    *,
+    slots: int,
+    capacity: int,
+    chunk: int,
+    image_patches: int,
+    most_patches: int,
+) -> Shapes:
+    """Return the shapes that the calls of a sampler may have.
+
+    slots: over all devices.
+    capacity: tokens of a slot.
+    chunk: max tokens of a decoding call.
+    image_patches: patches of the largest image (`PixelStore.max_patches`).
+    most_patches: patches of a conversation.
+
+    Raises UserError where the mesh does not divide the slots.
+    """
+    shards = sharding.batch_shards(mesh)
+    if slots % shards:
+        raise UserError(f"rollout.slots is {slots}, split {shards} ways by the mesh: give a multiple of {shards}.")
+    with jax.set_mesh(mesh):
+        in_place = decodes_in_place(kv_heads=config.kv_heads, capacity=capacity, head_dim=config.head_dim)
+    return Shapes.make(
+        slots=slots // shards,
+        capacity=capacity,
+        chunk=chunk,
+        merge=config.vision.merge,
+        image_patches=image_patches,
+        most_patches=most_patches,
+        in_place=in_place,
+    )
+
+
 class Sampler:
     """The slots and the calls on them. Weights are given to every call: they change, the shapes do not.
 
-    model: for its structure, config and dtype; its weights are not kept. slots: over all devices; capacity: places of a
-    slot; chunk: tokens of a decoding call at most; image_patches: patches of the largest image
-    (`PixelStore.max_patches`); most_patches: of a conversation. stop_ids: the tokens that end a turn. forbidden_V:
-    bool, tokens that are never drawn. mesh: None is one device. shapes: the shapes that calls may have; None makes
-    ladders from the arguments above. Raises UserError where the mesh does not divide the slots.
+    model: for its structure, config and dtype; its weights are not kept.
+    mesh: where the calls run.
+    shapes: the shapes that calls may have (`make_shapes`).
+    stop_ids: the tokens that end a turn.
+    forbidden_V: bool, tokens that are never drawn.
     """
 
     def __init__(
         self,
         model: qwen3_vl.Qwen3VL,
+        mesh: Mesh,
+        shapes: Shapes,
         *,
-        slots: int,
-        capacity: int,
-        chunk: int,
-        image_patches: int,
         stop_ids: Sequence[int],
         forbidden_V: np.ndarray,
-        most_patches: int,
-        mesh: Mesh | None = None,
-        shapes: Shapes | None = None,
     ):
-        self.config = model.config
-        self.mesh = mesh
+        self.config, self.mesh, self.shapes = model.config, mesh, shapes
         self.stop_ids = frozenset(stop_ids)
+        self.slots_per_shard = shapes.slots
         self._graphdef = nnx.graphdef(model)
-        self._shards = 1 if mesh is None else sharding.batch_shards(mesh)
-        if slots % self._shards:
-            raise UserError(
-                f"rollout.slots is {slots}, split {self._shards} ways by the mesh: give a multiple of {self._shards}."
-            )
-        self.slots_per_shard = slots // self._shards
-        self._local_shards = 1 if mesh is None else len(sharding.local_rows(mesh, self._shards))
+        self._shards = sharding.batch_shards(mesh)
+        self._local_shards = len(sharding.local_rows(mesh, self._shards))
         self.slots = self.slots_per_shard * self._local_shards  # of this process
-        self.shapes = shapes or Shapes.make(
-            slots=self.slots_per_shard,
-            capacity=capacity,
-            chunk=chunk,
-            merge=self.config.vision.merge,
-            image_patches=image_patches,
-            most_patches=most_patches,
-            in_place=self._in_place(capacity),
-        )
         self._dtype = model.dtype
         self._state: SlotState | None = None
-        self._constants = self._everywhere((np.asarray(forbidden_V, bool), np.array(sorted(self.stop_ids), np.int32)))
-
-    def plan(
-        self, extensions: Sequence[Extension], copies: Sequence[tuple[int, int]], draws: Sequence[Draw], *, more: bool
-    ) -> Round:
-        """The calls of a round; in a pod every process calls this at the same time."""
-        together = self.mesh is not None and self.mesh.is_multi_process
-        return schedule.plan(
-            self.shapes, extensions, copies, draws, more=more, agree=_maximum if together else np.asarray
+        self._constants = sharding.put_replicated(
+            {"forbidden_V": np.asarray(forbidden_V, bool), "stop_E": np.array(sorted(self.stop_ids), np.int32)}, mesh
         )
 
+    def plan(self, needs: Needs, *, more: bool) -> Round:
+        """Return the calls of a round; in a pod every process calls this at the same time."""
+        agree = _maximum if self.mesh.is_multi_process else np.asarray
+        return schedule.plan(self.shapes, needs, more=more, agree=agree)
+
     def extend(self, params: Any, plan: Round, extensions: Sequence[Extension]) -> None:
+        """Add given tokens to slots."""
         waiting = schedule.group(self.shapes, extensions)
         for piece in plan.pieces:
             queue = waiting.pop((piece.length, piece.patches), [])
             index_ZxR = self._place([extension.slot for extension in queue], piece.rows)
             rows = [queue[index].row if index >= 0 else None for index in index_ZxR.flat]
             fields = [(self._inside(extension.slot), extension.before, int(extension.fresh)) for extension in queue]
+            request_ZxRx3 = np.array([*fields, (self.slots_per_shard, 0, 0)], np.int32)[index_ZxR]
             sizes = {"length": piece.length, "patches": piece.patches}
             inputs = model_inputs(rows, **sizes, config=self.config, dtype=self._dtype)
-            with self._on_mesh():
+            with jax.set_mesh(self.mesh):
                 self._state = extend_slots(
                     self._graphdef,
                     params,
                     self._slots(),
                     self._rows(inputs, piece.rows),
-                    self._rows(self._request(fields, index_ZxR, 3), 1),
+                    self._rows(request_ZxRx3, 1),
                     window=piece.window,
                 )
             used = set(index_ZxR.flat)
             waiting[piece.length, piece.patches] = [extension for i, extension in enumerate(queue) if i not in used]
 
     def copy(self, plan: Round, copies: Sequence[tuple[int, int]]) -> None:
-        """Gives each target slot the prompt of its source slot, in the same shard."""
+        """Give each target slot the prompt of its source slot, in the same shard."""
         if plan.copy_rows:
             index_ZxR = self._place([target for _, target in copies], plan.copy_rows)
             fields = [(self._inside(source), self._inside(target)) for source, target in copies]
-            with self._on_mesh():
-                self._state = copy_slots(self._slots(), self._rows(self._request(fields, index_ZxR, 2), 1))
+            request_ZxRx2 = np.array([*fields, [self.slots_per_shard] * 2], np.int32)[index_ZxR]
+            with jax.set_mesh(self.mesh):
+                self._state = copy_slots(self._slots(), self._rows(request_ZxRx2, 1))
 
-    def decode(
-        self, params: Any, plan: Round, draws: Sequence[Draw], *, temperature: float, top_p: float, seed: int, step: int
-    ) -> Chunk:
-        """Starts a chunk and does not wait for it."""
+    def decode(self, params: Any, plan: Round, draws: Sequence[Draw], sampling: Sampling) -> Chunk:
+        """Start a chunk and do not wait for it."""
         index_ZxR = self._place([draw.slot for draw in draws], plan.decode_rows)
-        fields = [(self._inside(draw.slot), *dataclasses.astuple(draw)[1:]) for draw in draws]
-        numbers = (np.array([seed, step], np.int32), np.array([temperature, top_p], np.float32))
-        with self._on_mesh():
+        request = DrawRequest.of(draws, index_ZxR, self.slots_per_shard)
+        numbers = {"seed": np.int32(sampling.seed), "step": np.int32(sampling.step)}
+        numbers |= {"temperature": np.float32(sampling.temperature), "top_p": np.float32(sampling.top_p)}
+        rule = DrawRule(**sharding.put_replicated(numbers, self.mesh), **self._constants)
+        with jax.set_mesh(self.mesh):
             self._state, drawn = decode_slots(
                 self._graphdef,
                 params,
                 self._slots(),
-                self._rows(self._request(fields, index_ZxR, 8), 1),
-                *self._everywhere(numbers),
-                *self._constants,
+                self._rows(request, 1),
+                rule,
                 window=plan.decode_window,
                 chunk=self.shapes.chunk,
             )
         return Chunk(drawn, index_ZxR, len(draws))
 
     def wait(self) -> None:
-        """Until the calls made so far have ended."""
+        """Return when the calls made so far have ended."""
         jax.block_until_ready(self._state)
 
     def release(self) -> None:
-        """Frees the memory of the slots, for the updates between two rollouts. The next call begins with empty ones."""
+        """Free the memory of the slots, for the updates between two rollouts. The next call begins with empty ones."""
         self._state = None
 
     def warm_up(self, params: Any) -> None:
-        """Compiles every call that can occur, by running each on empty rows."""
+        """Compile every call that can occur, by running each on empty rows."""
         for piece in self.shapes.extend_calls():
             self.extend(params, Round(pieces=(piece,)), [])
         for rows in self.shapes.decode_rows:
             self.copy(Round(copy_rows=rows), [])
         for rows, window in self.shapes.decode_calls():
-            plan = Round(decode_rows=rows, decode_window=window)
-            self.decode(params, plan, [], temperature=1.0, top_p=1.0, seed=0, step=0)
+            self.decode(params, Round(decode_rows=rows, decode_window=window), [], Sampling())
         self.wait()
 
     def _slots(self) -> SlotState:
-        """Call inside `_on_mesh`."""
+        """Return the state, made empty where there is none. Call inside `jax.set_mesh`."""
         if self._state is None:
             sizes = (self._shards, self.slots_per_shard, self.shapes.capacity)
             self._state = init_slots(self.config, *sizes, self._dtype)
         return self._state
-
-    def _in_place(self, capacity: int) -> bool:
-        config = self.config
-        with self._on_mesh():
-            return decodes_in_place(kv_heads=config.kv_heads, capacity=capacity, head_dim=config.head_dim)
-
-    def _on_mesh(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _inside(self, slot: int) -> int:
         return slot % self.slots_per_shard
@@ -205,20 +213,9 @@ class Sampler:
     def _place(self, slots: Sequence[int], rows: int) -> np.ndarray:
         return schedule.place(slots, self._local_shards, self.slots_per_shard, rows)
 
-    def _request(self, fields: Sequence[tuple[int, ...]], index_ZxR: np.ndarray, width: int) -> np.ndarray:
-        """int32 [Z, R, width]: the fields of the row's entry; an empty row has slot C (in a copy, twice) and zeros."""
-        empty = [self.slots_per_shard] * 2 if width == 2 else [self.slots_per_shard] + [0] * (width - 1)
-        table = np.array([*fields, empty], np.int32)
-        return table[index_ZxR]
-
     def _rows(self, tree: Any, rows_per_shard: int) -> Any:
-        """Host arrays of this process's rows -> device, split over the row shards."""
-        if self.mesh is None:
-            return jax.device_put(tree)
+        """Put host arrays of this process's rows on the devices, split over the row shards."""
         return sharding.put_rows(tree, self.mesh, self._shards * rows_per_shard)
-
-    def _everywhere(self, tree: Any) -> Any:
-        return jax.device_put(tree) if self.mesh is None else sharding.put_replicated(tree, self.mesh)
 
 
 def _maximum(vector: np.ndarray) -> np.ndarray:

@@ -136,6 +136,33 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the tokens of one rollout are drawn. The random keys come from (seed, step, prompt, sample, turn)."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+    step: int = 0
+    first_prompt: int = 0
+    """The number of this process's first prompt among those of all processes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What the slots of this process need in a round.
+
+    extensions: tokens to add.
+    copies: (source slot, target slot) of one shard: prompts that another slot has.
+    draws: turns to go on writing.
+    """
+
+    extensions: Sequence[Extension] = ()
+    copies: Sequence[tuple[int, int]] = ()
+    draws: Sequence[Draw] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Round:
     """The calls of one round, the same in every process. rows = 0: no such call. more: somebody still has episodes."""
 
@@ -146,17 +173,10 @@ class Round:
     decode_window: int = 0
 
 
-def plan(
-    shapes: Shapes,
-    extensions: Sequence[Extension],
-    copies: Sequence[tuple[int, int]],
-    draws: Sequence[Draw],
-    *,
-    more: bool,
-    agree: Callable[[np.ndarray], np.ndarray],
-) -> Round:
-    """The round of these needs. copies: (source slot, target slot) of one shard. agree: elementwise maximum over
+def plan(shapes: Shapes, needs: Needs, *, more: bool, agree: Callable[[np.ndarray], np.ndarray]) -> Round:
+    """Return the round of these needs. more: whether this process still has episodes. agree: elementwise maximum over
     processes."""
+    extensions, copies, draws = needs.extensions, needs.copies, needs.draws
     slots = shapes.slots
     kinds = [(length, patches) for length in shapes.lengths for patches in shapes.patches_of(length)]
     rows_K, before_K = np.zeros(len(kinds), np.int64), np.zeros(len(kinds), np.int64)

@@ -14,10 +14,12 @@ an empty row, which reads any slot and writes none. N: tokens of a decoding chun
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tapo_jax import sharding
@@ -26,6 +28,7 @@ from tapo_jax.models import qwen3_vl
 from tapo_jax.models.cache import Cache, init_cache
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.rollout.drawing import draw, turn_keys
+from tapo_jax.rollout.schedule import Draw
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +41,57 @@ class SlotState:
     v: tuple[jax.Array, ...]
     hidden_ZxCxD: jax.Array
     prompt_hidden_ZxCxD: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DrawRequest:
+    """A decoding call's rows, int32 [Z, R] each: `schedule.Draw` as arrays. slot_ZxR is the number inside the shard."""
+
+    slot_ZxR: Any
+    length_ZxR: Any
+    position_ZxR: Any
+    allowance_ZxR: Any
+    drawn_ZxR: Any
+    prompt_ZxR: Any
+    sample_ZxR: Any
+    turn_ZxR: Any
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw], index_ZxR: np.ndarray, slots_per_shard: int) -> "DrawRequest":
+        """Gather the draws of a call. index_ZxR: the draw of each row; -1 is an empty row, of slot C and zeros."""
+
+        def column(name: str, empty: int = 0) -> np.ndarray:
+            return np.array([*(getattr(draw, name) for draw in draws), empty], np.int32)[index_ZxR]
+
+        slot_ZxR = np.array([*(draw.slot % slots_per_shard for draw in draws), slots_per_shard], np.int32)[index_ZxR]
+        rest = [field.name for field in dataclasses.fields(Draw) if field.name != "slot"]
+        return cls(slot_ZxR, **{f"{name}_ZxR": column(name) for name in rest})
+
+    @classmethod
+    def abstract(cls, shards: int, rows: int, layout: Any) -> "DrawRequest":
+        """Make a request of shapes, for compiling. layout: the sharding of an array of rows."""
+        shape = jax.ShapeDtypeStruct((shards, rows), jnp.int32, sharding=layout)
+        return cls(*[shape] * len(dataclasses.fields(cls)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DrawRule:
+    """How tokens are drawn, the same in every row.
+
+    seed, step: int32, fixed parts of the random keys.
+    temperature, top_p: float32, as in `drawing.draw`.
+    forbidden_V: bool, tokens that are never drawn.
+    stop_E: int32, tokens that end a turn.
+    """
+
+    seed: Any
+    step: Any
+    temperature: Any
+    top_p: Any
+    forbidden_V: Any
+    stop_E: Any
 
 
 def _pin(state: SlotState) -> SlotState:
@@ -156,32 +210,29 @@ def decode_slots(
     graphdef: Any,
     params: Any,
     state: SlotState,
-    request_ZxRx8: jax.Array,
-    seed_step_2: jax.Array,
-    temperature_top_p_2: jax.Array,
-    forbidden_V: jax.Array,
-    stop_E: jax.Array,
+    request: DrawRequest,
+    rule: DrawRule,
     *,
     window: int,
     chunk: int,
 ) -> tuple[SlotState, tuple[jax.Array, jax.Array, jax.Array]]:
-    """request: slot and the fields of `schedule.Draw` after it. Returns the state and (token_ZxRxN, logp_ZxRxN,
-    count_ZxR)."""
+    """Draw up to `chunk` tokens in every open turn. Return the state and (token_ZxRxN, logp_ZxRxN, count_ZxR)."""
     model = nnx.merge(graphdef, params)
-    slot_ZxR = request_ZxRx8[..., 0]
+    slot_ZxR = request.slot_ZxR
     rows = slot_ZxR.size
-    before_R, position_R, allowance_R, drawn_R, prompt_R, sample_R, turn_R = request_ZxRx8[..., 1:].reshape(rows, 7).T
-    key_R = turn_keys(seed_step_2[0], seed_step_2[1], prompt_R, sample_R, turn_R)
+    flat = jax.tree.map(lambda x_ZxR: x_ZxR.reshape(rows), request)
+    before_R, position_R, allowance_R, drawn_R = flat.length_ZxR, flat.position_ZxR, flat.allowance_ZxR, flat.drawn_ZxR
+    key_R = turn_keys(rule.seed, rule.step, flat.prompt_ZxR, flat.sample_ZxR, flat.turn_ZxR)
 
     def step(carry: tuple) -> tuple:
         i, active_R, cache, hidden_RxD, token_RxN, logp_RxN, count_R = carry
         keys_R = jax.vmap(jax.random.fold_in)(key_R, drawn_R + i)
         logits_RxV = qwen3_vl.logits(model, hidden_RxD)
-        new_R, new_logp_R = draw(logits_RxV, keys_R, temperature_top_p_2[0], temperature_top_p_2[1], forbidden_V)
+        new_R, new_logp_R = draw(logits_RxV, keys_R, rule.temperature, rule.top_p, rule.forbidden_V)
         token_RxN = token_RxN.at[:, i].set(jnp.where(active_R, new_R, 0))
         logp_RxN = logp_RxN.at[:, i].set(jnp.where(active_R, new_logp_R, 0.0))
         count_R += active_R
-        active_R &= (count_R < allowance_R) & ~jnp.any(new_R[:, None] == stop_E[None], axis=1)
+        active_R &= (count_R < allowance_R) & ~jnp.any(new_R[:, None] == rule.stop_E[None], axis=1)
         inputs = ModelInputs(
             token_BxT=new_R[:, None],
             segment_BxT=active_R[:, None].astype(jnp.int32),

@@ -11,7 +11,6 @@ WORKDIR may be OUT. Every file is written whole or not at all. The processes are
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tapo_jax.config import UserError, flat
+from tapo_jax.files import write_whole
 from tapo_jax.report import results
 
 PLACES = ("data.dir", "model.path")  # where something lies is no part of what a run is
@@ -131,8 +131,5 @@ def save_plan(out: Path, rows: Mapping[str, Mapping[str, Any]], names: Sequence[
 
 
 def save(path: Path, value: Any) -> None:
-    """All or nothing: a temporary file is renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, separators=(",", ":")) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON whole or not at all."""
+    write_whole(path, json.dumps(value, separators=(",", ":")) + "\n")

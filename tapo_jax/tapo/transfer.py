@@ -14,11 +14,8 @@ import jax.numpy as jnp
 
 from tapo_jax.tapo import clusters, controls
 from tapo_jax.tapo.encode import Steps
+from tapo_jax.tapo.settings import CLUSTERINGS, PUBLISHED, Settings
 from tapo_jax.tapo.similarity import pairwise_similarity
-
-AGGREGATES = ("mean", "max", "min")
-CLUSTERINGS = {"components": clusters.components, "leader": clusters.leaders}
-SCOPES = ("prompt", "batch")
 
 
 @jax.tree_util.register_dataclass
@@ -44,71 +41,88 @@ class CreditTransfer:
     clusters_P: jax.Array
 
 
-def credit_transfer(
+def transfer_from_similarity(
+    sim_PxSxS: jax.typing.ArrayLike,
+    trajectory_PxS: jax.typing.ArrayLike,
+    valid_PxS: jax.typing.ArrayLike,
+    success_PxG: jax.typing.ArrayLike,
+    advantage_PxG: jax.typing.ArrayLike,
+    settings: Settings = PUBLISHED,
+    *,
+    theta_PxS: jax.typing.ArrayLike | None = None,
+    weight_PxG: jax.typing.ArrayLike | None = None,
+) -> CreditTransfer:
+    """Transfer credit between steps whose pairwise similarities are known.
+
+    Witnesses are the valid steps of successful trajectories, clustered where sim ≥ cluster_theta. With n(C) the
+    successful trajectories that have a member in cluster C (arXiv 2606.05784; the definitions that it leaves open are
+    this project's):
+
+        sup(C) = |n(C)| / (successful trajectories of the group); 1 with support=False
+        Adv(C) = mean (or max, min: `aggregate`) of the advantages of n(C)
+        C*     = argmax_C max_{w in C} sim(O, w); ties go to the larger sup, then to the lower first slot
+        F(O)   = sim(O, C*) · sup(C*) · Adv(C*), 0 where Adv(C*) ≤ 0
+
+    A valid step O of a failing trajectory with adv < 0, sim(O, C*) ≥ theta and sim(O, C*) · sup(C*) ≥ alpha_min gets
+    min(adv + beta · F, 0) (clip=False: without the min). Everything else keeps adv.
+
+    Args:
+        sim_PxSxS: symmetric, 0..1. Thresholds are compared in its type: a float32 similarity of 0.7 passes theta 0.7.
+        trajectory_PxS: int, the slot's rollout 0..G-1; a slot with another number is invalid.
+        valid_PxS: bool, whether the slot holds a step.
+        success_PxG: bool, by the accuracy part of the reward.
+        advantage_PxG: the base algorithm's; the result has its type.
+        settings: TAPO's numbers; text, scope, control and chunks are `transfer`'s.
+        theta_PxS: a threshold for each step in place of settings.theta (`adaptive.py`).
+        weight_PxG: a trajectory counts as this share of one in sup, its advantage times it in Adv (`memory.py`).
+    """
+    return _transfer(
+        jnp.asarray(sim_PxSxS),
+        jnp.asarray(trajectory_PxS),
+        jnp.asarray(valid_PxS),
+        jnp.asarray(success_PxG),
+        jnp.asarray(advantage_PxG),
+        settings,
+        theta_PxS,
+        weight_PxG,
+        questions=1,
+    )
+
+
+def _transfer(
     sim_PxSxS,
     trajectory_PxS,
     valid_PxS,
     success_PxG,
     advantage_PxG,
-    *,
-    theta,
-    alpha_min,
-    beta,
-    cluster="components",
-    cluster_theta=None,
-    aggregate="mean",
-    support=True,
-    clip=True,
-    weight_PxG=None,
-    questions=1,
+    settings: Settings,
+    theta_PxS,
+    weight_PxG,
+    questions: int,
 ) -> CreditTransfer:
-    """Step-level advantages of one batch (arXiv 2606.05784; the definitions that it leaves open are this project's).
+    """As `transfer_from_similarity`.
 
-    sim_PxSxS: symmetric, 0..1. trajectory_PxS: int, the slot's rollout 0..G-1; a slot with another number is invalid.
-    valid_PxS: bool. success_PxG: bool. advantage_PxG: the base algorithm's; the result has its type. Thresholds are
-    compared in sim_PxSxS's type: a float32 similarity of 0.7 passes theta = 0.7.
-
-    Witnesses are the valid steps of successful trajectories, clustered where sim ≥ cluster_theta (None: theta) by
-    "components" or "leader" (`tapo_clusters`). With n(C) the successful trajectories that have a member in C:
-        sup(C) = |n(C)| / (successful trajectories of the group); 1 with support=False
-        Adv(C) = mean (or max, min: `aggregate`) of the advantages of n(C)
-        C*     = argmax_C max_{w in C} sim(O, w); ties go to the larger sup, then to the lower first slot
-        F(O)   = sim(O, C*) · sup(C*) · Adv(C*), 0 where Adv(C*) ≤ 0
-    A valid step O of a failing trajectory with adv < 0, sim(O, C*) ≥ theta and sim(O, C*) · sup(C*) ≥ alpha_min gets
-    min(adv + beta · F, 0) (clip=False: without the min). Everything else keeps adv.
-
-    theta, cluster_theta: numbers, or arrays [P, S] (a threshold for each step's tool).
-    weight_PxG: a trajectory counts as `weight` of one in sup, its advantage times `weight` in Adv (`tapo_memory`).
     questions: G holds the trajectories of this many questions, one after another (scope "batch"): sup(C) then divides
         by the successful trajectories of the questions represented in C.
-
-    Raises ValueError for an unknown cluster or aggregate.
     """
-    if cluster not in CLUSTERINGS or aggregate not in AGGREGATES:
-        known = ", ".join([*CLUSTERINGS, *AGGREGATES])
-        raise ValueError(f"cluster {cluster!r}, aggregate {aggregate!r}; known: {known}")
-    advantage_PxG = jnp.asarray(advantage_PxG)
-    sim_PxSxS = jnp.asarray(sim_PxSxS)
     if not jnp.issubdtype(sim_PxSxS.dtype, jnp.floating):
         sim_PxSxS = sim_PxSxS.astype(advantage_PxG.dtype)
-    success_PxG = jnp.asarray(success_PxG).astype(bool)
-    theta_PxS = _per_step(theta, sim_PxSxS.shape[:2], sim_PxSxS.dtype)
-    if cluster_theta is None:
-        cluster_theta = theta
-    cluster_theta_PxS = _per_step(cluster_theta, sim_PxSxS.shape[:2], sim_PxSxS.dtype)
+    success_PxG = success_PxG.astype(bool)
+    theta_PxS = _per_step(settings.theta if theta_PxS is None else theta_PxS, sim_PxSxS)
+    cluster_theta_PxS = theta_PxS if settings.cluster_theta is None else _per_step(settings.cluster_theta, sim_PxSxS)
 
     own_PxSxG = clusters.membership(trajectory_PxS, success_PxG.shape[1])
-    valid_PxS = jnp.asarray(valid_PxS).astype(bool) & own_PxSxG.any(axis=2)
+    valid_PxS = valid_PxS.astype(bool) & own_PxSxG.any(axis=2)
     successful_PxS = (own_PxSxG & success_PxG[:, None, :]).any(axis=2)
     adv_PxS = jnp.where(own_PxSxG, advantage_PxG[:, None, :], 0).sum(axis=2)
     witness_PxS = valid_PxS & successful_PxS
 
-    label_PxS = CLUSTERINGS[cluster](sim_PxSxS, witness_PxS, cluster_theta_PxS[:, :, None])
+    label_PxS = CLUSTERINGS[settings.cluster](sim_PxSxS, witness_PxS, cluster_theta_PxS[:, :, None])
     in_cluster_PxSxG = _trajectories_of_clusters(label_PxS, witness_PxS, own_PxSxG)
     sup_PxS, cluster_adv_PxS = _support_and_advantage(
-        in_cluster_PxSxG, success_PxG, advantage_PxG, weight_PxG, aggregate, questions
+        in_cluster_PxSxG, success_PxG, advantage_PxG, weight_PxG, settings.aggregate, questions
     )
-    if not support:
+    if not settings.support:
         sup_PxS = jnp.ones_like(sup_PxS)
 
     best_PxS, nearest_PxS = _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS)
@@ -118,9 +132,9 @@ def credit_transfer(
     )
     evidence_PxS = best_PxS.astype(best_sup_PxS.dtype) * best_sup_PxS
     correctable_PxS = found_PxS & ~successful_PxS & (best_PxS >= theta_PxS)
-    corrected_PxS = correctable_PxS & (evidence_PxS >= alpha_min) & (adv_PxS < 0)
-    new_PxS = adv_PxS + beta * jnp.where(star_adv_PxS > 0, evidence_PxS * star_adv_PxS, 0)
-    if clip:
+    corrected_PxS = correctable_PxS & (evidence_PxS >= settings.alpha_min) & (adv_PxS < 0)
+    new_PxS = adv_PxS + settings.beta * jnp.where(star_adv_PxS > 0, evidence_PxS * star_adv_PxS, 0)
+    if settings.clip:
         new_PxS = jnp.minimum(new_PxS, 0)
     leads_PxS = witness_PxS & (label_PxS == jnp.arange(label_PxS.shape[1])[None, :])
     return CreditTransfer(
@@ -135,9 +149,9 @@ def credit_transfer(
     )
 
 
-def _per_step(theta, shape, dtype):
-    theta = jnp.asarray(theta, dtype)
-    return jnp.full(shape, theta) if theta.ndim == 0 else theta
+def _per_step(theta, sim_PxSxS):
+    """A threshold for each step, in the type of the similarities."""
+    return jnp.broadcast_to(jnp.asarray(theta, sim_PxSxS.dtype), sim_PxSxS.shape[:2])
 
 
 def _trajectories_of_clusters(label_PxS, witness_PxS, own_PxSxG):
@@ -192,78 +206,62 @@ def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
     return best_PxS, nearest_PxS.astype(jnp.int32)
 
 
-def transfer_credit(
+def transfer(
     steps: Steps,
-    success_PxG,
-    advantage_PxG,
+    success_PxG: jax.typing.ArrayLike,
+    advantage_PxG: jax.typing.ArrayLike,
+    settings: Settings = PUBLISHED,
     *,
-    theta=0.7,
-    alpha_min=0.25,
-    beta=0.8,
-    cluster="components",
-    cluster_theta=None,
-    aggregate="mean",
-    support=True,
-    clip=True,
-    text="dice",
-    scope="prompt",
-    control="none",
-    key=None,
-    weight_PxG=None,
-    chunks=1,
+    key: jax.Array | None = None,
+    theta_PxS: jax.typing.ArrayLike | None = None,
+    weight_PxG: jax.typing.ArrayLike | None = None,
 ) -> CreditTransfer:
-    """`pairwise_similarity`, then `credit_transfer`: the whole of TAPO from encoded calls to step advantages.
+    """Compare the encoded calls of every group and transfer credit: the whole of TAPO.
 
-    scope: "prompt" (witnesses of the same group) or "batch" (of any group; compares all steps of the batch with each
-        other, so memory grows with (P·S)²; C* and its witness are then numbered p·S + slot).
-    control: "none", or an ablation's control (`tapo_controls`): "shuffled" (the same corrections on randomly chosen
-        failing steps of the group; needs `key`), "zero_tools" (no tool step of a failing trajectory keeps a negative
-        advantage).
-    chunks: prompts are worked on in this many strided parts, one after another (a divisor of P), so that only a part's
-        [P / chunks, S, S] arrays exist at a time. On a mesh, P / chunks must be a multiple of the prompts' shards.
-    The other arguments: `credit_transfer` and `pairwise_similarity`. Raises ValueError for unknown names.
+    Args:
+        steps: from `encode_steps`.
+        success_PxG: bool.
+        advantage_PxG: the base algorithm's.
+        settings: with scope "batch", C* and its witness are numbered p·S + slot.
+        key: PRNG key; needed by the control "shuffled".
+        theta_PxS, weight_PxG: as in `transfer_from_similarity`.
+
+    Raises ValueError for the control "shuffled" without a key.
     """
-    if scope not in SCOPES or control not in controls.CONTROLS:
-        known = ", ".join([*SCOPES, *controls.CONTROLS])
-        raise ValueError(f"scope {scope!r}, control {control!r}; known: {known}")
-    if control == "shuffled" and key is None:
-        raise ValueError("control='shuffled' draws random steps: pass key=jax.random.key(...)")
-    theta_PxS = _per_step(theta, steps.valid_PxS.shape, jnp.float32)
+    if settings.control == "shuffled" and key is None:
+        raise ValueError("tapo.control 'shuffled' draws random steps: pass key=jax.random.key(...)")
+    success_PxG, advantage_PxG = jnp.asarray(success_PxG), jnp.asarray(advantage_PxG)
     P, G = success_PxG.shape
+    theta_PxS = settings.theta if theta_PxS is None else theta_PxS
+    theta_PxS = jnp.broadcast_to(jnp.asarray(theta_PxS, jnp.float32), steps.valid_PxS.shape)
     weight_PxG = jnp.ones((P, G), advantage_PxG.dtype) if weight_PxG is None else weight_PxG
     key_P = jax.random.split(jax.random.key(0) if key is None else key, P)
+    questions = P if settings.scope == "batch" else 1
 
     def work(part):
         steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS, key_P = part
-        sim_PxSxS = pairwise_similarity(steps, text)
-        if control == "shuffled":
+        sim_PxSxS = pairwise_similarity(steps, settings.text)
+        if settings.control == "shuffled":
             failing_PxS = controls.failing_steps(steps.trajectory_PxS, steps.valid_PxS, success_PxG)
             sim_PxSxS = controls.shuffle_rows(key_P, sim_PxSxS, failing_PxS)
-        result = credit_transfer(
+        trajectory_PxS, valid_PxS = jnp.asarray(steps.trajectory_PxS), jnp.asarray(steps.valid_PxS)
+        result = _transfer(
             sim_PxSxS,
-            steps.trajectory_PxS,
-            steps.valid_PxS,
+            trajectory_PxS,
+            valid_PxS,
             success_PxG,
             advantage_PxG,
-            theta=theta_PxS,
-            alpha_min=alpha_min,
-            beta=beta,
-            cluster=cluster,
-            cluster_theta=cluster_theta,
-            aggregate=aggregate,
-            support=support,
-            clip=clip,
-            weight_PxG=weight_PxG,
-            questions=P if scope == "batch" else 1,
+            settings,
+            theta_PxS,
+            weight_PxG,
+            questions,
         )
-        return controls.zero_tools(result, steps, success_PxG) if control == "zero_tools" else result
+        return controls.zero_tools(result, steps, success_PxG) if settings.control == "zero_tools" else result
 
     part = (steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS, key_P)
-    if scope == "batch":
+    if settings.scope == "batch":
         return _unpool(work(_pool(part)), P)
-    if chunks == 1:
-        return work(part)
-    return _chunked(work, part, chunks)
+    return work(part) if settings.chunks == 1 else _chunked(work, part, settings.chunks)
 
 
 def _chunked(work, tree, chunks: int):

@@ -7,19 +7,21 @@ is how TAPO compares two calls: "region" (a box in an image), "image" (a whole i
 
 import collections
 import concurrent.futures
+import dataclasses
 import json
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from tapo_jax.types import Identity, Image, Number, Parameter, Region, Text, ToolCall, ToolResult
+from tapo_jax.types import Identity, Image, Number, Parameter, Prompt, Region, Text, ToolCall, ToolResult
 
 _TYPES = {"string": str, "integer": int, "number": (int, float), "array": list, "boolean": bool, "object": dict}
 
 
 class Tool(Protocol):
-    """name: as the policy writes it. schema: the function in OpenAI form. A call gets checked arguments."""
+    """name: as the policy writes it. schema: the function in OpenAI form. A call gets checked arguments. A tool with
+    `needs_prompt = True` is called with `prompt=` too: what it gives belongs to the question."""
 
     name: str
     schema: dict[str, Any]
@@ -33,6 +35,10 @@ class BadCall(Exception):
     def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind = kind
+
+
+def needs_prompt(tool: Tool) -> bool:
+    return "needs_prompt" in dir(tool) and bool(tool.needs_prompt)
 
 
 def function_schema(
@@ -127,34 +133,45 @@ class ToolRunner:
         self._cache_size, self._lock = cache, threading.Lock()
 
     def submit(
-        self, call: ToolCall, images: Sequence[Image]
+        self, call: ToolCall, images: Sequence[Image], prompt: Prompt | None = None
     ) -> "concurrent.futures.Future[tuple[ToolCall, ToolResult]]":
-        return self._pool.submit(self.run, call, tuple(images))
+        return self._pool.submit(self.run, call, tuple(images), prompt)
 
-    def run(self, call: ToolCall, images: Sequence[Image]) -> tuple[ToolCall, ToolResult]:
-        """The call with its parameters, and its result. Any failure is a result with `error` set."""
+    def run(self, call: ToolCall, images: Sequence[Image], prompt: Prompt | None = None) -> tuple[ToolCall, ToolResult]:
+        """The call with its parameters, and its result. Any failure is a result with `error` set.
+
+        A call of a tool that sees the prompt has the prompt's id among its parameters: two such calls without arguments
+        are the same action for one question, and have nothing in common for two.
+        """
         start = time.monotonic()
         try:
             tool = self._tool(call.name)
             check_arguments(tool.schema, call.arguments, images)
-            call = ToolCall(call.name, call.arguments, call_parameters(tool.schema, call.arguments, images))
-            result = self._cached(tool, call, images)
+            parameters, seen = call_parameters(tool.schema, call.arguments, images), {}
+            if needs_prompt(tool):
+                if prompt is None:
+                    raise BadCall("no_prompt", f"{call.name} works inside of a question only.")
+                parameters, seen = (*parameters, Identity(prompt.id)), {"prompt": prompt}
+            call = ToolCall(call.name, call.arguments, parameters)
+            result = self._cached(tool, call, images, seen)
         except BadCall as error:
             result = ToolResult(text=f"Error: {error}", error=error.kind)
-        return call, ToolResult(result.text, result.images, result.error, time.monotonic() - start)
+        return call, dataclasses.replace(result, seconds=time.monotonic() - start)
 
     def _tool(self, name: str) -> Tool:
         if name not in self.tools:
             raise BadCall("unknown_tool", f"There is no tool of this name: use {', '.join(self.tools)}.")
         return self.tools[name]
 
-    def _cached(self, tool: Tool, call: ToolCall, images: Sequence[Image]) -> ToolResult:
-        key = json.dumps([call.name, call.arguments, [(image.root, image.box) for image in images]], sort_keys=True)
+    def _cached(self, tool: Tool, call: ToolCall, images: Sequence[Image], seen: dict[str, Prompt]) -> ToolResult:
+        ids = [prompt.id for prompt in seen.values()]
+        shown = [(image.root, image.box) for image in images]
+        key = json.dumps([call.name, call.arguments, shown, ids], sort_keys=True)
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        result = self._tries(tool, call, images)
+        result = self._tries(tool, call, images, seen)
         if result.error is None:
             with self._lock:
                 self._cache[key] = result
@@ -162,12 +179,12 @@ class ToolRunner:
                     self._cache.popitem(last=False)
         return result
 
-    def _tries(self, tool: Tool, call: ToolCall, images: Sequence[Image]) -> ToolResult:
+    def _tries(self, tool: Tool, call: ToolCall, images: Sequence[Image], seen: dict[str, Prompt]) -> ToolResult:
         for last in [False] * self._retries + [True]:
             try:
                 if not self._threaded:
-                    return tool(call.arguments, images)
-                return _with_timeout(lambda: tool(call.arguments, images), self._timeout_s)
+                    return tool(call.arguments, images, **seen)
+                return _with_timeout(lambda: tool(call.arguments, images, **seen), self._timeout_s)
             except BadCall:
                 raise
             except TimeoutError:

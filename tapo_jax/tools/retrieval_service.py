@@ -3,29 +3,12 @@ server."""
 
 import http.server
 import json
-import pathlib
 from typing import Any
 
-from tapo_jax.config import UserError
 from tapo_jax.tools.text_search import TextSearch
 
 MAX_BODY = 1 << 20
 MAX_QUERIES = 256
-
-
-def read_corpus(path: str) -> list[str]:
-    """Passages of a JSON-lines file: {"contents": "Title\\ntext"} a line. Raises UserError naming the line that is
-    none."""
-    passages = []
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"--corpus is '{path}', which is no file: give JSON lines with a field \"contents\".")
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            passages.append(str(json.loads(line)["contents"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{path}, line {number}: expected an object with a field "contents".') from error
-    return passages
 
 
 def answer(search: TextSearch, body: Any) -> dict[str, Any]:

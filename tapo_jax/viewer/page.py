@@ -8,7 +8,6 @@ escaped text; everything else in it is a number or a name of our own. Imports no
 import base64
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import jinja2
 
 from tapo_jax import records
+from tapo_jax.files import write_whole
 from tapo_jax.records import RecordedEpisode
 from tapo_jax.viewer.credit_map import SHADES
 from tapo_jax.viewer.views import Group, Views
@@ -37,9 +37,7 @@ def write_page(paths: Sequence[Path], out: Path, *, max_groups: int = MAX_GROUPS
         total += len(found)
         groups += sorted(found, key=lambda group: -sum(turn.corrected for e in group for turn in e.turns))[:share]
     groups.sort(key=lambda group: (group[0].step, group[0].prompt))
-    temporary = out.with_suffix(".tmp")
-    temporary.write_bytes(render(groups, title=out.resolve().parent.name, total=total).encode("utf-8", "replace"))
-    os.replace(temporary, out)
+    write_whole(out, render(groups, title=out.resolve().parent.name, total=total))
 
 
 def render(groups: Sequence[Group], *, title: str, total: int) -> str:

@@ -1,0 +1,82 @@
+"""JSON and JSON-lines files as people write them: a byte-order mark, blank lines and CRLF are fine; what cannot be read
+is one sentence with the file and the line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tapo_jax.config import UserError
+
+_BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value as a sentence shows it: short, on one line, without control characters; a text in quotes, others as
+    JSON."""
+    if isinstance(value, str):
+        text = repr(value) if value.isprintable() else ascii(value)
+    else:
+        try:
+            text = json.dumps(value, default=ascii, skipkeys=True)
+        except (ValueError, RecursionError):
+            text = f"a {type(value).__name__} that nests too deep"
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of each line that is not blank. Lines end at line feeds and nowhere else: U+2028 and
+    its like may stand in a text. Raises UserError."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                _refuse_other_kinds(path, line)
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            where = f"{path}, line {number}"
+            if line.strip():
+                value = parse(_text(line, where), where)
+                if not isinstance(value, dict):
+                    raise UserError(f"{where}: found {shown(value)}; expected a JSON object, {{…}}.")
+                yield number, value
+
+
+def json_file(path: Path) -> Any:
+    """The value of a JSON file. Raises UserError."""
+    data = path.read_bytes()
+    _refuse_other_kinds(path, data)
+    return parse(_text(data.removeprefix(b"\xef\xbb\xbf"), str(path)), str(path))
+
+
+def parse(text: str, where: str) -> Any:
+    """Raises UserError for what is no JSON, nests too deep or has a field twice."""
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{where}: the field '{twice}' stands twice in one object.")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=fields)
+    except RecursionError as error:
+        raise UserError(f"{where}: the JSON is nested too deep.") from error
+    except ValueError as error:
+        raise UserError(f"{where}: found {shown(text.strip(), 40)}, which is no JSON ({error}).") from error
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8.") from error
+
+
+def _refuse_other_kinds(path: Path, data: bytes) -> None:
+    if data[:2] in _BOMS:
+        raise UserError(f"{path} is {_BOMS[data[:2]]}: save it as UTF-8.")
+    if data.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer of git-lfs and not the file: run git lfs pull.")
+    if data.startswith(b"[") and path.suffix == ".jsonl":
+        raise UserError(f"{path} is a JSON list: write one object a line, without the brackets around them.")

@@ -1,0 +1,48 @@
+"""A data set's name -> the questions of one of its splits."""
+
+import os
+from collections.abc import Callable, Sequence
+
+from tapo_jax.config import UserError, check_choice
+from tapo_jax.data import atlas, fvqa, hr_mmsearch, infoseek, jsonl, livevqa, mars, mat_search, mmsearch, simplevqa
+from tapo_jax.data.paths import data_folder
+from tapo_jax.data.recordings import with_recordings
+from tapo_jax.types import Prompt
+
+READERS: dict[str, Callable[[str | os.PathLike, str], Sequence[Prompt]]] = {
+    "atlas": atlas.read,
+    "jsonl": jsonl.JsonlPrompts,
+    "fvqa": fvqa.read,
+    "mars": mars.read,
+    "mmsearch": mmsearch.read,
+    "hr_mmsearch": hr_mmsearch.read,
+    "infoseek": infoseek.read,
+    "simplevqa": simplevqa.read,
+    "livevqa": livevqa.read,
+    "mat_search": mat_search.read,
+}
+# The split that published tables are about.
+BENCHMARK_SPLIT = {
+    "fvqa": "test",
+    "mmsearch": "end2end_image",
+    "hr_mmsearch": "train",
+    "infoseek": "val",
+    "simplevqa": "test_en",
+    "livevqa": "test",
+    "mat_search": "test",
+}
+
+
+def read(name: str, directory: str | os.PathLike, split: str) -> Sequence[Prompt]:
+    """The questions of a split, with random access. Images are decoded when they are looked at.
+
+    Raises UserError for a name, a folder or a split that does not exist, and for a row that does not fit.
+    """
+    check_choice("The data set", name, tuple(READERS))
+    try:
+        prompts = READERS[name](directory, split)
+        if name == "atlas" or os.path.isfile(directory):
+            return prompts
+        return with_recordings(prompts, data_folder(directory), split)
+    except OSError as error:
+        raise UserError(f"The data set {name} in {directory} cannot be read ({error}).") from error

@@ -1,0 +1,25 @@
+"""What a rollout is played with."""
+
+import dataclasses
+
+from tapo_jax.models.inputs import PixelStore
+from tapo_jax.rollout.chat import Chat
+from tapo_jax.rollout.episode import Limits
+from tapo_jax.rollout.sampler import Sampler
+from tapo_jax.tools.base import ToolRunner
+
+
+@dataclasses.dataclass(frozen=True)
+class Players:
+    """All that plays episodes besides the weights. Made once for a run."""
+
+    sampler: Sampler
+    chat: Chat
+    pixels: PixelStore
+    runner: ToolRunner
+    limits: Limits
+    system: str = ""
+    """What the policy is told before everything else."""
+    tool_wait_s: float = float("inf")
+    """Seconds that a round waits for tools after its decoding; finite values trade repeatability for never waiting on
+    one slow tool."""
