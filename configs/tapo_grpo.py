@@ -52,6 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
         slots=64,  # conversations that are played at a time, over all devices
         max_turns=6,
         max_new_tokens=96,  # of one turn
+        max_think_tokens=0,  # of a turn before its thought is closed by force, outside of the loss; 0: no such budget
         max_length=640,  # of a conversation, images and tool responses included
         max_image_tokens=144,  # of all images of a conversation; 0: as many as max_length
         max_pixels=0,  # height · width of an image at most; 0: what the model directory says
@@ -114,6 +115,7 @@ def get_config(arg: str = "") -> ConfigDict:
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
     c.checkpoint = ConfigDict(dict(every=10, keep=2))
+    c.export = ConfigDict(dict(dtype=""))  # of the trained model's files: "float32", "bfloat16"; "": that of model.path
     c.log = ConfigDict(dict(episodes_every=20, tensorboard=True))
     c.eval = ConfigDict(dict(split="held_out", prompts=128, every=0, at_start=True, at_end=True, temperature=1.0))
 

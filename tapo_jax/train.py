@@ -30,7 +30,7 @@ from tapo_jax.learn.checkpoints import Checkpoints
 from tapo_jax.learn.outcomes import CallEncoder, EncodedBatch
 from tapo_jax.learn.state import TrainState, init_state, split_model
 from tapo_jax.metrics import Clock, MetricWriter, compile_count, throughput
-from tapo_jax.models import hf, lora
+from tapo_jax.models import hf, lora, safetensors_files
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.shipped import model_directory
 from tapo_jax.programs import Programs, adaptive_settings, make_encoder, make_optimizer, make_programs
@@ -346,7 +346,8 @@ def leave_results(run: Run, model: nnx.Module, directory: Path) -> None:
         if jax.process_index() == 0:
             lora.save_adapter(model, run.agent.players.sampler.config, run.workdir / "adapter", base=str(directory))
         model = lora.merged(model)
-    hf.save(model, run.agent.players.sampler.config, part, assets=directory)
+    dtype = run.config.export.dtype or safetensors_files.stored_dtype(directory)
+    hf.save(model, run.agent.players.sampler.config, part, dtype=dtype, assets=directory)
     if jax.process_index() > 0:
         return
     shutil.rmtree(export, ignore_errors=True)

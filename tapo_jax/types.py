@@ -134,13 +134,20 @@ class ToolResult:
 
 @dataclasses.dataclass
 class Turn:
-    """One assistant turn: token_T[start:stop] of its episode were written by the policy, the stop token included."""
+    """One assistant turn: token_T[start:stop] of its episode were written by the policy, the stop token included.
+
+    opening: what the chat template wrote before them at the beginning of the turn ("<think>\\n" for thinking models);
+    None: not known. forced: the tokens token_T[forced[0]:forced[1]] inside of the turn closed a thought that was too
+    long; the policy did not write them.
+    """
 
     start: int
     stop: int
     text: str
     call: ToolCall | None = None
     result: ToolResult | None = None
+    opening: str | None = None
+    forced: tuple[int, int] | None = None
 
     @property
     def is_step(self) -> bool:

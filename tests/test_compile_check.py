@@ -12,8 +12,9 @@ import jax
 import pytest
 
 from tapo_jax.bench import model
-from tapo_jax.compile_check import check
+from tapo_jax.compile_check import check, programs
 from tapo_jax.compile_check.programs import Program
+from tapo_jax.config import beside
 from tapo_jax.models import flops
 from tapo_jax.models.image_processor import ImageProcessor
 
@@ -101,6 +102,41 @@ def model_directory(path: Path) -> Path:
     return path
 
 
+def abstract(tmp_path: Path, **changes):
+    """The test config's run on four devices, as shapes."""
+    config = beside(str(ROOT / "configs" / "x"), "tapo_grpo.py")("test")
+    config.model.path = str(model_directory(tmp_path))
+    config.mesh.update(data=1, fsdp=2, tensor=2)
+    config.update_from_flattened_dict(changes)
+    return programs.abstract_run(config, jax.devices()[:4])
+
+
+def test_low_rank_updates_are_checked_as_they_are_trained(tmp_path):
+    """Adam's moments are of the low-rank parameters alone, and the gradient reaches them: the update's program has a
+    product for each of them, which a program without a backward pass has not."""
+    plain = abstract(tmp_path)
+    lora = abstract(tmp_path, **{"model.lora_rank": 4})
+    names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(lora.params)}
+    assert any("q_lora_a" in name for name in names)
+    assert programs.bytes_of_one(lora.opt_state) < 0.2 * programs.bytes_of_one(plain.opt_state)
+    assert programs.bytes_of_one(lora.params) > programs.bytes_of_one(plain.params)
+    shapes = lambda run: programs.train_program(run).lower().as_text().count("dot_general")  # noqa: E731
+    assert shapes(lora) > 1.5 * programs.log_probs_program(lora).lower().as_text().count("dot_general")
+
+
+def test_a_reference_model_is_checked_too(tmp_path):
+    """Its weights stay on the chips in every program, and its log-probabilities are a program of their own."""
+    plain, pulled = abstract(tmp_path), abstract(tmp_path, **{"algorithm.kl_coef": 0.1})
+    held = programs.bytes_of_one(pulled.params)
+    assert not programs.has_reference(plain.config) and programs.has_reference(pulled.config)
+    assert programs.train_program(pulled).beside == held and programs.train_program(plain).beside == 0
+    for name in ("extend", "decode"):
+        found = [programs.PROGRAMS[name](run).beside for run in (plain, pulled)]
+        assert found[1] == found[0] + held, name
+    assert programs.log_probs_program(pulled).beside == held + programs.bytes_of_one(pulled.opt_state)
+    assert "loss/kl" in str(programs.train_program(pulled).lower().out_info[1].keys())
+
+
 @needs_tpu_compiler
 def test_the_programs_of_the_test_config_compile_for_a_tpu(tmp_path):
     """Four v5e chips, two sharing the parameters, two the heads: rows 16 over 2, heads and vocabulary over 2."""
@@ -133,5 +169,5 @@ def test_an_unknown_topology_is_the_users_mistake():
 
 
 def test_an_unknown_program_is_the_users_mistake():
-    with pytest.raises(check.UserError, match="--programs is 'sing': choose one of train, extend, decode"):
+    with pytest.raises(check.UserError, match="--programs is 'sing': choose one of train, log_probs, extend"):
         check.run_check(None, "v5e:2x2", ("sing",))

@@ -176,7 +176,7 @@ def test_assets_are_copied(tmp_path):
     _, model = models("grouped")
     hf.save(model, CONFIGS["grouped"], tmp_path / "out", assets=source)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
+        "config.json", "model.safetensors", "notes.txt", "preprocessor_config.json", "tokenizer.json",
     ]  # fmt: skip
 
 

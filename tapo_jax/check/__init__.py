@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from tapo_jax.config import UserError, flat
 from tapo_jax.check.ranges import FREE, check_fields
+from tapo_jax.config import UserError, flat
 
 
 def check(config: ConfigDict) -> None:

@@ -43,11 +43,15 @@ TAGS = (
     "</answer>",
 )
 TEMPLATE = """\
-{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
+{%- macro show(content) %}
+{%- if content is string %}{{- content }}
+{%- else %}{%- for part in content or () %}{%- if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{%- else %}{{- part.text }}{%- endif %}{%- endfor %}{%- endif %}
+{%- endmacro %}
+{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + show(messages[0].content) + '<|im_end|>\\n' }}{%- endif %}
 {%- if tools %}{{- '<|im_start|>system\\ntools: ' }}{%- for tool in tools %}{{- tool.function.name + ', ' }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}
 {%- for message in messages %}
-{%- if message.role == 'user' or message.role == 'assistant' %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}
-{%- if message.role == 'tool' %}{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}{%- endif %}
+{%- if message.role == 'user' or message.role == 'assistant' %}{{- '<|im_start|>' + message.role + '\\n' + show(message.content) + '<|im_end|>\\n' }}{%- endif %}
+{%- if message.role == 'tool' %}{{- '<|im_start|>user\\n<tool_response>\\n' + show(message.content) + '\\n</tool_response><|im_end|>\\n' }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """  # noqa: E501

@@ -111,8 +111,9 @@ def abstract_model(model_config: Qwen3VLConfig, model: ConfigDict) -> Qwen3VL:
 def image_patches(config: ConfigDict, model_config: Qwen3VLConfig) -> int:
     """Patches of the largest image that the image processor lets through."""
     processor = ImageProcessor.from_dir(config.model.path) if config.model.path else ImageProcessor()
-    bound = config.rollout.max_pixels or processor.max_pixels
-    return min(processor.max_pixels, bound) // model_config.vision.patch**2
+    if config.rollout.max_pixels:
+        processor = processor.limited(config.rollout.max_pixels)
+    return processor.max_patches
 
 
 def placed(tree: Any, shardings: Any) -> Any:

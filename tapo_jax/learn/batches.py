@@ -54,6 +54,8 @@ def check_episode(episode: Episode, config: Qwen3VLConfig) -> None:
     written_T = np.zeros(count, bool)
     for turn in episode.turns:
         written_T[turn.start : turn.stop] = True
+        if turn.forced is not None:
+            written_T[slice(*turn.forced)] = False
     starts = np.array(episode.image_start, np.int64)
     problems = {
         "mask_T or sampler_logp_T has another length than token_T": not count

@@ -64,8 +64,14 @@ class Qwen3VLConfig:
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "Qwen3VLConfig":
         """From the dictionary of a config.json. Raises ValueError naming what this family does not cover."""
-        if raw["model_type"] != "qwen3_vl":
-            raise ValueError(f'model_type is "{raw["model_type"]}", expected "qwen3_vl"')
+        _check_family(raw)
+        try:
+            return cls._from_fields(raw)
+        except KeyError as error:
+            raise ValueError(f"config.json has no field {error}") from error
+
+    @classmethod
+    def _from_fields(cls, raw: dict[str, Any]) -> "Qwen3VLConfig":
         text, vision = raw["text_config"], raw["vision_config"]
         _expect(text, "text_config", "hidden_act", ACTIVATIONS["text"])
         _expect(vision, "vision_config", "hidden_act", ACTIVATIONS["vision"])
@@ -150,6 +156,19 @@ class Qwen3VLConfig:
                 "rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta},
             },
         }
+
+
+def _check_family(raw: dict[str, Any]) -> None:
+    """Raises ValueError for a mixture of experts, quantised weights and other families."""
+    kind, text = raw.get("model_type"), raw.get("text_config") or {}
+    if "moe" in str(kind) or text.get("num_experts") or text.get("num_local_experts"):
+        raise ValueError(f'model_type "{kind}" is a mixture of experts; dense models only')
+    if kind != "qwen3_vl":
+        raise ValueError(f'model_type is "{kind}", expected "qwen3_vl"')
+    quantised = raw.get("quantization_config") or text.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise ValueError(f'the weights are quantised (quantization_config, "{method}"); full-precision weights only')
 
 
 def _expect(raw: dict[str, Any], section: str, name: str, value: Any) -> None:

@@ -5,7 +5,6 @@ parameter's part besides what its devices hold. Saving goes tensor by tensor.
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -15,22 +14,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from tapo_jax import sharding
-from tapo_jax.models import parameters, safetensors_files
+from tapo_jax.models import model_files, parameters, safetensors_files
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.qwen3_vl import Qwen3VL
-
-ASSETS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 _TEXT, _VISION = "model.language_model", "model.visual"
 _TOP = {
@@ -106,12 +92,13 @@ def load(
     """The model of a directory (config.json and *.safetensors), on `mesh` by the rules of `sharding`, or on one device.
 
     dtype: of the parameters; compute_dtype: of the computation, the same where it is None.
-    Raises FileNotFoundError, or ValueError naming a tensor that is missing, has no place, or has the wrong shape.
+    Raises FileNotFoundError, ValueError naming a tensor that is missing, has no place, or has the wrong shape, or
+    UserError naming a file that is missing, cut or only a pointer.
     """
     path = Path(path)
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} has no config.json")
-    config = Qwen3VLConfig.from_hf(json.loads((path / "config.json").read_text()))
+    config = Qwen3VLConfig.from_hf(model_files.read_json(path / "config.json"))
     tensors = safetensors_files.open_all(path)
     table = parameters.specs(config)
     _check(tensors, table, config)
@@ -159,7 +146,8 @@ def save(
 
     A model with low-rank parameters has to be merged first (`lora.merged`): ValueError.
     shard_bytes: a larger model is written in several files with an index.
-    assets: a model directory whose tokenizer, chat template and preprocessor files are copied along.
+    assets: the model directory that this one began from: all its files besides the weights are copied along (tokenizer,
+    templates, image processor, generation config, licence), and fields of its config.json that are not read here stay.
     Every process of a run must call it; the first one writes.
     """
     if model.lora_rank is not None:
@@ -183,11 +171,24 @@ def save(
         return
     path.mkdir(parents=True, exist_ok=True)
     safetensors_files.write_all(path, shapes, out, read, shard_bytes=shard_bytes)
-    raw = config.to_hf() | {"dtype": str(out)}
+    began_from = Path(assets) if assets is not None and Path(assets) != path else None
+    raw = _config_json(config, str(out), began_from)
     (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    for name in ASSETS if assets is not None and Path(assets) != path else ():
-        if (Path(assets) / name).exists():
-            shutil.copy(Path(assets) / name, path / name)
+    if began_from is not None:
+        model_files.copy_assets(began_from, path)
+
+
+def _config_json(config: Qwen3VLConfig, dtype: str, began_from: Path | None) -> dict:
+    """The fields of the file it began from where that describes the same model; `dtype` replaces what stands there."""
+    raw = config.to_hf()
+    if began_from is not None and (began_from / "config.json").is_file():
+        there = model_files.read_json(began_from / "config.json")
+        if there.get("model_type") == raw["model_type"] and Qwen3VLConfig.from_hf(there) == config:
+            raw = there
+    for part in (raw, raw["text_config"], raw["vision_config"]):
+        if part.pop("torch_dtype", None) or "dtype" in part:
+            part["dtype"] = dtype
+    return raw | {"dtype": dtype}
 
 
 def _check(tensors: dict[str, np.ndarray], table: dict, config: Qwen3VLConfig) -> None:

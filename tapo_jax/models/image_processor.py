@@ -1,12 +1,15 @@
 """From an image's pixels to the flattened patches that the vision tower reads. numpy and Pillow only."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from tapo_jax.config import UserError
+from tapo_jax.models.model_files import read_json
 
 MAX_ASPECT = 200
 
@@ -27,12 +30,17 @@ class ImageProcessor:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "ImageProcessor":
-        """Of a model directory. Raises FileNotFoundError without preprocessor_config.json."""
-        file = Path(path) / "preprocessor_config.json"
-        if not file.exists():
-            raise FileNotFoundError(f"{path} has no preprocessor_config.json")
-        raw = json.loads(file.read_text())
+        """Of a model directory: from processor_config.json as transformers 5 writes it, or from
+        preprocessor_config.json. Raises FileNotFoundError without either, UserError where a field is missing."""
+        file, raw = _read(Path(path))
         size = raw.get("size") or {}
+        needed = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
+        missing = [name for name in needed if name not in raw]
+        for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if not raw.get(bound) and edge not in size:
+                missing.append(f"size.{edge}")
+        if missing:
+            raise UserError(f"{file} has no {missing[0]}: give the file of a Qwen3-VL model.")
         return cls(
             patch=raw["patch_size"],
             merge=raw["merge_size"],
@@ -44,6 +52,30 @@ class ImageProcessor:
             rescale=raw.get("rescale_factor", 1 / 255),
             resample=raw.get("resample", Image.Resampling.BICUBIC),
         )
+
+    @property
+    def block(self) -> int:
+        """The side of an image token in pixels."""
+        return self.patch * self.merge
+
+    @property
+    def max_patches(self) -> int:
+        """Patches of the largest image: max_pixels is met in whole blocks."""
+        return self.max_pixels // self.block**2 * self.merge**2
+
+    def limited(self, max_pixels: int) -> "ImageProcessor":
+        """The same for images of at most max_pixels, rounded down to whole blocks of block². Never more than before.
+
+        Raises UserError where that is less than the smallest image of the model, min_pixels.
+        """
+        most = min(max_pixels, self.max_pixels) // self.block**2 * self.block**2
+        if most < self.min_pixels or most == 0:
+            least = -(-max(self.min_pixels, 1) // self.block**2) * self.block**2
+            raise UserError(
+                f"rollout.max_pixels is {max_pixels}, which is {most} in blocks of {self.block} x {self.block} pixels: "
+                f"the model's images have at least {least}."
+            )
+        return dataclasses.replace(self, max_pixels=most)
 
     def to_hf(self) -> dict:
         """The dictionary of a preprocessor_config.json that transformers and `from_dir` read."""
@@ -68,11 +100,13 @@ class ImageProcessor:
         """Height and width after resizing: multiples of patch · merge, about the same aspect, within the pixel bounds.
 
         The bound on the number of pixels wins over the aspect; neither side gets below one block.
-        Raises ValueError for an image more than 200 times as long as wide.
+        Raises ValueError for an image more than 200 times as long as wide, or without pixels.
         """
+        if min(height, width) < 1:
+            raise ValueError(f"an image of {height} x {width} has no pixels")
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise ValueError(f"an image of {height} x {width} is more than {MAX_ASPECT} times as long as wide")
-        block = self.patch * self.merge
+        block = self.block
         # Python's round: half to even, as in the published processor.
         tall, wide = round(height / block) * block, round(width / block) * block
         if tall * wide > self.max_pixels:
@@ -107,3 +141,15 @@ class ImageProcessor:
         patches = normal_HxWx3.reshape(block_shape).transpose(0, 3, 1, 4, 6, 2, 5)
         frames = np.repeat(patches[:, :, :, :, :, None], self.temporal, axis=5)
         return np.ascontiguousarray(frames.reshape(rows * columns, -1)), (1, rows, columns)
+
+
+def _read(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that holds the image processor, and its fields. As in transformers, the newer file goes first."""
+    new, old = directory / "processor_config.json", directory / "preprocessor_config.json"
+    if new.is_file():
+        raw = read_json(new).get("image_processor")
+        if isinstance(raw, dict):
+            return new, raw
+    if not old.is_file():
+        raise FileNotFoundError(f"{directory} has no preprocessor_config.json and no image_processor in {new.name}")
+    return old, read_json(old)

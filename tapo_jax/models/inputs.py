@@ -1,12 +1,13 @@
 """Conversations -> arrays of a few fixed shapes, in numpy. The sampler's extensions and the trainer's batches are
 filled by the same function, so that both read the same ids, positions and patches.
 
-Shapes come from ladders of allowed sizes (buckets): after every rung has been seen once nothing compiles again.
+Shapes come from lists of allowed sizes (buckets): after each has been seen once nothing compiles again.
 """
 
 import collections
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,12 +19,12 @@ from tapo_jax.models.positions import rope_positions, vision_inputs
 from tapo_jax.types import Image
 
 
-def bucket(size: int, rungs: Sequence[int]) -> int:
-    """The smallest rung that holds `size`. Raises ValueError where none does."""
-    for rung in rungs:
-        if size <= rung:
-            return rung
-    raise ValueError(f"size {size} is larger than the largest bucket of {tuple(rungs)}")
+def bucket(size: int, buckets: Sequence[int]) -> int:
+    """Return the smallest of ascending sizes that holds `size`. Raises ValueError where none does."""
+    for allowed in buckets:
+        if size <= allowed:
+            return allowed
+    raise ValueError(f"size {size} is larger than the largest bucket of {tuple(buckets)}")
 
 
 def most_patches(max_image_tokens: int, max_length: int, merge: int) -> int:
@@ -63,14 +64,22 @@ class PixelStore:
     @property
     def max_patches(self) -> int:
         """Patches of the largest image."""
-        return self.processor.max_pixels // self.processor.patch**2
+        return self.processor.max_patches
 
     def tokens(self, image: Image) -> int:
         """Placeholders of an image, without processing it."""
         return self.processor.tokens(self.grid(image))
 
     def grid(self, image: Image) -> tuple[int, int, int]:
-        return self.processor.grid(*image.pixels.shape[:2])
+        """Raises ValueError for an image too long for the bound on pixels: its short side cannot get below one
+        block."""
+        height, width = image.pixels.shape[:2]
+        grid = self.processor.grid(height, width)
+        if math.prod(grid) > self.max_patches:
+            raise ValueError(
+                f"an image of {height} x {width} is too long for a bound of {self.processor.max_pixels} pixels"
+            )
+        return grid
 
 
 def _salt(shape: tuple[int, ...]) -> bytes:

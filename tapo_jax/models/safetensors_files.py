@@ -1,12 +1,17 @@
 """Reading and writing *.safetensors as memory maps: one tensor at a time, any slice of it, bfloat16 included."""
 
+import collections
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from tapo_jax.config import UserError
+from tapo_jax.models.model_files import check_no_pointer, read_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -14,6 +19,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 SHARD_BYTES = 5 * 10**9
 
 
@@ -21,30 +27,69 @@ def open_all(directory: Path) -> dict[str, np.ndarray]:
     """Every tensor of a directory's safetensors files by name, as read-only memory maps: nothing is read yet.
 
     A `model.safetensors.index.json` says which files belong to the model; without it all *.safetensors do.
-    Raises FileNotFoundError where there is no file, ValueError for a dtype that is no float.
+    Raises FileNotFoundError where there is no file, ValueError for a dtype that is no float, UserError naming a file
+    that is missing, cut or only a pointer.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [directory / name for name in names]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
+    files = _files(directory)
     if not files:
-        raise FileNotFoundError(f"{directory} has no *.safetensors file")
+        raise FileNotFoundError(f"{directory} has no *.safetensors file (other weight files are not read)")
     return {name: tensor for file in files for name, tensor in _open(file).items()}
 
 
+def stored_dtype(directory: Path) -> str:
+    """The dtype that most bytes of a directory's weights have: "bfloat16" for a published model."""
+    sizes = collections.Counter()
+    for tensor in open_all(directory).values():
+        sizes[tensor.dtype.name] += tensor.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files of the model. Raises UserError naming the first one that is not there."""
+    index = directory / "model.safetensors.index.json"
+    found = sorted(file.name for file in directory.glob("*.safetensors"))
+    if index.exists():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise UserError(f"{index} has no weight_map: download it again.")
+        names = sorted(set(where.values()))
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{index} names a file outside of its folder: download it again.")
+    else:
+        counts = {match[1]: int(match[2]) for name in found if (match := _SHARD.fullmatch(name))}
+        names = [f"{stem}-{i:05d}-of-{n:05d}.safetensors" for stem, n in counts.items() for i in range(1, n + 1)]
+        names += [name for name in found if not _SHARD.fullmatch(name)]
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise UserError(
+            f"The model directory {directory} lacks {missing[0]} ({len(missing)} of {len(names)} files of weights are "
+            "missing): finish its download."
+        )
+    return [directory / name for name in names]
+
+
 def _open(file: Path) -> dict[str, np.ndarray]:
+    check_no_pointer(file)
+    length = file.stat().st_size
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    data = np.memmap(file, np.uint8, mode="r", offset=8 + size)
+        text = stream.read(size) if length >= 8 + size else b""
+    try:
+        header = json.loads(text)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = 8 + size + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is cut or is no safetensors file ({length} bytes): download it again.") from error
+    if length < end:
+        raise UserError(f"{file} is cut: it has {length} bytes and its header speaks of {end}: download it again.")
+    data = np.memmap(file, np.uint8, mode="r", offset=8 + size) if length > 8 + size else np.zeros(0, np.uint8)
     tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+    for name, entry in entries.items():
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f'{file.name}: tensor "{name}" has dtype {entry["dtype"]}, expected one of {list(DTYPES)}')
+            raise ValueError(
+                f'{file.name}: tensor "{name}" has dtype {entry["dtype"]}, expected one of {list(DTYPES)} '
+                "(quantised weights are not read)"
+            )
         start, stop = entry["data_offsets"]
         tensors[name] = data[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tapo_jax.config import UserError
+from tapo_jax.models.model_files import check_no_pointer
 
 DIRECTORY = Path(__file__).parents[1] / "cold_start" / "atlas_tiny"
 
@@ -19,9 +20,13 @@ def model_directory(path: str, shape: str = "") -> Path:
         raise UserError(
             f"model.path is '{directory}', which is no directory: give a model directory in Hugging Face form."
         )
-    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
-        if not (directory / name).is_file():
+    for names in (("config.json",), ("tokenizer.json",), ("preprocessor_config.json", "processor_config.json")):
+        there = [directory / name for name in names if (directory / name).is_file()]
+        if not there:
             raise UserError(
-                f"The model directory {directory} has no {name}: give a complete directory in Hugging Face form."
+                f"The model directory {directory} has no {' or '.join(names)}: "
+                "give a complete directory in Hugging Face form."
             )
+        for file in there:
+            check_no_pointer(file)
     return directory

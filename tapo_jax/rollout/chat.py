@@ -4,119 +4,99 @@ Text that comes from outside (questions, passages, tool results) can never becom
 ("<|image_pad|>" in a retrieved page), a space is put into it before encoding.
 """
 
-import dataclasses
-import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2.sandbox
 import numpy as np
 from tokenizers import Tokenizer
 
 from tapo_jax.config import UserError
-from tapo_jax.types import ToolCall
+from tapo_jax.models import chat_template
+from tapo_jax.models.chat_template import ChatTemplate
+from tapo_jax.models.model_files import check_no_pointer
+from tapo_jax.rollout.turns import SURROGATE, ParsedTurn, parse_turn
+from tapo_jax.types import Image
 
+__all__ = ["IMAGE_MARK", "Chat", "ParsedTurn", "parse_turn"]
+
+IMAGE_MARK = "<image>"  # where a question wants an image to stand
 _ASSISTANT = "\x01assistant\x01"  # marks the policy's turn while the template's text around it is measured
-_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_WHOLE = re.compile(
-    r"\s*<think>(?:(?!</?think>).)*</think>\s*(?:<tool_call>(?:(?!<tool_call>).)*</tool_call>|<answer>(?:(?!<answer>).)*</answer>)\s*",
-    re.DOTALL,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class ParsedTurn:
-    """What a turn asks for: a call, an answer, or an error that the policy can read. format_ok: exactly
-    `<think>…</think>` followed by one `<tool_call>…</tool_call>` with a readable call or one `<answer>…</answer>`."""
-
-    think: str = ""
-    call: ToolCall | None = None
-    answer: str | None = None
-    error: str | None = None
-    format_ok: bool = False
-
-
-def parse_turn(text: str) -> ParsedTurn:
-    """Reads one assistant turn, its stop token already removed. Never raises: the text is the policy's."""
-    think = _THINK.search(text)
-    said = {"think": think.group(1).strip() if think else "", "format_ok": _WHOLE.fullmatch(text) is not None}
-    rest = _THINK.sub("", text)
-    calls, answers = _CALL.findall(rest), _ANSWER.findall(rest)
-    if len(calls) + len(answers) > 1:
-        said["format_ok"] = False
-        return ParsedTurn(**said, error="Write one <tool_call> or one <answer> in a turn, not several.")
-    if answers:
-        return ParsedTurn(**said, answer=answers[0].strip())
-    if calls:
-        call, error = _parse_call(calls[0])
-        said["format_ok"] &= error is None
-        return ParsedTurn(**said, call=call, error=error)
-    said["format_ok"] = False
-    if "<tool_call>" in rest:
-        return ParsedTurn(**said, error="The <tool_call> is not closed by </tool_call>.")
-    return ParsedTurn(**said)
-
-
-def _parse_call(body: str) -> tuple[ToolCall | None, str | None]:
-    try:
-        value = json.loads(body)
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return None, "The tool call has half of a surrogate pair (\\ud800 to \\udfff), which is no character."
-    except (ValueError, RecursionError) as error:
-        return None, f"The tool call is not valid JSON: {str(error)[:120]}."
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None, 'A tool call is a JSON object with the fields "name" and "arguments".'
-    arguments = value.get("arguments", {})
-    if not isinstance(arguments, dict):
-        return None, '"arguments" must be a JSON object.'
-    return ToolCall(value["name"], arguments), None
+_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_HEADER = "<|im_start|>assistant\n"
 
 
 class Chat:
     """The tokenizer and the chat template of a model directory.
 
-    Raises UserError where the directory lacks a tokenizer, a template or one of the tokens that the conversation needs.
+    template: one template, or several by name. stop_ids: tokens that end a turn besides <|im_end|>.
+    opening: what the template itself writes at the beginning of the policy's turn; thinking models open a thought there
+    ("<think>\\n").
+    Raises UserError where the template cannot be used, or where the tokenizer lacks one of the tokens that the
+    conversation needs.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | Mapping[str, str],
+        *,
+        stop_ids: Sequence[int] = (),
+        special_tokens: Mapping[str, str] | None = None,
+    ):
         self.tokenizer = tokenizer
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = _tojson
-        self._template = environment.from_string(template)
+        named = {chat_template.DEFAULT: template} if isinstance(template, str) else template
+        self._template = ChatTemplate(named, special_tokens)
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         self._control = re.compile("|".join(re.escape(text) for text in sorted(added, key=len, reverse=True)))
         self.image_token = self._id("<|image_pad|>")
         self.vision_start, self.vision_end = self._id("<|vision_start|>"), self._id("<|vision_end|>")
-        self.stop_ids = (self._id("<|im_end|>"),)
+        self.stop_ids = tuple(dict.fromkeys((self._id("<|im_end|>"), *stop_ids)))
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.opening = self._opening()
+        # What closes a thought that is too long; the policy reads it as if it had written it.
+        self.end_of_thought = self._encode("\n</think>\n\n", ())
 
     @classmethod
     def from_dir(cls, path: str | pathlib.Path) -> "Chat":
+        """Of a model directory: tokenizer.json, the chat template wherever it lies, and the stop tokens of
+        generation_config.json."""
         path = pathlib.Path(path)
-        if not (path / "tokenizer.json").is_file():
+        file = path / "tokenizer.json"
+        if not file.is_file():
             raise UserError(
-                f"The model directory {path} has no tokenizer.json: give a complete Hugging Face directory."
+                f"The model directory {path} has no tokenizer.json: give a complete Hugging Face directory "
+                "(vocab.json and merges.txt alone are not read; AutoTokenizer's save_pretrained writes tokenizer.json)."
             )
-        standalone = path / "chat_template.jinja"
-        if standalone.is_file():
-            template = standalone.read_text()
-        else:
-            config = path / "tokenizer_config.json"
-            template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
-        if not template:
+        templates = chat_template.read_templates(path)
+        if not templates:
             raise UserError(f"The model directory {path} has no chat template: add chat_template.jinja.")
-        return cls(Tokenizer.from_file(str(path / "tokenizer.json")), template)
+        check_no_pointer(file)
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{file} cannot be read ({error}): copy or download it again.") from error
+        return cls(
+            tokenizer,
+            templates,
+            stop_ids=chat_template.read_stop_ids(path),
+            special_tokens=chat_template.read_special_tokens(path),
+        )
 
     def _id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
         if found is None:
             raise UserError(f"The tokenizer has no token {token}: a Qwen-VL tokenizer is needed.")
         return found
+
+    def _opening(self) -> str:
+        """Also renders a tool's response once, so that a template that cannot is found before anything is played."""
+        self.tool_response_ids("", ())
+        question = [{"role": "user", "content": "?"}]
+        before = self._template.render(question, add_generation_prompt=False)
+        turn = self._template.render(question, add_generation_prompt=True).removeprefix(before)
+        return turn.partition(_HEADER)[2]
 
     def forbidden_V(self, vocab: int) -> np.ndarray:
         """bool [vocab]: the ids that the policy may not write: vision tokens, and rows of the embedding without a
@@ -136,8 +116,9 @@ class Chat:
         return forbidden_V
 
     def clean(self, text: str) -> str:
-        """The same text with every control token broken by a space."""
-        return self._control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)
+        """The same text with every control token broken by a space, and halves of surrogate pairs replaced."""
+        whole = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+        return self._control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", whole)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -145,27 +126,45 @@ class Chat:
     def prompt_ids(
         self, question: str, image_tokens: Sequence[int], tools: Sequence[dict[str, Any]], system: str = ""
     ) -> list[int]:
-        """System turn with the tools, the user's turn (images first) and the opening of the assistant's turn.
+        """System turn with the tools, the user's turn and the opening of the assistant's turn.
 
-        image_tokens: the number of placeholders of each image.
+        image_tokens: the number of placeholders of each image. A question that holds exactly as many `<image>` marks
+        as there are images has each image where its mark stands; otherwise the images come first.
         """
         messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": _markers(image_tokens) + self.clean(question)})
-        return self._encode(self._render(messages, tools, generate=True), image_tokens)
+        messages.append({"role": "user", "content": self._question(question, len(image_tokens))})
+        rendered = self._template.render(messages, tools, add_generation_prompt=True, with_tools=bool(tools))
+        return self._encode(rendered, image_tokens)
 
-    def tool_response_ids(self, text: str, image_tokens: Sequence[int]) -> list[int]:
-        """All that follows the policy's own stop token up to where it writes again."""
+    def _question(self, question: str, images: int) -> str:
+        if images and question.count(IMAGE_MARK) == images:
+            return _IMAGE.join(self.clean(text) for text in question.split(IMAGE_MARK))
+        return _IMAGE * images + self.clean(question)
+
+    def tool_response_ids(self, text: str, image_tokens: Sequence[int], parts: Sequence[str | Image] = ()) -> list[int]:
+        """All that follows the policy's own stop token up to where it writes again.
+
+        parts: text and images in the order in which they are shown; without them the images come before the text.
+        """
+        content = self._parts(parts) if parts else _IMAGE * len(image_tokens) + self.clean(text)
         messages = [
             {"role": "user", "content": ""},
             {"role": "assistant", "content": _ASSISTANT},
-            {"role": "tool", "content": _markers(image_tokens) + self.clean(text)},
+            {"role": "tool", "content": content},
         ]
-        rendered = self._render(messages, (), generate=True)
-        after = rendered[rendered.index(_ASSISTANT) + len(_ASSISTANT) :]
+        rendered = self._template.render(messages, add_generation_prompt=True)
+        after = rendered.partition(_ASSISTANT)[2]
         return self._encode(after.removeprefix("<|im_end|>"), image_tokens)
 
-    def _render(self, messages: list[dict], tools: Sequence[dict], *, generate: bool) -> str:
-        return self._template.render(messages=messages, tools=list(tools) or None, add_generation_prompt=generate)
+    def _parts(self, parts: Sequence[str | Image]) -> str:
+        """Neighbouring texts are joined before they are cleaned: two halves of a control token are none."""
+        texts = [""]
+        for part in parts:
+            if isinstance(part, str):
+                texts[-1] += part
+            else:
+                texts.append("")
+        return _IMAGE.join(self.clean(text) for text in texts)
 
     def _encode(self, text: str, image_tokens: Sequence[int]) -> list[int]:
         counts = iter(image_tokens)
@@ -173,12 +172,3 @@ class Chat:
         for token in self.tokenizer.encode(text, add_special_tokens=False).ids:
             ids.extend([token] * next(counts) if token == self.image_token else [token])
         return ids
-
-
-def _markers(image_tokens: Sequence[int]) -> str:
-    return "<|vision_start|><|image_pad|><|vision_end|>" * len(image_tokens)
-
-
-def _tojson(value: Any, **options: Any) -> str:
-    """Plain JSON, as the published templates expect it (jinja's own filter escapes for HTML)."""
-    return json.dumps(value, ensure_ascii=False, **options)

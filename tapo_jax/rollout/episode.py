@@ -18,12 +18,14 @@ from tapo_jax.types import Episode, Image, Prompt, ToolCall, ToolResult, Turn, r
 class Limits:
     """Budgets. max_turns: assistant turns of an episode; max_new_tokens: tokens of one turn, its stop token included;
     max_length: tokens of the whole episode, prompt and tool responses included; max_image_tokens: those of its images
-    among them, None: as many as max_length."""
+    among them, None: as many as max_length; max_think_tokens: tokens of a turn before its thought is closed by force,
+    None: as many as max_new_tokens."""
 
     max_turns: int
     max_new_tokens: int
     max_length: int
     max_image_tokens: int | None = None
+    max_think_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,9 @@ def open_prompt(
     return Opening(prompt, np.array(ids, np.int32), images, counts)
 
 
+_TAG_TOKENS = 16  # more than "<think>" or "</think>" can be, spelt letter by letter
+
+
 class Conversation:
     """One episode while it is played.
 
@@ -72,40 +77,80 @@ class Conversation:
         self._mask: list[bool] = []
         self._logp: list[float] = []
         self._turn_start = 0
+        self._forced: tuple[int, int] | None = None  # tokens of the open turn that closed its thought
+        self._thought_over = True  # nobody has to watch the thought of the open turn
         self._image_count = 0
         if self._fits(opening.token_T, opening.image_tokens):
             self._append(opening.token_T.tolist(), opening.images, opening.image_tokens)
-            self._turn_start = len(self.token)
+            self._begin_turn()
         else:
             self.finish = "length"  # no room for one token: an episode of no turns, which the sampler never sees
 
     @property
     def turn_tokens(self) -> int:
-        """Tokens that the policy wrote in the turn that is open."""
+        """Tokens of the turn that is open: what the policy wrote, and what closed its thought by force."""
         return len(self.token) - self._turn_start
 
     @property
     def allowance(self) -> int:
-        """Tokens that the open turn may still get."""
+        """Tokens that the open turn may still get before the conversation looks at it again; 0: the turn is over. While
+        a thought has a budget these are at most what is left of it."""
+        if self._thought_over:
+            return self._left
+        return min(self._left, self.limits.max_think_tokens - self.turn_tokens)
+
+    @property
+    def _left(self) -> int:
         return min(self.limits.max_new_tokens - self.turn_tokens, self.limits.max_length - len(self.token))
 
     def add_sampled(self, token_N: Sequence[int], logp_N: Sequence[float]) -> None:
-        """Tokens of the open turn as the sampler drew them, the stop token included, with their log-probabilities."""
+        """Tokens of the open turn as the sampler drew them, the stop token included, with their log-probabilities.
+
+        Where they spend the budget of an open thought, the tokens that close it are appended too, outside of the mask:
+        then `token` has grown by more than what was drawn, and the next draw has to follow all of it.
+        """
         self.token.extend(int(token) for token in token_N)
         self._logp.extend(float(logp) for logp in logp_N)
         self._mask.extend([True] * len(token_N))
+        if not self._thought_over:
+            self._watch_thought(len(token_N))
+
+    def _begin_turn(self) -> None:
+        self._turn_start, self._forced = len(self.token), None
+        self._thought_over = self.limits.max_think_tokens is None or "</think>" in self._chat.opening
+
+    def _watch_thought(self, drawn: int) -> None:
+        """Ends the watch where the thought is closed or was never opened, and closes one whose budget is spent. Only
+        the first and the last tokens are decoded, so that a long thought costs no more than a short one."""
+        start, chat = self._turn_start, self._chat
+        head = (chat.opening + chat.decode(self.token[start : start + _TAG_TOKENS])).lstrip()
+        opened = head.startswith("<think>")
+        closed = "</think>" in chat.decode(self.token[max(start, len(self.token) - drawn - _TAG_TOKENS) :])
+        spent = self.turn_tokens >= self.limits.max_think_tokens
+        stopped = self.token[-1] in chat.stop_ids
+        self._thought_over = closed or stopped or spent or not (opened or "<think>".startswith(head))
+        if opened and spent and not closed and not stopped and self._left > len(chat.end_of_thought):
+            self._forced = (len(self.token), len(self.token) + len(chat.end_of_thought))
+            self._append(chat.end_of_thought, (), ())
 
     def end_turn(self) -> ToolCall | None:
         """Closes the turn. Returns the call to execute, or None: then the episode has finished or a response was
         appended."""
         stopped = self.token[-1] in self._chat.stop_ids
         written = self.token[self._turn_start : len(self.token) - int(stopped)]
-        turn = Turn(start=self._turn_start, stop=len(self.token), text=self._chat.decode(written))
+        opening = self._chat.opening
+        turn = Turn(
+            start=self._turn_start,
+            stop=len(self.token),
+            text=self._chat.decode(written),
+            opening=opening,
+            forced=self._forced,
+        )
         self.turns.append(turn)
         if not stopped:
             self.finish = "length"
             return None
-        parsed = parse_turn(turn.text)
+        parsed = parse_turn(opening + turn.text)
         turn.call = parsed.call
         if parsed.answer is not None:
             self.answer = parsed.answer
@@ -129,12 +174,12 @@ class Conversation:
             result, counts = ToolResult(text=f"Error: {error}.", error="bad_image", seconds=result.seconds), []
         self.turns[-1].call = call
         self.turns[-1].result = result
-        response = self._chat.tool_response_ids(result.text, counts)
+        response = self._chat.tool_response_ids(result.text, counts, result.parts)
         if not self._fits(response, counts):
             self.finish = "length"
             return
         self._append(response, result.images, counts)
-        self._turn_start = len(self.token)
+        self._begin_turn()
 
     def _fits(self, tokens: Sequence[int], counts: Sequence[int]) -> bool:
         """Whether tokens that the policy did not write, `counts` of them of images, leave room for one that it does."""

@@ -1,0 +1,139 @@
+"""What one assistant turn says: a thought, then a call or an answer. Nothing here raises: the text is the policy's."""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+from tapo_jax.types import ToolCall
+
+MAX_DEPTH = 32  # of the arguments of a call; deeper ones break what records and compares them
+MAX_DIGITS = 300  # of a number; a float holds 308
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: no character, and no encoder takes it
+_TAG = re.compile(r"<(think|tool_call|answer)>")
+_WHOLE = re.compile(
+    r"\s*<think>(?:(?!</?think>).)*</think>\s*(?:<tool_call>(?:(?!<tool_call>).)*</tool_call>|<answer>(?:(?!<answer>).)*</answer>)\s*",
+    re.DOTALL,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedTurn:
+    """What a turn asks for: a call, an answer, or an error that the policy can read. format_ok: exactly
+    `<think>…</think>` followed by one `<tool_call>…</tool_call>` with a readable call or one `<answer>…</answer>`."""
+
+    think: str = ""
+    call: ToolCall | None = None
+    answer: str | None = None
+    error: str | None = None
+    format_ok: bool = False
+
+
+def parse_turn(text: str, opening: str | None = None) -> ParsedTurn:
+    """Reads one assistant turn, its stop token already removed.
+
+    opening: what the chat template wrote at the beginning of the turn (`Chat.opening`); thinking models open the
+    thought there. None: not known, then a turn whose first tag closes a thought had it opened.
+    Calls and answers inside of a thought are only mentioned: they count for nothing.
+    """
+    text = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+    if opening is None:
+        opening = "<think>" if _closes_first(text) else ""
+    text = opening + text
+    parts, unclosed = _parts(text)
+    calls = [body for kind, body in parts if kind == "tool_call"]
+    answers = [body for kind, body in parts if kind == "answer"]
+    think = next((body.strip() for kind, body in parts if kind == "think"), "")
+    if "think" in unclosed:
+        return ParsedTurn(think=think, error="The thought is not closed by </think>: close it, then call or answer.")
+    if len(calls) + len(answers) > 1:
+        return ParsedTurn(think=think, error="Write one <tool_call> or one <answer> in a turn, not several.")
+    format_ok = _WHOLE.fullmatch(text) is not None
+    if answers:
+        return ParsedTurn(think=think, answer=answers[0].strip(), format_ok=format_ok)
+    if calls:
+        call, error = _parse_call(calls[0])
+        return ParsedTurn(think=think, call=call, error=error, format_ok=format_ok and error is None)
+    if "tool_call" in unclosed:
+        return ParsedTurn(think=think, error="The <tool_call> is not closed by </tool_call>.")
+    return ParsedTurn(think=think)
+
+
+def _parts(text: str) -> tuple[list[tuple[str, str]], set[str]]:
+    """(kind, body) of the tags from left to right, what is inside of one left alone, and the kinds of which one is
+    never closed. In time proportional to the text, whatever it is."""
+    parts, unclosed, at = [], set(), 0
+    while tag := _TAG.search(text, at):
+        kind = tag[1]
+        stop = -1 if kind in unclosed else text.find(f"</{kind}>", tag.end())
+        if stop >= 0:
+            parts.append((kind, text[tag.end() : stop]))
+            at = stop + len(kind) + 3
+            continue
+        unclosed.add(kind)
+        if kind == "think":
+            break  # all that follows is inside of the thought
+        at = tag.end()
+    return parts, unclosed
+
+
+def _closes_first(text: str) -> bool:
+    """Whether the first of the thought's tags is the closing one, and does not only stand inside of a call's or an
+    answer's text."""
+    close = text.find("</think>")
+    if close < 0 or "<think>" in text[:close]:
+        return False
+    inside = any(
+        text.rfind(f"<{kind}>", 0, close) > text.rfind(f"</{kind}>", 0, close) for kind in ("tool_call", "answer")
+    )
+    return not inside or "<tool_call>" in text[close:] or "<answer>" in text[close:]
+
+
+def _parse_call(body: str) -> tuple[ToolCall | None, str | None]:
+    try:
+        value = json.loads(body, parse_constant=_refuse, parse_int=_integer, parse_float=_float)
+        if _deep(value):
+            return None, f"The tool call is nested deeper than {MAX_DEPTH} levels."
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return None, "The tool call has half of a surrogate pair (\\ud800 to \\udfff), which is no character."
+    except (ValueError, RecursionError) as error:
+        return None, f"The tool call is not valid JSON: {str(error)[:120]}."
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None, 'A tool call is a JSON object with the fields "name" and "arguments".'
+    arguments = value.get("arguments", {})
+    if not isinstance(arguments, dict):
+        return None, '"arguments" must be a JSON object.'
+    return ToolCall(value["name"], arguments), None
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits is too large")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _deep(value: Any) -> bool:
+    """Whether lists and objects lie deeper in each other than MAX_DEPTH. No recursion: the depth is the policy's."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, list | dict)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
