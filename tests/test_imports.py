@@ -140,6 +140,7 @@ def test_only_the_wiring_and_whole_programs_know_the_config():
     """A config is an `ml_collections.ConfigDict`; packages take plain arguments. Programs of their own read one too."""
     programs = {
         "bench/model_jax.py",
+        "check/__init__.py",
         "cold_start/sft.py",
         "compile_check/check.py",
         "compile_check/programs.py",
