@@ -5,6 +5,8 @@ from ml_collections import ConfigDict
 from tapo_jax.check.ranges import FREE, check_fields
 from tapo_jax.config import UserError, flat
 
+__all__ = ["check", "check_rows"]
+
 
 def check(config: ConfigDict) -> None:
     """Check everything about an RL config that can be wrong without looking at a device or a file. Raises UserError."""
