@@ -114,7 +114,7 @@ MAY_IMPORT = {
     "models": VOCABULARY | {"sharding"},
     "tools": VOCABULARY,
     "atlas": VOCABULARY | {"tools"},
-    "data": VOCABULARY | {"atlas", "models", "rewards", "tools"},
+    "data": VOCABULARY | {"atlas", "models", "records", "rewards", "tools"},
     "rollout": VOCABULARY | {"models", "sharding", "tools"},
     "learn": VOCABULARY | {"models", "processes", "sharding", "tapo"},
     "rewards": {"config", "rollout", "types"},
