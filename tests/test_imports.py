@@ -118,10 +118,10 @@ MAY_IMPORT = {
     "rollout": VOCABULARY | {"models", "sharding", "tools"},
     "learn": VOCABULARY | {"models", "processes", "sharding", "tapo"},
     "rewards": {"config", "rollout", "types"},
-    "records": {"types"},
+    "records": {"config", "types"},
     "lab": {"config", "learn", "records", "report", "tapo"},
     "report": {"atlas", "config", "records", "types", "viewer"},
-    "viewer": {"records", "rollout"},
+    "viewer": {"config", "records", "rollout"},
     "sweep": {"config", "processes", "records", "report"},
 }
 

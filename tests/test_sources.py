@@ -196,3 +196,13 @@ def test_no_character_of_a_passage_ends_a_line(tmp_path):
     lines = "\n\n".join(json.dumps({"contents": text}, ensure_ascii=False) for text in texts)
     (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n")
     assert read_corpus(str(tmp_path / "c.jsonl")) == texts
+
+
+def test_a_package_that_an_own_module_lacks_is_named(tmp_path, monkeypatch):
+    (tmp_path / "own_questions.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="own_questions imports no_such_package, which is not installed here"):
+        sources._function("data.source", "own_questions:prompts")
+    for path in ("nowhere.at_all:prompts", "no_module:prompts", "json:nothing", ":prompts"):
+        with pytest.raises(UserError, match="there is no function of this name to import"):
+            sources._function("data.source", path)

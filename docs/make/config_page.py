@@ -37,7 +37,7 @@ SECTIONS = {
 }
 
 MEANINGS = {
-    "seed": "seed of everything random: the order of questions, the tokens drawn, controls",
+    "seed": "seed of everything random: the order of questions, the tokens drawn, controls; from 0 to 2³¹ − 1",
     "total_steps": "training steps: one step is one batch of rollouts and `train.updates_per_batch` updates",
     "data.extra": "free fields for your own function of questions",
     "tools.extra": "free fields for your own function of tools",

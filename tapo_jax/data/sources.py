@@ -111,7 +111,13 @@ def _function(field: str, path: str) -> Callable:
     module, _, name = path.partition(":")
     try:
         return vars(importlib.import_module(module))[name]
-    except (ImportError, KeyError) as error:
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"{field} is '{path}', and {module} imports {error.name}, which is not installed here: install it."
+            ) from error
+        raise UserError(f"{field} is '{path}', and there is no function of this name to import.") from error
+    except (ImportError, KeyError, ValueError) as error:
         raise UserError(f"{field} is '{path}', and there is no function of this name to import.") from error
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tapo_jax.config import UserError, flat
-from tapo_jax.records import read_metrics
+from tapo_jax.records import read_json, read_metrics
 from tapo_jax.report.statistics import mean_of, student
 
 CURVES = (
@@ -35,6 +35,7 @@ CURVES = (
 )
 AT = "_at_"  # as in tapo/correctable_actions_at_0.7
 MIN_SEEDS = 3  # for a verdict
+AGAIN = "remove it, and launch/sweep.py does the run again"
 POINTS = 40  # of a condensed curve
 # TAPO as published; what the paper leaves open is this project's default.
 PUBLISHED = {
@@ -89,7 +90,7 @@ def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
     """
     lines = read_metrics(workdir / "metrics.jsonl")
     path = workdir / "config.json"
-    config = flat(json.loads(path.read_text())) if path.exists() else {}
+    config = flat(read_json(path, way="remove it, or give a run that is whole")) if path.exists() else {}
     usual = [line["time/step"] for line in lines if line.get("time/step") and not line.get("perf/compiles")]
     seconds, evals = 0.0, []
     for line in lines:
@@ -131,13 +132,12 @@ def load(directory: Path) -> Sweep:
     """Raises UserError where no run has finished."""
     results: dict[str, dict[int, Result]] = {}
     failed, unfinished = [], []
-    folders = sorted(path for path in directory.glob("*/seed_*") if path.is_dir())
+    folders = sorted(path for path in directory.glob("*/seed_*") if path.is_dir() and path.name[5:].isdigit())
     for folder in folders:
         row, seed = folder.parent.name, int(folder.name.removeprefix("seed_"))
         if (folder / "failed.json").exists():
-            failed.append(
-                (row, seed, str(json.loads((folder / "failed.json").read_text()).get("error", "no reason given")))
-            )
+            why = read_json(folder / "failed.json", way=AGAIN).get("error", "no reason given")
+            failed.append((row, seed, str(why)))
         elif (found := _result(folder, row, seed)) is not None:
             results.setdefault(row, {})[seed] = found
         else:
@@ -147,7 +147,7 @@ def load(directory: Path) -> Sweep:
             f"{directory} holds no finished run: a sweep's folder has ROW/seed_N/result.json for every run."
         )
     plan = directory / "sweep.json"
-    given = json.loads(plan.read_text()) if plan.exists() else {}
+    given = read_plan(plan)
     seen = {(row, seed) for row, seed, _ in failed} | {(row, seed) for row in results for seed in results[row]}
     wanted = [(row, seed) for row, seeds in given.get("seeds", {}).items() for seed in seeds]
     unfinished = list(dict.fromkeys([*unfinished, *(run for run in wanted if run not in seen)]))
@@ -158,6 +158,17 @@ def load(directory: Path) -> Sweep:
     for pairs, name in ((base, "base"), (reference, "reference")):
         pairs |= {row: other for row, other in given.get(name, {}).items() if row in results and other in results}
     return Sweep(with_later(results, base), failed, unfinished, base, reference)
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Read a sweep.json; {} where there is none. Raises UserError for one that is damaged."""
+    way = "remove it, and the rows are shown in the order of their names"
+    plan = read_json(path, way=way) if path.exists() else {}
+    kinds = {"rows": list, "seeds": dict, "base": dict, "reference": dict}
+    for name, kind in kinds.items():
+        if not isinstance(plan.get(name, kind()), kind):
+            raise UserError(f"{path} is damaged ({name} is {plan[name]!r:.40}): {way}.")
+    return plan
 
 
 def with_later(results: Mapping[str, Mapping[int, Result]], base: Mapping[str, str]) -> dict[str, dict[int, Result]]:
@@ -180,22 +191,31 @@ def with_later(results: Mapping[str, Mapping[int, Result]], base: Mapping[str, s
 
 def _result(folder: Path, row: str, seed: int) -> Result | None:
     if (folder / "result.json").exists():
-        found = json.loads((folder / "result.json").read_text())
+        path = folder / "result.json"
+        found = read_json(path, way=AGAIN, needs=("evals", "curves", "config", "tapo_share"))
     else:
+        path = folder / "metrics.jsonl"
         try:
             found = condense(folder, row, seed)
         except UserError:
             return None
-    evals = tuple((float(step), float(seconds), float(accuracy)) for step, seconds, accuracy in found["evals"])
+    try:
+        evals = tuple((float(step), float(seconds), float(accuracy)) for step, seconds, accuracy in found["evals"])
+        config = renamed(found["config"])
+        if not evals or not isinstance(found["curves"], dict):
+            raise ValueError("it has no evaluations or no curves")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): {AGAIN}.") from error
     later = later_accuracy(folder, found["config"])
-    return Result(row, seed, evals, found["curves"], renamed(found["config"]), found["tapo_share"], later)
+    return Result(row, seed, evals, found["curves"], config, found["tapo_share"], later)
 
 
 def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int, int] | None:
     """`Result.later`, from the evaluations in folder/eval*. Raises UserError for one that is not like the run's own, or
     has another number of questions than the others."""
     paths = sorted(folder.glob("eval*/export.json"))
-    found = [json.loads(path.read_text()) for path in paths]
+    needs = ("split", "temperature", "metrics")
+    found = [read_json(path, way="remove it, or evaluate again", needs=needs) for path in paths]
     for path, evaluation in zip(paths, found, strict=True):
         for name in ("split", "temperature"):
             if evaluation[name] != config.get(f"eval.{name}", evaluation[name]):
