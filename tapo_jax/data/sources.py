@@ -75,7 +75,9 @@ def tools(config: Any) -> list[Tool]:
     made = {tool.name: tool for tool in found}
     if config.tools.endpoint:
         c = config.tools
-        remote = RemoteTextSearch(c.endpoint, top_k=c.text_top_k, budget=c.text_budget, timeout_s=c.timeout_s)
+        remote = RemoteTextSearch(
+            c.endpoint, top_k=c.text_top_k, budget=c.text_budget, timeout_s=c.timeout_s, retries=c.retries
+        )
         made[remote.name] = remote
     for name in config.tools.names:
         if name not in made:
