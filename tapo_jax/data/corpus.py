@@ -54,7 +54,7 @@ def _file(path: str) -> Path:
 
 def _passage(row: Row) -> str:
     contents = row.optional("contents")
-    if contents is None and isinstance(row.optional("text"), str):
+    if contents is None and "title" in row.values and isinstance(row.optional("text"), str):
         title = row.optional("title")
         if title is not None and not isinstance(title, str):
             raise row.bad("title", "a text")

@@ -13,9 +13,11 @@ from typing import Any
 
 from tapo_jax.tools.base import BadCall
 from tapo_jax.tools.http_client import Client
+from tapo_jax.tools.search_store import Asked, Kept
 from tapo_jax.tools.text_search import SCHEMA, list_passages
 from tapo_jax.types import Image, ToolResult
 
+BACKEND = "search-r1"
 KEY = "TAPO_SEARCH_KEY"  # the environment variable of the service's key, if it has one
 
 
@@ -23,19 +25,38 @@ class RemoteTextSearch:
     """Asks the service at `endpoint` for top_k passages, and cuts them to `budget` characters in all.
 
     timeout_s: of a call in all; the client ends a little before the tool runner would. retries: further tries.
+    kept: a cache or a recording, around the request. endpoint "" is for a replay, which asks nobody.
     """
 
     name = "text_search_tool"
     schema = SCHEMA
 
-    def __init__(self, endpoint: str, *, top_k: int, budget: int, timeout_s: float, retries: int = 1):
-        self._client = Client(endpoint, timeout_s=0.9 * timeout_s, retries=retries, key=os.environ.get(KEY, ""))
-        self._top_k, self._budget = top_k, budget
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        top_k: int,
+        budget: int,
+        timeout_s: float,
+        retries: int = 1,
+        kept: Kept | None = None,
+    ):
+        key = os.environ.get(KEY, "")
+        self._client = Client(endpoint, timeout_s=0.9 * timeout_s, retries=retries, key=key) if endpoint else None
+        self._endpoint = self._client.endpoint if self._client else ""
+        self._top_k, self._budget, self._kept = top_k, budget, kept or Kept()
 
     def __call__(self, arguments: dict[str, Any], images: Sequence[Image]) -> ToolResult:
-        body = {"queries": [normalised(arguments["query"])], "topk": self._top_k, "return_scores": True}
+        query = normalised(arguments["query"])
+        asked = Asked(BACKEND, self._endpoint, query, self._top_k, self._budget)
+        return ToolResult(text=self._kept.text(asked, lambda: self._search(query)))
+
+    def _search(self, query: str) -> str:
+        if self._client is None:
+            raise BadCall("service", "There is no search service.")
+        body = {"queries": [query], "topk": self._top_k, "return_scores": True}
         found = passages_of(self._client.post("/retrieve", body))[: self._top_k]
-        return ToolResult(text=list_passages(found, self._budget))
+        return list_passages(found, self._budget)
 
 
 def normalised(query: str) -> str:
