@@ -19,6 +19,7 @@ from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.inputs import PixelStore, most_patches
 from tapo_jax.models.qwen3_vl import Qwen3VL
+from tapo_jax.rewards.pool import ScorePool
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits
 from tapo_jax.rollout.players import Players
@@ -27,6 +28,8 @@ from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
 from tapo_jax.tools.base import Tool, ToolRunner
 from tapo_jax.types import Episode, Prompt
+
+SCORE_WORKERS = 64  # threads that score episodes, which mostly wait for a judge
 
 
 def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL, Qwen3VLConfig]:
@@ -63,12 +66,16 @@ class Agent:
 
         Returns them and the rollout's metrics. In a pod every process calls this together.
         """
-        episodes, metrics = rollout(self.players, params, prompts, group_size, sampling)
-        self.players.sampler.release()
+        pool = ScorePool(self.score, SCORE_WORKERS)
+        try:
+            episodes, metrics = rollout(self.players, params, prompts, group_size, sampling, pool.submit)
+            self.players.sampler.release()
+            pool.wait(episodes)
+        finally:
+            pool.close()
         for episode in episodes:
-            episode.rewards = self.score(episode)
             episode.reward = rewards.total(episode.rewards, self.weights)
-        return episodes, metrics
+        return episodes, metrics | {"time/reward": pool.waited_s}
 
 
 def sampler_shapes(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh, image_patches: int) -> Shapes:

@@ -10,10 +10,10 @@ from tapo_jax import check, evaluate, records, sharding, viewer
 from tapo_jax.agent import load_model, make_agent
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
-from tapo_jax.files import write_whole
 from tapo_jax.learn import checkpoints
 from tapo_jax.learn.state import split_model
 from tapo_jax.models.shipped import model_directory
+from tapo_jax.records import write_whole
 
 _GIVE = "give a WORKDIR, a WORKDIR/checkpoints/N or a model directory"
 

@@ -17,11 +17,10 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from tapo_jax.files import write_whole
 from tapo_jax.models import flops
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.inputs import PixelStore
-from tapo_jax.records import read_metrics
+from tapo_jax.records import read_metrics, write_whole
 from tapo_jax.types import Episode
 
 _compiles = [0]

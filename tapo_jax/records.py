@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ from typing import Any
 import numpy as np
 from PIL import Image as PillowImage
 
-from tapo_jax.files import write_whole
 from tapo_jax.types import Episode
 
 MOST_PIXELS = 1 << 20  # of a recorded image
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file under a temporary name beside it, and rename it. Makes the folder; text is UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data.encode("utf-8", "replace") if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

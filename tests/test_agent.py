@@ -1,5 +1,7 @@
 """What a config says reaches the player of episodes."""
 
+import dataclasses
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -38,3 +40,29 @@ def test_the_recipes_tell_a_published_model_how_to_answer():
     for size in tapo_grpo.SIZES:
         assert "<answer>" in tapo_grpo.get_config(size).rollout.system
     assert tapo_grpo.get_config().rollout.system == ""  # the tiny model has learnt it
+
+
+def test_an_episode_is_scored_while_others_still_play(monkeypatch):
+    """The first episode's scorer ends before the rollout does, or the rollout would wait for ever."""
+    config = tapo_grpo.get_config("test")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model, _ = agent.load_model(shipped.DIRECTORY, config.model, mesh)
+    scored = threading.Event()
+
+    def score(episode):
+        scored.set()
+        return {"accuracy": float(episode.answer == "Lima"), "format": 0.0}
+
+    made = dataclasses.replace(agent.make_agent(config, shipped.DIRECTORY, model, [], mesh), score=score)
+
+    def rollout(players, params, prompts, group_size, sampling, on_episode):
+        episodes = [SimpleNamespace(answer="Lima"), SimpleNamespace(answer="Quito")]
+        on_episode(episodes[0])
+        assert scored.wait(timeout=10)
+        on_episode(episodes[1])
+        return episodes, {}
+
+    monkeypatch.setattr(agent, "rollout", rollout)
+    episodes, metrics = made.play(None, [], 2, Sampling())
+    assert [episode.reward for episode in episodes] == [1.0, 0.0]
+    assert 0.0 <= metrics["time/reward"] < 10

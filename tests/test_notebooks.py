@@ -44,8 +44,9 @@ def figures(notebook) -> int:
     return sum("image/png" in output.get("data", {}) for cell in code_cells(notebook) for output in cell.outputs)
 
 
-def test_there_are_three():
-    assert [path.name for path in NOTEBOOKS] == ["ablations.ipynb", "credit_by_hand.ipynb", "walk_one_episode.ipynb"]
+def test_there_are_four():
+    names = ["ablations.ipynb", "credit_by_hand.ipynb", "walk_one_episode.ipynb", "when_does_tapo_help.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -87,3 +88,12 @@ def test_ablations(tmp_path):
     assert [result["config"]["algorithm.credit"] for result in results] == ["trajectory", "tapo"]
     assert results[0]["evals"][0] == results[1]["evals"][0]  # the same cold start on the same questions
     assert results[0]["model"] == results[1]["model"]
+
+
+def test_when_does_tapo_help(tmp_path):
+    """Both borders of the closed form, the curves of one world and a phase diagram."""
+    notebook = execute("when_does_tapo_help.ipynb", tmp_path, SEEDS=4, UPDATES=20)
+    text = printed(notebook)
+    assert figures(notebook) == 2
+    assert "GRPO pushes tools at least as hard as guesses from p_t = 0.30" in text
+    assert "half-way after" in text

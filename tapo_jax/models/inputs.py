@@ -1,7 +1,7 @@
 """Conversations -> arrays of a few fixed shapes, in numpy. The sampler's extensions and the trainer's batches are
 filled by the same function, so that both read the same ids, positions and patches.
 
-Shapes come from ladders of allowed sizes (buckets): after every rung has been seen once nothing compiles again.
+Shapes come from lists of allowed sizes (buckets): after each has been seen once nothing compiles again.
 """
 
 import collections
@@ -19,12 +19,12 @@ from tapo_jax.models.positions import rope_positions, vision_inputs
 from tapo_jax.types import Image
 
 
-def bucket(size: int, rungs: Sequence[int]) -> int:
-    """The smallest rung that holds `size`. Raises ValueError where none does."""
-    for rung in rungs:
-        if size <= rung:
-            return rung
-    raise ValueError(f"size {size} is larger than the largest bucket of {tuple(rungs)}")
+def bucket(size: int, buckets: Sequence[int]) -> int:
+    """Return the smallest of ascending sizes that holds `size`. Raises ValueError where none does."""
+    for allowed in buckets:
+        if size <= allowed:
+            return allowed
+    raise ValueError(f"size {size} is larger than the largest bucket of {tuple(buckets)}")
 
 
 def most_patches(max_image_tokens: int, max_length: int, merge: int) -> int:

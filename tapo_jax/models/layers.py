@@ -47,9 +47,9 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float =
     return (normal * along(scale, normal) + along(bias, normal)).astype(x.dtype)
 
 
-def rotate(x_BxTxHxA: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the P = A/2 pairs (a, a + A/2) of every head, in float32. turn: cos and sin of the angles, [B, T, 1, P]."""
-    cos, sin = turn
+def rotate(x_BxTxHxA: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate the P = A/2 pairs (a, a + A/2) of every head, in float32. angles: their cos and sin, [B, T, 1, P]."""
+    cos, sin = angles
     low, high = jnp.split(x_BxTxHxA.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_BxTxHxA.dtype)
 

@@ -54,11 +54,11 @@ def hidden_states(model: Qwen3VL, inputs: ModelInputs, *, remat: str = "none") -
     the vision tower is run again as a whole too."""
     config, params = model.config, model.arrays()
     x_BxTxD, deep = _embed(params, inputs, config, model.dtype, remat)
-    turn = rotary(inputs.position_BxTx3, config)
+    angles = rotary(inputs.position_BxTx3, config)
     segment_BxT = inputs.segment_BxT
 
     def layer(x_BxTxD: jax.Array, p: dict, index: int | jax.Array) -> jax.Array:
-        q, k, v = _qkv(x_BxTxD, p, turn, config)
+        q, k, v = _qkv(x_BxTxD, p, angles, config)
         out = attention(q, k, v, segment_BxT, segment_BxT, causal=True)
         return _add_deep(_rest(x_BxTxD, out, p, config), deep, index)
 
@@ -96,12 +96,12 @@ def extend(model: Qwen3VL, cache: Cache, inputs: ModelInputs) -> tuple[jax.Array
     length_R = cache.length_B
     write = functools.partial(cache_lib.write_all, active_B=count_R > 0, place_B=length_R)
     x_RxTxD, deep = _embed(params, inputs, config, model.dtype, "none")
-    turn = rotary(inputs.position_BxTx3, config)
+    angles = rotary(inputs.position_BxTx3, config)
 
     in_place = inputs.token_BxT.shape[1] == 1 and decodes_in_place(**cache.sizes)
 
     def layer(x_RxTxD, k_cache, v_cache, p, index, place):
-        q, k, v = _qkv(x_RxTxD, p, turn, config)
+        q, k, v = _qkv(x_RxTxD, p, angles, config)
         if in_place:
             k_cache = decode_kernel.write(k_cache, k[:, 0], place, length_R, count_R)
             v_cache = decode_kernel.write(v_cache, v[:, 0], place, length_R, count_R)
@@ -168,7 +168,7 @@ def _forward(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.
 
 
 def rotary(position_BxTx3: jax.Array, config: Qwen3VLConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, 1, A/2]. The pairs are dealt to time, height, width in turn (interleaved M-RoPE):
+    """cos and sin, float32 [B, T, 1, A/2]. The pairs are dealt to time, height, width by turns (interleaved M-RoPE):
     height and width get every third one up to 3 · their section, time all the others."""
     pairs = config.head_dim // 2
     axis_P = np.zeros(pairs, np.int32)
@@ -212,12 +212,12 @@ def _add_deep(x_BxTxD: jax.Array, deep_nxBxTxD: jax.Array | None, index: int | j
     return x_BxTxD + jnp.where(index < n, deep_nxBxTxD[jnp.minimum(index, n - 1)], 0)
 
 
-def _qkv(x_BxTxD: jax.Array, p: dict, turn: tuple[jax.Array, jax.Array], config: Qwen3VLConfig):
+def _qkv(x_BxTxD: jax.Array, p: dict, angles: tuple[jax.Array, jax.Array], config: Qwen3VLConfig):
     """Queries, keys, values of one layer, normalised by head and rotated: [B, T, H|K, A]."""
     x_BxTxD = rms_norm(x_BxTxD, p["input_norm"], config.norm_epsilon)
     q_BxTxHxA = rms_norm(project(x_BxTxD, p, "q"), p["q_norm"], config.norm_epsilon)
     k_BxTxKxA = rms_norm(project(x_BxTxD, p, "k"), p["k_norm"], config.norm_epsilon)
-    return rotate(q_BxTxHxA, turn), rotate(k_BxTxKxA, turn), project(x_BxTxD, p, "v")
+    return rotate(q_BxTxHxA, angles), rotate(k_BxTxKxA, angles), project(x_BxTxD, p, "v")
 
 
 def _rest(x_BxTxD: jax.Array, out_BxTxHxA: jax.Array, p: dict, config: Qwen3VLConfig) -> jax.Array:

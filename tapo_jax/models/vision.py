@@ -20,12 +20,12 @@ def features(
     Rows hold their own images only; padding patches (patch_image 0) see each other and their features are never read.
     """
     x_BxNxE = embed_patches(params, inputs, dtype)
-    turn = rotary(inputs.patch_rowcol_BxNx2, vision)
+    angles = rotary(inputs.patch_rowcol_BxNx2, vision)
     segment_BxN = inputs.patch_image_BxN
 
     def block(x_BxNxE: jax.Array, p: dict, index: int | jax.Array) -> jax.Array:
         del index
-        return vision_block(x_BxNxE, p, turn, segment_BxN)
+        return vision_block(x_BxNxE, p, angles, segment_BxN)
 
     deep, start = [], 0
     blocks, deepstack = params["blocks"], params.get("deepstack")
@@ -59,10 +59,10 @@ def rotary(rowcol_BxNx2: jax.Array, vision: VisionConfig) -> tuple[jax.Array, ja
     return jnp.cos(angle_BxNx1xP), jnp.sin(angle_BxNx1xP)
 
 
-def vision_block(x_BxNxE: jax.Array, p: dict, turn: tuple[jax.Array, jax.Array], segment_BxN: jax.Array) -> jax.Array:
+def vision_block(x_BxNxE: jax.Array, p: dict, angles: tuple[jax.Array, jax.Array], segment_BxN: jax.Array) -> jax.Array:
     qkv_BxNx3xHxA = project(layer_norm(x_BxNxE, p["norm1"], p["norm1_bias"]), p, "qkv")
     q, k, v = (qkv_BxNx3xHxA[:, :, i] for i in range(3))
-    q, k = rotate(q, turn), rotate(k, turn)
+    q, k = rotate(q, angles), rotate(k, angles)
     out_BxNxHxA = attention(q, k, v, segment_BxN, segment_BxN, causal=False)
     x_BxNxE = x_BxNxE + project(out_BxNxHxA, p, "proj", axes=2)
     up_BxNxM = jax.nn.gelu(project(layer_norm(x_BxNxE, p["norm2"], p["norm2_bias"]), p, "fc1"), approximate=True)

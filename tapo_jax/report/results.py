@@ -33,8 +33,8 @@ CURVES = (
     "tapo/corrected_actions",
     "optimizer/grad_norm",
 )
-THRESHOLDS = "_at_"
-SEEDS = 3  # that a verdict needs
+AT = "_at_"  # as in tapo/correctable_actions_at_0.7
+MIN_SEEDS = 3  # for a verdict
 POINTS = 40  # of a condensed curve
 # TAPO as published; what the paper leaves open is this project's default.
 PUBLISHED = {
@@ -100,9 +100,7 @@ def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
     asked = 0 if config.get("total_epochs") else config.get("total_steps", 0)
     if not evals or evals[-1][0] != lines[-1]["step"] or lines[-1]["step"] < asked:
         raise UserError(f"{workdir} holds no evaluation of its last step: run it to its end with eval.at_end.")
-    names = {
-        name for line in lines for name in line if name in CURVES or (name.startswith("tapo/") and THRESHOLDS in name)
-    }
+    names = {name for line in lines for name in line if name in CURVES or (name.startswith("tapo/") and AT in name)}
     timed = [line for line in lines if line.get("time/step") and line.get("time/tapo") is not None]
     shares = [(line["step"], line["time/tapo"] / line["time/step"]) for line in timed]
     curves = {
@@ -283,7 +281,7 @@ def difference(
     ours: Mapping[int, Result], theirs: Mapping[int, Result], value: Callable[[Result], float | None]
 ) -> dict[str, Any] | None:
     """Paired by seed: what changes when the row changes and nothing else. verdict: "better" or "worse" where both the
-    bootstrap's and Student's interval leave out 0 and there are SEEDS seeds, else "not decided". None without a common
+    bootstrap's and Student's interval leave out 0 and there are MIN_SEEDS, else "not decided". None without a common
     seed that has both values."""
     pairs = [(value(ours[seed]), value(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
     pairs = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
@@ -298,7 +296,7 @@ def difference(
     intervals = [found["interval"], found["student"]]
     base_mean = float(np.mean([other for _, other in pairs]))
     found["relative"] = found["mean"] / base_mean if base_mean > 0 else None
-    if len(pairs) < SEEDS or any(low <= 0 <= high for low, high in intervals):
+    if len(pairs) < MIN_SEEDS or any(low <= 0 <= high for low, high in intervals):
         return found | {"verdict": "not decided"}
     return found | {"verdict": "better" if found["mean"] > 0 else "worse"}
 

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -53,12 +53,26 @@ class Board:
     first_prompt: the number of prompts[0] among those of all processes.
     """
 
-    def __init__(self, players: Players, prompts: Sequence[Prompt], group_size: int, first_prompt: int):
+    def __init__(
+        self,
+        players: Players,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        first_prompt: int,
+        on_episode: Callable[[Episode], None] | None = None,
+    ):
+        self._on_episode = on_episode
         self._with, self._prompts, self._group_size, self._first_prompt = players, prompts, group_size, first_prompt
         self.episodes: list[Episode | None] = [None] * (len(prompts) * group_size)
         self._next = 0
         self._opened: tuple[int, Opening, Row | None, int] | None = None  # the newest prompt that was opened
         self._slots = [Slot() for _ in range(players.sampler.slots)]
+
+    def _finish(self, index: int, conversation: Conversation) -> None:
+        """Keep an episode that has ended and tell who wants to know."""
+        episode = self.episodes[index] = conversation.episode()
+        if self._on_episode is not None:
+            self._on_episode(episode)
 
     @property
     def playing(self) -> bool:
@@ -83,7 +97,7 @@ class Board:
             opening, sample, limits=self._with.limits, chat=self._with.chat, image_tokens=self._with.pixels.tokens
         )
         if conversation.finish is not None:
-            self.episodes[index] = conversation.episode()
+            self._finish(index, conversation)
             return None
         return Player(conversation, index, prompt, row=row, row_end=row_end)
 
@@ -203,7 +217,7 @@ class Board:
         player = slot.player
         conversation = player.conversation
         if conversation.finish is not None:
-            self.episodes[player.episode] = conversation.episode()
+            self._finish(player.episode, conversation)
             slot.player = None
             return
         token_T = np.array(conversation.token[player.sent :], np.int32)

@@ -9,7 +9,7 @@ every process plays its own prompts and makes the same calls in lockstep (`Sampl
 
 import concurrent.futures
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tapo_jax.config import UserError
@@ -24,11 +24,17 @@ POLL_S = 0.002
 
 
 def rollout(
-    players: Players, params: Any, prompts: Sequence[Prompt], group_size: int, sampling: Sampling
+    players: Players,
+    params: Any,
+    prompts: Sequence[Prompt],
+    group_size: int,
+    sampling: Sampling,
+    on_episode: Callable[[Episode], None] | None = None,
 ) -> tuple[list[Episode], dict[str, float]]:
     """Play `group_size` episodes of each of this process's prompts. Rewards are left to the caller.
 
     params: the weights, as `nnx.merge` takes them.
+    on_episode: called with every episode when it ends, while others still play; it must not block.
 
     Returns the episodes in prompt-major order (p·G + g) and metrics: means over this process's episodes, and seconds
     as time/*. Raises UserError where an episode may become longer than a slot.
@@ -38,7 +44,7 @@ def rollout(
         raise UserError(
             f"rollout.max_length is {limits.max_length}: a slot of the sampler holds {sampler.shapes.capacity} tokens."
         )
-    board = Board(players, prompts, group_size, sampling.first_prompt)
+    board = Board(players, prompts, group_size, sampling.first_prompt, on_episode)
     seconds = {"time/prefill": 0.0, "time/decode": 0.0, "time/tool_wait": 0.0}
     start = time.perf_counter()
     while True:

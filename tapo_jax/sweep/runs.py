@@ -18,10 +18,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tapo_jax.config import UserError, flat
-from tapo_jax.files import write_whole
+from tapo_jax.records import write_whole
 from tapo_jax.report import results
 
-PLACES = ("data.dir", "model.path")  # where something lies is no part of what a run is
+LOCATION_FIELDS = ("data.dir", "model.path")  # where something is does not say what a run is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def check_same(run: Run) -> None:
         way = f"give another --out and --workdir, or delete {path.parent}."
         for name, value in run.asked.items():
             was = found.get("config", {}).get(name, value)
-            if was != value and name not in PLACES:
+            if was != value and name not in LOCATION_FIELDS:
                 raise UserError(f"{path} is of a run with {name} {was!r}, and {value!r} is asked for: {way}")
         if found.get("model", run.model) != run.model:
             raise UserError(f"{path} is of a run that began with another model than the one asked for: {way}")

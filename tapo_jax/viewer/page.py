@@ -15,8 +15,7 @@ from typing import Any
 import jinja2
 
 from tapo_jax import records
-from tapo_jax.files import write_whole
-from tapo_jax.records import RecordedEpisode
+from tapo_jax.records import RecordedEpisode, write_whole
 from tapo_jax.viewer.credit_map import SHADES
 from tapo_jax.viewer.views import Group, Views
 

@@ -1,0 +1,45 @@
+"""Scoring on threads: an episode is scored when it ends, while others still play."""
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Sequence
+
+from tapo_jax.types import Episode
+
+Rewards = dict[str, float]
+
+
+class ScorePool:
+    """Scores episodes on `workers` threads. The rewards are put into the episodes by `wait`, in the order of its
+    argument, so that nothing depends on which thread was first."""
+
+    def __init__(self, score: Callable[[Episode], Rewards], workers: int):
+        self._score = score
+        self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="score")
+        self._waiting: dict[int, tuple[Episode, concurrent.futures.Future[Rewards]]] = {}
+        self.waited_s = 0.0
+
+    def submit(self, episode: Episode) -> None:
+        """Starts scoring an episode that has ended."""
+        self._waiting[id(episode)] = episode, self._threads.submit(self._score, episode)
+
+    def wait(self, episodes: Sequence[Episode]) -> None:
+        """Sets the rewards of all episodes, those never submitted too. Raises what a scorer raised first, in order.
+
+        `waited_s` is then how long this call waited: what scoring added to the step.
+        """
+        began = time.perf_counter()
+        for episode in episodes:
+            if id(episode) not in self._waiting:
+                self.submit(episode)
+        try:
+            for episode in episodes:
+                episode.rewards = self._waiting[id(episode)][1].result()
+        finally:
+            for _, future in self._waiting.values():
+                future.cancel()
+            self._waiting.clear()
+            self.waited_s = time.perf_counter() - began
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
