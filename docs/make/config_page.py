@@ -71,7 +71,7 @@ MEANINGS = {
     "rollout.top_p": "nucleus sampling; 1: off",
     "tools.names": "the tools of the source that the policy is shown, in this order",
     "tools.timeout_s": "seconds that one try of a call may take",
-    "tools.retries": "further tries after an exception of the tool itself",
+    "tools.retries": "further tries after an exception of the tool itself, or after a refusal of a service",
     "tools.workers": "threads that run tools",
     "tools.zoom_size": "longest side of a zoomed image, in pixels",
     "tools.image_top_k": "results of an image search",

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 from tapo_jax.types import Episode
 
 FINISHES = ("answer", "length", "turns", "malformed")
-ERRORS = ("unparsable", "unknown_tool", "bad_arguments", "bad_image", "bad_box", "timeout", "exception")
+ERRORS = (
+    "unparsable",
+    "unknown_tool",
+    "bad_arguments",
+    "bad_image",
+    "bad_box",
+    "timeout",
+    "service",
+    "replay_miss",
+    "exception",
+)
 
 
 def summary(episodes: Sequence[Episode], tools: Sequence[str], seconds: float) -> dict[str, float]:
