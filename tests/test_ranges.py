@@ -31,7 +31,10 @@ NONE_IS_FINE = {
     "model.lora_alpha", "algorithm.clip_dual", "algorithm.importance_cap", "algorithm.aggregation",
     "tapo.cluster_theta",
 }  # fmt: skip
-EMPTY_TEXT_IS_FINE = {"data.dir", "model.path", "model.shape", "rollout.system", "tools.endpoint", "export.dtype"}
+EMPTY_TEXT_IS_FINE = {
+    "data.dir", "model.path", "model.shape", "rollout.system", "export.dtype", "tools.endpoint", "tools.cache",
+    "tools.record", "tools.replay",
+}  # fmt: skip
 EMPTY_TUPLE_IS_FINE = {"model.lora_modules", "tools.names", "train.length_buckets", "train.patch_buckets"}
 MINUS_ONE_IS_FINE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "reward.weights.format"}
 
@@ -115,7 +118,8 @@ def test_a_field_that_is_missing_or_unknown_is_named():
     with pytest.raises(UserError, match="The config has no field tapo.theta: begin with configs/tapo_grpo.py"):
         check.check(c)
     assert outcome("rollout.max_turn", 3) == (
-        "rollout.max_turn is a field that the program does not read: did you mean rollout.max_turns?"
+        "rollout.max_turn has no range: it is misspelt (did you mean rollout.max_turns?), or new "
+        "(then add it to tapo_jax/check/ranges.py)."
     )
     assert outcome("data.extra.anything", object()) == "runs"
 

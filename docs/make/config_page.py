@@ -94,7 +94,7 @@ MEANINGS = {
     "algorithm.credit": '"trajectory" (the base algorithm alone), "tapo" or "gigpo" (arXiv 2505.10978)',
     "tapo.enabled": "False: the base algorithm alone; TAPO's diagnostics are logged all the same",
     "tapo.theta": "smallest similarity at which a step may borrow credit",
-    "tapo.alpha_min": "smallest similarity × support at which it may",
+    "tapo.alpha_min": "smallest similarity × support at which a step may borrow credit (the second gate)",
     "tapo.beta": "share of the witnesses' credit that is given back",
     "tapo.cluster": '"components" (connected components of similarity ≥ cluster_theta) or "leader" (greedy)',
     "tapo.cluster_theta": "similarity at which two witnesses are one cluster; unset: theta",

@@ -230,8 +230,8 @@ def find(name: str) -> Range | None:
         if name.startswith(prefix):
             return allowed
     close = difflib.get_close_matches(name, RANGES, n=1)
-    hint = f"did you mean {close[0]}?" if close else "configs/tapo_grpo.py has every field that it reads."
-    raise UserError(f"{name} is a field that the program does not read: {hint}")
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise UserError(f"{name} has no range: it is misspelt{hint}, or new (then add it to tapo_jax/check/ranges.py).")
 
 
 def holds(allowed: Range, value: Any) -> bool:
