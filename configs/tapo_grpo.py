@@ -73,6 +73,18 @@ def get_config(arg: str = "") -> ConfigDict:
     c.reward = ConfigDict(dict(
         source="rewards",  # an episode -> named numbers; or your own "package.module:function"
         weights=ConfigDict(dict(accuracy=1.0, format=0.5)),  # of each; success for TAPO is accuracy alone
+        workers=1,  # threads that your own function is called on; it has to be thread-safe where they are more
+        # A language model that judges what exact match calls wrong.
+        judge=ConfigDict(dict(
+            endpoint="",  # "http://host:port/v1", OpenAI-compatible; "": no judge
+            model="",  # the name that the endpoint knows it by
+            key_variable="JUDGE_API_KEY",  # the environment variable that holds the key; "": without a key
+            concurrency=64,  # judgements at a time
+            timeout_s=60.0,  # of one request
+            retries=5,  # further requests after one that failed
+            max_failed=0.05,  # share of judgements that may fail before the run stops
+            cache="",  # a file that keeps verdicts, so that nothing is asked twice; "": none
+        )),
         extra=ConfigDict(),  # keyword arguments of your own function
     ))  # fmt: skip
     c.algorithm = ConfigDict(dict(
@@ -120,7 +132,20 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint = ConfigDict(dict(every=10, keep=2))
     c.export = ConfigDict(dict(dtype=""))  # of the trained model's files: "float32", "bfloat16"; "": that of model.path
     c.log = ConfigDict(dict(episodes_every=20, tensorboard=True))
-    c.eval = ConfigDict(dict(split="held_out", prompts=128, every=0, at_start=True, at_end=True, temperature=1.0))
+    c.eval = ConfigDict(dict(
+        split="held_out", prompts=128, every=0, at_start=True, at_end=True, temperature=1.0, top_p=1.0,
+        # Another judge for evaluations; without an endpoint it is that of the reward.
+        judge=ConfigDict(dict(
+            endpoint="",  # "": that of reward.judge, with all its fields
+            model="",  # as in reward.judge
+            key_variable="JUDGE_API_KEY",  # as in reward.judge
+            concurrency=64,  # as in reward.judge
+            timeout_s=60.0,  # as in reward.judge
+            retries=5,  # as in reward.judge
+            max_failed=0.05,  # as in reward.judge
+            cache="",  # as in reward.judge
+        )),
+    ))  # fmt: skip
 
     if a.test:
         c.data.update(prompts_per_step=4, sizes=(32, 16), outlines=2)

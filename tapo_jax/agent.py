@@ -19,6 +19,7 @@ from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.inputs import PixelStore, most_patches
 from tapo_jax.models.qwen3_vl import Qwen3VL
+from tapo_jax.rewards.judged import Scored
 from tapo_jax.rewards.pool import ScorePool
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits
@@ -28,8 +29,6 @@ from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
 from tapo_jax.tools.base import Tool, ToolRunner
 from tapo_jax.types import Episode, Prompt
-
-SCORE_WORKERS = 64  # threads that score episodes, which mostly wait for a judge
 
 
 def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL, Qwen3VLConfig]:
@@ -53,11 +52,13 @@ class Agent:
     players: all that plays besides the weights.
     score: gives an episode its named rewards.
     weights: reward name -> weight in the total.
+    score_workers: threads that score; more than one only where `score` is thread-safe.
     """
 
     players: Players
-    score: Callable[[Episode], dict[str, float]]
+    score: Callable[[Episode], dict[str, float] | Scored]
     weights: Mapping[str, float]
+    score_workers: int = 1
 
     def play(
         self, params: Any, prompts: Sequence[Prompt], group_size: int, sampling: Sampling
@@ -66,7 +67,7 @@ class Agent:
 
         Returns them and the rollout's metrics. In a pod every process calls this together.
         """
-        pool = ScorePool(self.score, SCORE_WORKERS)
+        pool = ScorePool(self.score, self.score_workers)
         try:
             episodes, metrics = rollout(self.players, params, prompts, group_size, sampling, pool.submit)
             self.players.sampler.release()
@@ -92,10 +93,19 @@ def sampler_shapes(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh, 
     )
 
 
-def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Sequence[Tool], mesh: Mesh) -> Agent:
-    """Make the agent of a config.
+def make_agent(
+    config: ConfigDict,
+    directory: Path,
+    model: Qwen3VL,
+    tools: Sequence[Tool],
+    mesh: Mesh,
+    *,
+    evaluating: bool = False,
+) -> Agent:
+    """Make the agent of a config. evaluating: with the judge of evaluations.
 
-    Raises UserError for a directory without a usable tokenizer or slots that the mesh does not divide.
+    Raises UserError for a directory without a usable tokenizer, slots that the mesh does not divide, or a judge whose
+    key is not set.
     """
     chat = Chat.from_dir(directory)
     r = config.rollout
@@ -115,4 +125,13 @@ def make_agent(config: ConfigDict, directory: Path, model: Qwen3VL, tools: Seque
     )
     limits = Limits(r.max_turns, r.max_new_tokens, r.max_length, r.max_image_tokens or None, r.max_think_tokens or None)
     players = Players(sampler, chat, pixels, runner, limits, system=r.system, tool_wait_s=r.tool_wait_s)
-    return Agent(players, score=sources.score(config), weights=dict(config.reward.weights))
+    score, workers = sources.score(config, evaluating=evaluating), sources.score_workers(config, evaluating=evaluating)
+    return Agent(players, score, dict(config.reward.weights), workers)
+
+
+def examiner(agent: Agent, config: ConfigDict) -> Agent:
+    """The same player with the judge of evaluations."""
+    if not config.eval.judge.endpoint:
+        return agent
+    score, workers = sources.score(config, evaluating=True), sources.score_workers(config, evaluating=True)
+    return dataclasses.replace(agent, score=score, score_workers=workers)

@@ -24,38 +24,39 @@ Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def evaluate(
-    agent: Agent, params: Any, prompts: Sequence[Prompt], *, temperature: float, seed: int
+    agent: Agent, params: Any, prompts: Sequence[Prompt], *, temperature: float, top_p: float = 1.0, seed: int
 ) -> Iterator[tuple[str, float]]:
     """Plays every prompt once and yields what `numbers` gives. `prompts` are those of all processes; each plays its
     part and all yield the same. temperature 0 is greedy. No prompts: yields nothing."""
     if prompts:
-        episodes, played = play(agent, params, prompts, temperature=temperature, seed=seed)
+        episodes, played = play(agent, params, prompts, temperature=temperature, top_p=top_p, seed=seed)
         yield from numbers(added(tally(episodes, played))).items()
 
 
 def play(
-    agent: Agent, params: Any, prompts: Sequence[Prompt], *, temperature: float, seed: int
+    agent: Agent, params: Any, prompts: Sequence[Prompt], *, temperature: float, top_p: float = 1.0, seed: int
 ) -> tuple[list[Episode], dict[str, float]]:
     """This process's episodes, one of each of its prompts, and their rollout's metrics."""
     parts = np.array_split(np.arange(len(prompts)), jax.process_count())
     mine = parts[jax.process_index()]
     first = int(mine[0]) if len(mine) else 0
-    sampling = Sampling(temperature, seed=seed, first_prompt=first)
+    sampling = Sampling(temperature, top_p, seed, first_prompt=first)
     return agent.play(params, [prompts[i] for i in mine], 1, sampling)
 
 
 def tally(episodes: Sequence[Episode], played: Mapping[str, float]) -> dict[str, float]:
-    """Sums that add up over processes. played: the rollout's metrics, which are means over these episodes."""
-    counts: dict[str, float] = {"episodes": len(episodes), "right": 0, "answered": 0, "reward": 0.0}
+    """Sums that add up over processes. played: the rollout's metrics, which are means over these episodes.
+
+    right, reward and episodes are of judged episodes alone.
+    """
+    counts: dict[str, float] = {"played": len(episodes), "episodes": 0, "right": 0, "answered": 0, "reward": 0.0}
     for episode in episodes:
-        for name, value in (
-            ("right", episode.success),
-            ("answered", episode.answer is not None),
-            ("reward", episode.reward),
-        ):
-            counts[name] += float(value)
+        counts["answered"] += float(episode.answer is not None)
+        counts["episodes"] += float(episode.judged)
+        counts["right"] += float(episode.success)
+        counts["reward"] += episode.reward if episode.judged else 0.0
         hops = f"hops_{episode.prompt.hops}"
-        counts[f"episodes/{hops}"] = counts.get(f"episodes/{hops}", 0) + 1
+        counts[f"episodes/{hops}"] = counts.get(f"episodes/{hops}", 0) + float(episode.judged)
         counts[f"right/{hops}"] = counts.get(f"right/{hops}", 0) + float(episode.success)
     shown = {
         name.replace("tools/calls", "tool_calls").replace("tools/errors", "errors"): name
@@ -75,16 +76,23 @@ def added(counts: Mapping[str, float]) -> dict[str, float]:
 
 def numbers(counts: Mapping[str, float]) -> dict[str, float]:
     """accuracy with accuracy_low and accuracy_high (Wilson, 95 %), the same by hop count as …/hops_n, the numbers of
-    episodes; reward; answered (share with an answer); means per episode: turns, length and written (tokens),
-    tool_calls and errors, each also by tool and by kind; finish/… (shares)."""
-    total = round(counts["episodes"])
+    judged episodes; unjudged (a share; they are in none of these and not in reward); reward; answered (share with an
+    answer); means per episode: turns, length and written (tokens), tool_calls and errors, each also by tool and by
+    kind; finish/… (shares)."""
+    total = round(counts["played"])
     values: dict[str, float] = {}
     for suffix in ("", *sorted(name.removeprefix("episodes") for name in counts if name.startswith("episodes/"))):
         count, right = round(counts["episodes" + suffix]), round(counts["right" + suffix])
         low, high = wilson(right, count)
-        values |= {f"accuracy{suffix}": right / count, f"accuracy_low{suffix}": low, f"accuracy_high{suffix}": high}
+        share = right / count if count else math.nan
+        values |= {f"accuracy{suffix}": share, f"accuracy_low{suffix}": low, f"accuracy_high{suffix}": high}
         values[f"episodes{suffix}"] = count
-    values |= {"reward": counts["reward"] / total, "answered": counts["answered"] / total}
+    judged = round(counts["episodes"])
+    values |= {
+        "unjudged": 1 - judged / total,
+        "reward": counts["reward"] / judged if judged else math.nan,
+        "answered": counts["answered"] / total,
+    }
     return values | {
         name.removeprefix("sum/"): value / total for name, value in counts.items() if name.startswith("sum/")
     }
@@ -121,7 +129,8 @@ def table(values: Mapping[str, float]) -> str:
     lines += [
         f"| {name.replace('/', ': ')} | {values[name]:.2f} |" for name in values if name.startswith("tool_calls/")
     ]
-    lines += [f"| answered | {100 * values['answered']:.1f} % |", f"| errors | {values['errors']:.3f} |"]
+    lines += [f"| answered | {100 * values['answered']:.1f} % |", f"| not judged | {100 * values['unjudged']:.1f} % |"]
+    lines += [f"| errors | {values['errors']:.3f} |"]
     for name, value in values.items():
         if name.startswith("errors/") and value > 0:
             lines.append(f"| {name.replace('/', ': ')} | {value:.3f} |")

@@ -1,7 +1,11 @@
 """A checkpoint on held-out questions: JSON, a Markdown table and, on demand, a page. Run by `launch/eval.py`."""
 
+import itertools
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -19,7 +23,8 @@ _GIVE = "give a WORKDIR, a WORKDIR/checkpoints/N or a model directory"
 
 
 def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bool = False) -> dict[str, float]:
-    """Evaluates a checkpoint, prints the table and writes NAME.json and NAME.md (page: NAME.html too) into `out`.
+    """Evaluates a checkpoint, prints the table and writes NAME.json and NAME.md (page: NAME.html too) into a folder of
+    `out` that is named after the data, such as atlas-held_out.
 
     checkpoint: a WORKDIR (its newest checkpoint), a WORKDIR/checkpoints/N, or a model directory in Hugging Face form.
     out: None is the run's folder `eval`, or ./eval for a model directory that is no run's. Raises UserError.
@@ -34,22 +39,28 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
             f"'{config.eval.split}': set eval.prompts to at least 1."
         )
     model, _ = load_model(directory, config.model, mesh)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh)
+    agent = make_agent(config, directory, model, sources.tools(config), mesh, evaluating=True)
     params = split_model(model)[1]
     if saved is not None:
         params = checkpoints.read_params(saved, params)
-    episodes, played = evaluate.play(agent, params, prompts, temperature=config.eval.temperature, seed=config.seed)
+    episodes, played = evaluate.play(
+        agent, params, prompts, temperature=config.eval.temperature, top_p=config.eval.top_p, seed=config.seed
+    )
     values = evaluate.numbers(evaluate.added(evaluate.tally(episodes, played)))
     if jax.process_index() == 0:
-        folder = Path(out) if out else folder
+        data = about_data(config)
+        folder = results_folder(Path(out) if out else folder, data)
         about = {
             "checkpoint": str(saved or directory),
+            "data": data,
             "split": config.eval.split,
             "temperature": config.eval.temperature,
+            "top_p": config.eval.top_p,
             "seed": config.seed,
         }
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
         text = f"# {name}: {config.data.source}, {config.eval.split}\n\n{evaluate.table(values)}"
-        write_whole(folder / f"{name}.json", json.dumps(about | {"metrics": values}, indent=2) + "\n")
+        write_whole(folder / f"{name}.json", json.dumps(about | {"metrics": known}, indent=2) + "\n")
         write_whole(folder / f"{name}.md", text)
         if page:
             recorded = [records.record(e, step=0, prompt=p, advantage=0.0, credit=()) for p, e in enumerate(episodes)]
@@ -57,6 +68,27 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
             viewer.write_page([folder / f"{name}.npz"], folder / f"{name}.html")
         print(f"{text}\nwritten to {folder / name}.json", flush=True)
     return values
+
+
+def about_data(config: ConfigDict) -> dict[str, Any]:
+    """What says which questions a config evaluates on, as JSON gives it back."""
+    data = json.loads(config.data.to_json_best_effort()) | {"split": config.eval.split}
+    del data["prompts_per_step"]
+    if data["source"] == "atlas":
+        del data["dir"]  # a cache
+    return data
+
+
+def results_folder(folder: Path, data: dict[str, Any]) -> Path:
+    """The folder in `folder` for results on this data: SOURCE-SPLIT, with a number where that holds results on other
+    data (another data.dir, for example), so that they never overwrite each other."""
+    name = "-".join(re.sub(r"[^\w.]+", "_", part) for part in (data["source"], data["split"]))
+    for number in itertools.count(1):
+        found = folder / (name if number == 1 else f"{name}-{number}")
+        written = [json.loads(path.read_text(encoding="utf-8")) for path in found.glob("*.json")]
+        if all(one["data"] == data for one in written):
+            return found
+    raise AssertionError("unreachable")
 
 
 def find(checkpoint: Path, config: ConfigDict) -> tuple[Path | None, Path, str, Path]:

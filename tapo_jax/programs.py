@@ -150,4 +150,5 @@ def make_encoder(config: ConfigDict, agent: Agent, params: Any) -> CallEncoder:
         embed=embed,
         memory=memory.Settings(steps=t.memory_steps, size=t.memory_size, discount=t.memory_discount),
         anchor_turns=config.rollout.max_turns if config.algorithm.credit == "gigpo" else 0,
+        may_fail=config.reward.source != "rewards" or bool(config.reward.judge.endpoint),
     )

@@ -79,7 +79,10 @@ class RecordedTurn:
 
 @dataclasses.dataclass(frozen=True)
 class RecordedEpisode:
-    """One conversation. images: PNG bytes in the order of `img_idx`; the first `prompt_images` are the question's."""
+    """One conversation. images: PNG bytes in the order of `img_idx`; the first `prompt_images` are the question's.
+
+    judged: False where nobody could say whether the answer is right; it is no wrong answer then.
+    """
 
     step: int
     prompt: int
@@ -97,6 +100,7 @@ class RecordedEpisode:
     reward: float
     success: bool
     advantage: float
+    judged: bool = True
 
 
 def png(pixels_HxWx3: np.ndarray) -> bytes:
@@ -179,6 +183,7 @@ def record(
         reward=episode.reward,
         success=episode.success,
         advantage=advantage,
+        judged=episode.judged,
     )
 
 

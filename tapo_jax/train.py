@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tapo_jax import check, evaluate, processes, records, sharding, viewer
-from tapo_jax.agent import Agent, load_model, make_agent
+from tapo_jax.agent import Agent, examiner, load_model, make_agent
 from tapo_jax.batch import TrainBatch
 from tapo_jax.config import UserError, flat, total_steps
 from tapo_jax.data import sources
@@ -98,7 +98,7 @@ def train_alone(config: ConfigDict, workdir: Path) -> None:
     state, resumed = restore(checkpoints, state, parts, config)
     programs = make_programs(config, graphdef, optimizer, schedule, state, agent, mesh)
     reference = load_reference(config, directory, mesh)
-    run = Run(config, workdir, mesh, agent, programs, encoder, reference, local, Clock())
+    run = Run(config, workdir, mesh, agent, examiner(agent, config), programs, encoder, reference, local, Clock())
     writer = MetricWriter(workdir, total_steps=total, resumed_step=resumed, tensorboard=config.log.tensorboard)
     write_config(config, workdir, resumed, writer)
     if config.train.warm_up:
@@ -137,12 +137,14 @@ def train_alone(config: ConfigDict, workdir: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same over the steps. local: the numbers of this process's prompts within a step."""
+    """What stays the same over the steps. examiner: the agent with the judge of evaluations. local: the numbers of this
+    process's prompts within a step."""
 
     config: ConfigDict
     workdir: Path
     mesh: Mesh
     agent: Agent
+    examiner: Agent
     programs: Programs
     encoder: CallEncoder
     reference: Any
@@ -310,7 +312,14 @@ def with_log_probs(run: Run, state: TrainState, batch: TrainBatch) -> tuple[Trai
 
 
 def reward_means(episodes: Sequence[Episode]) -> dict[str, float]:
-    return {f"reward/{name}": float(np.mean([e.rewards[name] for e in episodes])) for name in episodes[0].rewards}
+    """The means of the named rewards over the judged episodes of all processes, and the share of the others. Every
+    process must call this."""
+    judged = [episode for episode in episodes if episode.judged]
+    sums = {name: float(np.sum([e.rewards[name] for e in judged])) for name in episodes[0].rewards}
+    sums = processes.mean_over(sums | {"": len(judged)})
+    count = sums.pop("")
+    means = {f"reward/{name}": value / count if count else np.nan for name, value in sums.items()}
+    return means | {"reward/unjudged": 1 - count / len(episodes)}
 
 
 def remember(run: Run, episodes: Sequence[Episode], credit: Credit, step: int) -> None:
@@ -345,7 +354,12 @@ def evaluated(run: Run, state: TrainState, prompts: Sequence[Prompt]) -> dict[st
     with run.clock("eval"):
         found = dict(
             evaluate.evaluate(
-                run.agent, state.params, prompts, temperature=run.config.eval.temperature, seed=run.config.seed
+                run.examiner,
+                state.params,
+                prompts,
+                temperature=run.config.eval.temperature,
+                top_p=run.config.eval.top_p,
+                seed=run.config.seed,
             )
         )
     return {f"eval/{name}": value for name, value in found.items()} | run.clock.take()

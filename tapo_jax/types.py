@@ -164,6 +164,8 @@ class Episode:
     image_start: index in token_T of each image's first placeholder.
     finish: "answer", "length" (token budget), "turns" (turn budget) or "malformed" (neither call nor answer).
     rewards: named floats, e.g. {"accuracy": 1.0, "format": 1.0}; reward is their weighted sum.
+    judged: False where nobody could say whether the answer is right, for example because a judge did not reply. Such an
+        episode is no wrong answer: it leaves the statistics of its group, and the loss.
     """
 
     prompt: Prompt
@@ -178,8 +180,9 @@ class Episode:
     finish: str
     rewards: dict[str, float] = dataclasses.field(default_factory=dict)
     reward: float = 0.0
+    judged: bool = True
 
     @property
     def success(self) -> bool:
         """Success for TAPO: the accuracy part of the reward, not the total."""
-        return self.rewards["accuracy"] >= 1.0
+        return self.judged and self.rewards["accuracy"] >= 1.0

@@ -6,7 +6,13 @@ from pathlib import Path
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 ROW = re.compile(r"^\| `([^`]+)` \|[^|]*\|[^|]*\|([^|]*)\|$", re.M)
 # What the capital letters of a name stand for. A reward of one's own is no metric of a run with the built-in rewards.
-LETTERS = {"TOOL": r"[a-z_]+", "KIND": r"[a-z_]+", "N": r"\d+", "X": r"[01]\.\d+", "NAME": r"(?!mean$|overlong$).+"}
+LETTERS = {
+    "TOOL": r"[a-z_]+",
+    "KIND": r"[a-z_]+",
+    "N": r"\d+",
+    "X": r"[01]\.\d+",
+    "NAME": r"(?!mean$|overlong$|unjudged$).+",
+}
 
 
 def documented() -> dict[str, str]:

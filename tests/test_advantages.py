@@ -101,3 +101,45 @@ def test_signal_and_overlong():
     assert (advantages.overlong_penalty(length, 100, 0) == 0).all()
     with pytest.raises(ValueError, match="buffer"):
         advantages.overlong_penalty(length, 100, 101)
+
+
+@pytest.mark.parametrize("estimator", advantages.ESTIMATORS)
+def test_a_group_with_an_unknown_reward_is_the_group_without_it(estimator):
+    """Rewards 1, 0, ?, 1, 0 are those of REWARD, whatever stands at the place of the unknown one."""
+    reward = np.array([[1.0, 0.0, 77.0, 1.0, 0.0]], np.float32)
+    valid = np.array([[True, True, False, True, True]])
+    function = jax.jit(advantages.group_advantages, static_argnames="estimator")
+    result = np.asarray(function(reward, estimator=estimator, valid_PxG=valid))
+    without = np.asarray(function(REWARD, estimator=estimator))
+    np.testing.assert_array_equal(result[valid], without[0])
+    assert result[0, 2] == 0
+
+
+@pytest.mark.parametrize("estimator", advantages.ESTIMATORS)
+def test_with_everybody_valid_nothing_changes(estimator):
+    """But for rounding: XLA multiplies by the reciprocal of a size that it knows. A run without a judge gives None."""
+    reward = np.random.default_rng(0).integers(0, 4, (64, 7)).astype(np.float32) / 2
+    function = jax.jit(advantages.group_advantages, static_argnames="estimator")
+    every = np.ones(reward.shape, bool)
+    np.testing.assert_allclose(
+        function(reward, estimator=estimator, valid_PxG=every),
+        function(reward, estimator=estimator),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    np.testing.assert_array_equal(
+        advantages.has_signal(jnp.array(reward), jnp.array(every)), advantages.has_signal(jnp.array(reward))
+    )
+
+
+@pytest.mark.parametrize("estimator", advantages.ESTIMATORS)
+def test_fewer_than_two_known_rewards_give_exactly_zero(estimator):
+    """Beside a group with a signal: by hand, of rewards 1 and 0 each is 1/2 from the mean."""
+    reward = np.array([[1, 0, 0], [5, 0, 0], [1, 9, 0]], np.float32)
+    valid = np.array([[False] * 3, [True, False, False], [True, False, True]])
+    result = np.asarray(advantages.group_advantages(reward, estimator, valid_PxG=valid))
+    assert not result[:2].any() and result[2, 1] == 0
+    # Standard deviations: of the group √(1/2); of the batch's three known rewards √((1/4 + 1/4) / 2) = 1/2.
+    want = {"grpo": np.sqrt(0.5), "dr_grpo": 0.5, "rloo": 1.0, "reinforce_pp_baseline": 1.0}[estimator]
+    np.testing.assert_allclose(result[2, [0, 2]], [want, -want], rtol=1e-5)
+    assert advantages.has_signal(jnp.array(reward), jnp.array(valid)).tolist() == [False, False, True]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rollout_world import model
 
-from tapo_jax import evaluate, evaluate_checkpoint
+from tapo_jax import evaluate, evaluate_checkpoint, records
 from tapo_jax.config import UserError
 from tapo_jax.learn.checkpoints import Checkpoints, read_params
 from tapo_jax.learn.state import TrainState, split_model
@@ -258,14 +258,43 @@ def test_missing_checkpoint_ends_the_program_with_one_sentence(tmp_path):
 def test_run_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     """The whole program around a player and a model that are not there."""
     monkeypatch.setattr(evaluate_checkpoint, "load_model", lambda *_: (model(), None))
-    monkeypatch.setattr(evaluate_checkpoint, "make_agent", lambda *_: FakeAgent())
+    monkeypatch.setattr(evaluate_checkpoint, "make_agent", lambda *_, **__: FakeAgent())
     monkeypatch.setattr(evaluate_checkpoint.sources, "tools", lambda _: [])
     monkeypatch.setattr(evaluate_checkpoint.evaluate, "split_prompts", lambda _: [e.prompt for e in EPISODES])
     config = get_config()
     evaluate_checkpoint.run(config, str(model_folder(tmp_path / "model")), str(tmp_path / "out"), page=True)
-    written = json.loads((tmp_path / "out" / "model.json").read_text())
+    out = tmp_path / "out" / "atlas-held_out"
+    written = json.loads((out / "model.json").read_text())
     assert written["metrics"]["accuracy"] == 0.25 and written["split"] == config.eval.split
-    text = (tmp_path / "out" / "model.md").read_text()
+    text = (out / "model.md").read_text()
     assert "| all | 4 | 25.0 % |" in text and text in capsys.readouterr().out
-    assert (tmp_path / "out" / "model.html").read_text().count("<article") == 0  # these episodes have no turns
-    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".html", ".json", ".md", ".npz"]
+    assert (out / "model.html").read_text().count("<article") == 0  # these episodes have no turns
+    assert sorted(path.suffix for path in out.iterdir()) == [".html", ".json", ".md", ".npz"]
+
+
+def test_results_never_overwrite_those_of_other_data(tmp_path):
+    """The same data go to the same folder again; another split, another world and another folder of rows do not."""
+    config, seen = get_config(), []
+    for field, value in (("seed", 1), ("data.world_seed", 7), ("eval.split", "train"), ("data.dir", "/a/b")):
+        config.update_from_flattened_dict({field: value})
+        data = evaluate_checkpoint.about_data(config)
+        folder = evaluate_checkpoint.results_folder(tmp_path, data)
+        records.write_whole(folder / "step_000001.json", json.dumps({"data": data}))
+        assert evaluate_checkpoint.results_folder(tmp_path, data) == folder
+        seen.append(folder.name)
+    # The folder of Atlas is a cache, and the seed of training is no data.
+    assert seen == ["atlas-held_out", "atlas-held_out-2", "atlas-train", "atlas-train"]
+    config.data.source = "my.module:questions"
+    first = evaluate_checkpoint.about_data(config)
+    assert evaluate_checkpoint.results_folder(tmp_path, first).name == "my.module_questions-train"
+
+
+def test_an_episode_that_is_not_judged_is_in_no_accuracy_and_no_reward():
+    """Of 1 hop one right, one not judged; of 2 hops two wrong ones: 1 of 3; rewards 1.5 + 0.5 + 0.5."""
+    episodes = [EPISODES[0], dataclasses.replace(EPISODES[1], judged=False), *EPISODES[2:]]
+    values = evaluate.numbers(evaluate.tally(episodes, PLAYED))
+    assert (values["episodes"], values["accuracy"], values["unjudged"]) == (3, 1 / 3, 0.25)
+    assert (values["episodes/hops_1"], values["accuracy/hops_1"]) == (1, 1.0)
+    assert values["reward"] == pytest.approx(2.5 / 3) and values["answered"] == 0.75
+    nobody = evaluate.numbers(evaluate.tally([dataclasses.replace(e, judged=False) for e in episodes], PLAYED))
+    assert np.isnan(nobody["accuracy"]) and nobody["unjudged"] == 1.0 and nobody["turns"] == 3.0

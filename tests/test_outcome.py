@@ -1,8 +1,10 @@
 """Episodes as arrays, and the memory of witnesses across steps."""
 
+import dataclasses
 import json
 
 import numpy as np
+import pytest
 
 from tapo_jax.learn.outcomes import CallEncoder
 from tapo_jax.tapo import memory, name_hash
@@ -93,3 +95,19 @@ def test_turns_that_saw_the_same_have_the_same_anchor():
     first, second, *rest = made.anchor_PxV[0].tolist()
     assert first != second and 0 not in (first, second)
     assert rest == [0, first, second, 0, 0, 0, 0]
+
+
+def test_an_unjudged_episode_is_marked_is_no_success_and_is_not_remembered():
+    """Its reward is not looked at: it may be anything."""
+    failed = dataclasses.replace(episode("p", ["a"], 1.0), judged=False, reward=float("nan"))
+    groups = [[episode("p", ["b"], 1.0), failed]]
+    made = encoder(may_fail=True, memory=memory.Settings(steps=3, size=2))
+    encoded = made.encode(groups, step=1)
+    np.testing.assert_array_equal(encoded.judged_PxG, [[True, False]])
+    np.testing.assert_array_equal(encoded.success_PxG, [[True, False]])
+    np.testing.assert_array_equal(encoded.reward_PxG, [[0.5, 0.0]])
+    made.remember(groups, 1, np.ones((1, 2), np.float32))
+    assert len(made.get_state()["p"]) == 1
+    assert encoder().encode([[episode("p", [], 0.0)]], step=1).judged_PxG is None
+    with pytest.raises(ValueError, match="may_fail"):
+        encoder().encode(groups, step=1)

@@ -15,9 +15,10 @@ from tapo_jax.types import Identity
 P, G, K, T = 2, 4, 2, 6
 
 
-def run(reward_PxG, success_PxG, calls, *, mesh_data=1, thresholds=None, past=(), mask_T=None, **options):
+def run(reward_PxG, success_PxG, calls, *, mesh_data=1, thresholds=None, past=(), mask_T=None, judged=None, **options):
     """-> (advantage_BxT, mask_BxT, credit, thresholds, metrics) on the host. past: (success, advantage, weight) of M
-    remembered rollouts. Token 0 is the prompt, 1-2 step 0, 3-4 step 1, 5 the answer."""
+    remembered rollouts. judged: False for a rollout that nobody could judge. Token 0 is the prompt, 1-2 step
+    0, 3-4 step 1, 5 the answer."""
     mesh = sharding.make_mesh(mesh_data, 1, 1, devices=jax.devices()[:mesh_data])
     B = P * G
     step_BxT = np.tile(np.array([-1, 0, 0, 1, 1, -1], np.int32), (B, 1))
@@ -33,6 +34,7 @@ def run(reward_PxG, success_PxG, calls, *, mesh_data=1, thresholds=None, past=()
         steps=tapo.encode_steps(calls, steps=K, features=16), anchor_PxV=np.array(ANCHORS, np.int32),
         remembered_success_PxM=success_PxM,
         remembered_advantage_PxM=advantage_PxM, remembered_weight_PxM=weight_PxM,
+        judged_PxG=None if judged is None else np.array(judged),
     )  # fmt: skip
     settings = assign_credit.Settings(**{"estimator": "dr_grpo", "max_length": T} | options)
     program = assign_credit.make_assign_credit(mesh, settings)
@@ -142,3 +144,41 @@ def test_the_comparator_compares_all_turns_that_saw_the_same():
     assert not advantage_BxT[4:].any()  # all rewards of prompt 1 are equal
     assert not credit.transfer.corrected_PxS.any()
     assert metrics["tapo/correctable_actions"] == 0.5  # still diagnosed
+
+
+def test_an_episode_that_is_not_judged_is_neither_success_nor_failure():
+    """Rollout 3 of prompt 0 called a and b, and nobody knows whether it is right. The others' advantages are those of a
+    group of three: 2/3, -1/3, -1/3. Success 0 supports a with 1 of 1: -1/3 + 0.8 · 2/3 > 0, clipped to 0. Counted are 2
+    failing steps (those of rollout 1) and 2 failing trajectories, and means over 7 episodes."""
+    calls = [[[call("a")], [call("a"), call("b")], [], [call("a"), call("b")]], CALLS[1]]
+    judged = [[True, True, True, False], [True] * 4]
+    unknown = [[True, False, False, True], [True] * 4]  # whatever stands there
+    advantage_BxT, mask_BxT, credit, _, metrics = run([[1, 0, 0, 1], [1] * 4], unknown, calls, judged=judged)
+    np.testing.assert_allclose(credit.advantage_PxG, [[2 / 3, -1 / 3, -1 / 3, 0], [0] * 4], atol=1e-6)
+    np.testing.assert_allclose(advantage_BxT[1], [0, 0, 0, -1 / 3, -1 / 3, -1 / 3], atol=1e-6)
+    assert not mask_BxT[3].any() and not advantage_BxT[3].any() and mask_BxT[[0, 1, 2, 4], 1:].all()
+    transfer = credit.transfer
+    assert transfer.support_PxS[0, 2] == 1 and not transfer.corrected_PxS[0, 3 * K :].any()
+    assert transfer.witness_PxS[0, 3] == 0  # b of rollout 3 is no witness for b of rollout 1
+    assert (metrics["tapo/failing_actions"], metrics["tapo/failing_trajectories"]) == (2, 2)
+    assert metrics["tapo/witnesses"] == 2  # a of rollout 0 and c of prompt 1
+    np.testing.assert_allclose([metrics["reward/mean"], metrics["reward/accuracy"]], 5 / 7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("credit", ["tapo", "gigpo"])
+def test_what_stands_in_an_unjudged_episode_changes_nothing(credit):
+    """Its reward, its success, its calls and what its turns saw: all others' tokens get the same."""
+    judged = [[True, True, True, False], [True] * 4]
+    found = [
+        run([[1, 0, 0, reward], [1] * 4], [[True, False, False, right], [True] * 4],
+            [[*CALLS[0][:3], steps], CALLS[1]], judged=judged, credit=credit)
+        for reward, right, steps in ((0, False, []), (1, True, [call("b"), call("a")]))
+    ]  # fmt: skip
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][4] == found[1][4]
+
+
+def test_when_all_are_judged_the_bits_are_those_without_a_judge():
+    without, judged = (run(REWARD, SUCCESS, CALLS, judged=given) for given in (None, [[True] * G] * P))
+    for a, b in zip(jax.tree.leaves(without), jax.tree.leaves(judged), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -34,6 +34,7 @@ NONE_IS_FINE = {
 EMPTY_TEXT_IS_FINE = {
     "data.dir", "model.path", "model.shape", "rollout.system", "export.dtype", "tools.endpoint", "tools.cache",
     "tools.record", "tools.replay",
+    *(f"{section}.judge.{field}" for section in ("reward", "eval") for field in ("endpoint", "model", "cache")),
 }  # fmt: skip
 EMPTY_TUPLE_IS_FINE = {"model.lora_modules", "tools.names", "train.length_buckets", "train.patch_buckets"}
 MINUS_ONE_IS_FINE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "reward.weights.format"}

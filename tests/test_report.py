@@ -276,6 +276,19 @@ def test_later_evaluations_count_where_all_runs_of_a_seed_have_them(sweep, tmp_p
     assert "again" not in tables.markdown(results.summarise(before), "sweep")
 
 
+def test_a_later_evaluation_on_other_data_is_not_the_runs_own(sweep, tmp_path):
+    shutil.copytree(sweep, tmp_path / "again")
+    run = tmp_path / "again" / "grpo" / "seed_0"
+    (run / "config.json").write_text(json.dumps(config(False) | {"seed": 0, "data": {"source": "atlas", "hops": [1]}}))
+    for number, (data, accuracy) in enumerate([({"hops": [1]}, 0.5), ({"hops": [2]}, 0.1), ({"source": "fvqa"}, 0.2)]):
+        data = {"source": "atlas", "split": "held_out"} | data
+        (run / "eval_1").mkdir(exist_ok=True)
+        evaluated(run / "eval_1", str(number), accuracy, 30)
+        path = run / "eval_1" / str(number) / "export.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": data}))
+    assert results.later_accuracy(run, results.flat(json.loads((run / "config.json").read_text()))) == (0.5, 30, 30)
+
+
 def test_a_later_evaluation_that_is_not_like_the_run_is_refused(sweep, tmp_path):
     shutil.copytree(sweep, tmp_path / "again")
     run = tmp_path / "again" / "grpo" / "seed_0"

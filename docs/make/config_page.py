@@ -144,6 +144,7 @@ MEANINGS = {
     "eval.at_start": "evaluate before the first step",
     "eval.at_end": "evaluate after the last step",
     "eval.temperature": "of sampling in evaluations; 0: greedy",
+    "eval.top_p": "nucleus sampling in evaluations; 1: off",
 }
 
 

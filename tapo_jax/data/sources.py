@@ -4,7 +4,8 @@
 "package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is "atlas", "recorded"
 (zoom, and the image searches that were recorded for the questions) or "package.module:function", called as
 function(config) -> list[Tool]; `reward.source` is "rewards" or "package.module:function", called as
-function(episode) -> {name: number}, among them "accuracy".
+function(episode) -> {name: number}, among them "accuracy", or -> `rewards.judged.Scored`, which can also say that
+nobody knows whether the answer is right.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import importlib
 import json
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +24,8 @@ from tapo_jax.atlas.world import real_world
 from tapo_jax.config import UserError
 from tapo_jax.data import atlas
 from tapo_jax.data.readers import READERS, read
+from tapo_jax.rewards import judge
+from tapo_jax.rewards.judged import Scored, make_score
 from tapo_jax.tools.base import Tool
 from tapo_jax.tools.recorded_image_search import RecordedImageSearch
 from tapo_jax.tools.remote_search import RemoteTextSearch
@@ -101,11 +105,18 @@ def _remote_search(c: Any) -> RemoteTextSearch | None:
     )
 
 
-def score(config: Any) -> Callable[[Episode], dict[str, float]]:
-    """What gives an episode its named rewards. Raises UserError for a source that does not exist, and, when it is
-    called, for rewards without accuracy or without one that reward.weights gives a weight."""
+def score(config: Any, *, evaluating: bool = False) -> Callable[[Episode], dict[str, float] | Scored]:
+    """What gives an episode its named rewards, in training or in evaluations. Raises UserError for a source that does
+    not exist, a judge without its key, and, when it is called, for rewards without accuracy or without one that
+    reward.weights gives a weight."""
+    settings = judge_settings(config, evaluating=evaluating)
     if config.reward.source == "rewards":
-        return rewards.score
+        return rewards.score if settings is None else make_score(judge.Judge(settings))
+    if settings is not None:
+        raise UserError(
+            f"reward.source is '{config.reward.source}' and a judge has an endpoint: your own function asks its own "
+            'judge, so leave the endpoint empty, or set reward.source to "rewards".'
+        )
     if ":" not in config.reward.source:
         raise UserError(
             f"reward.source is '{config.reward.source}': use rewards or your own \"package.module:function\"."
@@ -113,16 +124,44 @@ def score(config: Any) -> Callable[[Episode], dict[str, float]]:
     function, weighted = _function("reward.source", config.reward.source), set(config.reward.weights)
     extra = dict(config.reward.extra)
 
-    def checked(episode: Episode) -> dict[str, float]:
-        found = {name: float(value) for name, value in function(episode, **extra).items()}
+    def checked(episode: Episode) -> dict[str, float] | Scored:
+        given = function(episode, **extra)
+        named = given.rewards if isinstance(given, Scored) else given
+        found = {name: float(value) for name, value in named.items()}
         if missing := sorted((weighted | {"accuracy"}) - found.keys()):
             raise UserError(
                 f"reward.source '{config.reward.source}' gave no {', '.join(missing)}: every name of reward.weights is "
                 "needed, and accuracy, by which TAPO knows a success."
             )
-        return found
+        return dataclasses.replace(given, rewards=found) if isinstance(given, Scored) else found
 
     return checked
+
+
+def judge_settings(config: Any, *, evaluating: bool = False) -> judge.Settings | None:
+    """The judge of training or of evaluations; None where there is none. Raises UserError for one without a name, or
+    with a key in its address."""
+    section = "eval" if evaluating and config.eval.judge.endpoint else "reward"
+    fields = dict(config[section].judge)
+    if not fields["endpoint"]:
+        return None
+    if not fields["model"]:
+        raise UserError(f"{section}.judge.model is empty: give the name that the endpoint knows the judge by.")
+    address = urllib.parse.urlsplit(fields["endpoint"])
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise UserError(f'{section}.judge.endpoint has no host: give "http://host:port/v1".')
+    if address.username or address.password or address.query:
+        raise UserError(
+            f"{section}.judge.endpoint holds more than an address: a key belongs into the environment variable that "
+            f"{section}.judge.key_variable names, because the config is written to files."
+        )
+    return judge.Settings(**fields)
+
+
+def score_workers(config: Any, *, evaluating: bool = False) -> int:
+    """The threads that score episodes."""
+    settings = judge_settings(config, evaluating=evaluating)
+    return config.reward.workers if settings is None else settings.concurrency
 
 
 def _function(field: str, path: str) -> Callable:

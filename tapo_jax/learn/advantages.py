@@ -11,10 +11,17 @@ from jax.typing import ArrayLike
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
 
 
-def group_advantages(reward_PxG: ArrayLike, estimator: str = "grpo", epsilon: float = 1e-6) -> jax.Array:
+def group_advantages(
+    reward_PxG: ArrayLike,
+    estimator: str = "grpo",
+    epsilon: float = 1e-6,
+    valid_PxG: ArrayLike | None = None,
+) -> jax.Array:
     """Return the advantage of every trajectory against its own group.
 
     reward_PxG: finite rewards. Returns advantage_PxG in the rewards' float type (float32 for integers).
+    valid_PxG: bool, whose reward is known (None: everybody's). The others are in no mean and no standard deviation, as
+        if the group were smaller, and their own advantage is exactly 0.
 
     grpo                   (r - mean) / (std + epsilon), std with ddof 1 (Shao et al. 2024, arXiv 2402.03300)
     dr_grpo                r - mean (Liu et al. 2025, arXiv 2503.20783)
@@ -34,9 +41,11 @@ def group_advantages(reward_PxG: ArrayLike, estimator: str = "grpo", epsilon: fl
     reward_PxG = jnp.asarray(reward_PxG)
     if not jnp.issubdtype(reward_PxG.dtype, jnp.floating):
         reward_PxG = reward_PxG.astype(jnp.float32)
-    size = reward_PxG.shape[1]
-    if size == 1:
+    if reward_PxG.shape[1] == 1:
         return jnp.zeros_like(reward_PxG)
+    if valid_PxG is not None:
+        return _valid_advantages(reward_PxG, estimator, epsilon, jnp.asarray(valid_PxG))
+    size = reward_PxG.shape[1]
     signal_Px1 = has_signal(reward_PxG)[:, None]
     # Centring on the group's lowest reward first keeps a common offset (say 100 + 0/1) out of the mean's rounding.
     offset_PxG = reward_PxG - reward_PxG.min(axis=1, keepdims=True)
@@ -49,6 +58,26 @@ def group_advantages(reward_PxG: ArrayLike, estimator: str = "grpo", epsilon: fl
     if estimator == "reinforce_pp_baseline":
         # Every group is centred, so the mean over the batch is 0 already.
         std = jnp.sqrt((centred_PxG**2).sum() / (centred_PxG.size - 1))
+        return centred_PxG / (std + epsilon)
+    return centred_PxG
+
+
+def _valid_advantages(reward_PxG: jax.Array, estimator: str, epsilon: float, valid_PxG: jax.Array) -> jax.Array:
+    """Return `group_advantages` over the valid members; the sums are those of a group without the others."""
+    size_Px1 = valid_PxG.sum(axis=1, keepdims=True).astype(reward_PxG.dtype)
+    others_Px1 = jnp.maximum(size_Px1 - 1, 1)
+    signal_Px1 = has_signal(reward_PxG, valid_PxG)[:, None]
+    lowest_Px1 = jnp.where(valid_PxG, reward_PxG, jnp.inf).min(axis=1, keepdims=True)
+    offset_PxG = jnp.where(valid_PxG, reward_PxG - lowest_Px1, 0)
+    mean_Px1 = offset_PxG.sum(axis=1, keepdims=True) / jnp.maximum(size_Px1, 1)
+    centred_PxG = jnp.where(signal_Px1 & valid_PxG, offset_PxG - mean_Px1, 0)
+    if estimator == "grpo":
+        std_Px1 = jnp.sqrt((centred_PxG**2).sum(axis=1, keepdims=True) / others_Px1)
+        return centred_PxG / (std_Px1 + epsilon)
+    if estimator == "rloo":
+        return centred_PxG * (size_Px1 / others_Px1)
+    if estimator == "reinforce_pp_baseline":
+        std = jnp.sqrt((centred_PxG**2).sum() / jnp.maximum(size_Px1.sum() - 1, 1))
         return centred_PxG / (std + epsilon)
     return centred_PxG
 
@@ -68,12 +97,16 @@ def check_rewards(reward_PxG: ArrayLike) -> None:
         raise ValueError(f"group {group} has rewards {rewards}; every reward must be finite")
 
 
-def has_signal(reward_PxG: jax.Array) -> jax.Array:
-    """Return signal_P: whether the rewards of a group differ at all.
+def has_signal(reward_PxG: jax.Array, valid_PxG: jax.Array | None = None) -> jax.Array:
+    """Return signal_P: whether the rewards of a group differ at all. valid_PxG: as in `group_advantages`.
 
     Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.2) drops the groups without: their advantages
     are 0 and they only dilute the mean.
     """
+    if valid_PxG is not None:  # fewer than two valid ones cannot differ
+        highest_P = jnp.where(valid_PxG, reward_PxG, -jnp.inf).max(axis=1)
+        lowest_P = jnp.where(valid_PxG, reward_PxG, jnp.inf).min(axis=1)
+        return ~(highest_P <= lowest_P)
     return ~(reward_PxG.max(axis=1) <= reward_PxG.min(axis=1))  # a NaN is no reason to be silent
 
 

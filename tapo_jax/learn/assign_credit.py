@@ -110,32 +110,68 @@ def make_assign_credit(mesh: Mesh, settings: Settings) -> Callable:
         batch: TrainBatch, encoded: EncodedBatch, thresholds: AdaptiveTheta | None, seed_step_2: jax.Array
     ) -> tuple:
         P, G = encoded.reward_PxG.shape
+        judged_PxG = encoded.judged_PxG
+        encoded = without_unjudged(encoded)
         length_B = (batch.inputs.segment_BxT > 0).sum(axis=1)
         penalty_PxG = advantages.overlong_penalty(length_B, settings.max_length, settings.overlong_buffer)
         penalty_PxG = penalty_PxG.reshape(P, G)
         reward_PxG = encoded.reward_PxG + penalty_PxG
-        advantage_PxG = advantages.group_advantages(reward_PxG, settings.estimator)
+        advantage_PxG = advantages.group_advantages(reward_PxG, settings.estimator, valid_PxG=judged_PxG)
         key = jax.random.fold_in(jax.random.key(seed_step_2[0]), seed_step_2[1])
         transfer, thresholds, metrics = transferred(encoded, advantage_PxG, thresholds, key, settings)
         evidence = Evidence(batch, encoded, reward_PxG, advantage_PxG, transfer)
         advantage_BxT = CREDIT[settings.credit](evidence, settings)
         if settings.credit != "tapo":
             transfer = dataclasses.replace(transfer, corrected_PxS=jnp.zeros_like(transfer.corrected_PxS))
-        signal_P = advantages.has_signal(reward_PxG)
+        signal_P = advantages.has_signal(reward_PxG, judged_PxG)
         mask_BxT = batch.mask_BxT
+        if judged_PxG is not None:
+            mask_BxT &= judged_PxG.reshape(P * G, 1)
         if settings.dynamic_sampling:
             mask_BxT &= jnp.repeat(signal_P, G, total_repeat_length=P * G)[:, None]
         metrics |= {
-            "reward/mean": reward_PxG.mean(),
-            "reward/accuracy": encoded.success_PxG.mean(dtype=jnp.float32),
-            "reward/overlong": penalty_PxG.mean(),
+            "reward/mean": _mean(reward_PxG, judged_PxG),
+            "reward/accuracy": _mean(encoded.success_PxG, judged_PxG),
+            "reward/overlong": _mean(penalty_PxG, judged_PxG),
             "advantage/groups_with_signal": signal_P.mean(dtype=jnp.float32),
-            "advantage/magnitude": jnp.abs(advantage_PxG).mean(),
+            "advantage/magnitude": _mean(jnp.abs(advantage_PxG), judged_PxG),
         }
         return jnp.where(mask_BxT, advantage_BxT, 0), mask_BxT, Credit(advantage_PxG, transfer), thresholds, metrics
 
     rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
     return jax.jit(assign_credit, out_shardings=(rows, rows, everywhere, everywhere, everywhere))
+
+
+def without_unjudged(encoded: EncodedBatch) -> EncodedBatch:
+    """Take the trajectories that nobody could judge out of what TAPO and GiGPO compare.
+
+    They are no successes and their steps are invalid, so they are neither witnesses nor failures.
+    """
+    judged_PxG = encoded.judged_PxG
+    if judged_PxG is None:
+        return encoded
+
+    own_PxM = jnp.ones_like(encoded.remembered_success_PxM)  # what is remembered was a success
+    steps_PxS = _each(jnp.concatenate([judged_PxG, own_PxM], axis=1), encoded.steps.valid_PxS)
+    anchor_PxV = encoded.anchor_PxV
+    return dataclasses.replace(
+        encoded,
+        success_PxG=encoded.success_PxG & judged_PxG,
+        steps=dataclasses.replace(encoded.steps, valid_PxS=encoded.steps.valid_PxS & steps_PxS),
+        anchor_PxV=None if anchor_PxV is None else jnp.where(_each(judged_PxG, anchor_PxV), anchor_PxV, 0),
+    )
+
+
+def _each(flag_PxG: jax.Array, slot_PxS: jax.Array) -> jax.Array:
+    """Return the flag of the trajectory of every slot."""
+    return jnp.repeat(flag_PxG, slot_PxS.shape[1] // flag_PxG.shape[1], axis=1)
+
+
+def _mean(x_PxG: jax.Array, judged_PxG: jax.Array | None) -> jax.Array:
+    """Return the float32 mean over the judged trajectories; not a number where there is none."""
+    if judged_PxG is None:
+        return x_PxG.mean(dtype=jnp.float32)
+    return jnp.where(judged_PxG, x_PxG, 0).sum(dtype=jnp.float32) / judged_PxG.sum(dtype=jnp.float32)
 
 
 def transferred(
@@ -161,7 +197,9 @@ def transferred(
     own = G * steps.valid_PxS.shape[1] // success_PxH.shape[1]
     result = memory.drop_remembered(result, own)
     trajectory_PxS, valid_PxS = steps.trajectory_PxS[:, :own], steps.valid_PxS[:, :own]
-    metrics = tapo.diagnostics(result, trajectory_PxS, valid_PxS, encoded.success_PxG, advantage_PxG)
+    metrics = tapo.diagnostics(
+        result, trajectory_PxS, valid_PxS, encoded.success_PxG, advantage_PxG, judged_PxG=encoded.judged_PxG
+    )
     if thresholds is not None:
         sim_PxSxS = tapo.pairwise_similarity(steps, numbers.text)
         thresholds = adaptive.update(thresholds, steps, sim_PxSxS, success_PxH, settings.adaptive)

@@ -28,6 +28,7 @@ class EncodedBatch:
     remembered_success_PxM: bool, False where there is no remembered rollout.
     remembered_advantage_PxM: the advantage that it had then.
     remembered_weight_PxM: what is left of its weight.
+    judged_PxG: bool, False where nobody could say whether the answer is right; None where all of them are judged.
     """
 
     reward_PxG: Any
@@ -37,6 +38,7 @@ class EncodedBatch:
     remembered_success_PxM: Any
     remembered_advantage_PxM: Any
     remembered_weight_PxM: Any
+    judged_PxG: Any = None
 
 
 class CallEncoder:
@@ -48,6 +50,7 @@ class CallEncoder:
     embed: text -> vector; None: hashed words and trigrams.
     memory: how long successful rollouts stay witnesses.
     anchor_turns: turns of a rollout whose states are hashed, for GiGPO; 0: none.
+    may_fail: whether a judgement may fail; False: the program gets no judged_PxG.
     """
 
     def __init__(
@@ -59,9 +62,10 @@ class CallEncoder:
         embed: Callable[[str], np.ndarray] | None = None,
         memory: tapo_memory.Settings = tapo_memory.Settings(),
         anchor_turns: int = 0,
+        may_fail: bool = False,
     ) -> None:
         self._steps, self._slots, self._features, self._embed = steps, dict(slots), features, embed
-        self._settings, self._anchor_turns = memory, anchor_turns
+        self._settings, self._anchor_turns, self._may_fail = memory, anchor_turns, may_fail
         self._memory: tapo_memory.Memory = {}
 
     @property
@@ -78,8 +82,11 @@ class CallEncoder:
         calls, success_PxM, advantage_PxM, weight_PxM = tapo_memory.recall(
             self._memory, step, ids, self._calls(groups), self._settings
         )
-        reward_PxG = np.array([[episode.reward for episode in group] for group in groups], np.float32)
+        judged_PxG = np.array([[episode.judged for episode in group] for group in groups])
+        reward_PxG = np.array([[e.reward if e.judged else 0.0 for e in group] for group in groups], np.float32)
         advantages.check_rewards(reward_PxG)
+        if not (self._may_fail or judged_PxG.all()):
+            raise ValueError("an episode is not judged: give CallEncoder may_fail=True")
         steps = tapo.encode_steps(calls, steps=self._steps, features=self._features, embed=self._embed, **self._slots)
         return EncodedBatch(
             reward_PxG=reward_PxG,
@@ -89,6 +96,7 @@ class CallEncoder:
             remembered_success_PxM=success_PxM,
             remembered_advantage_PxM=advantage_PxM,
             remembered_weight_PxM=weight_PxM,
+            judged_PxG=judged_PxG if self._may_fail else None,
         )
 
     def remember(self, groups: Sequence[Sequence[Episode]], step: int, advantage_PxG: np.ndarray) -> None:

@@ -211,11 +211,15 @@ def _result(folder: Path, row: str, seed: int) -> Result | None:
 
 
 def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int, int] | None:
-    """`Result.later`, from the evaluations in folder/eval*. Raises UserError for one that is not like the run's own, or
-    has another number of questions than the others."""
-    paths = sorted(folder.glob("eval*/export.json"))
-    needs = ("split", "temperature", "metrics")
-    found = [read_json(path, way="remove it, or evaluate again", needs=needs) for path in paths]
+    """`Result.later`, from the evaluations in folder/eval* on the run's own data. Raises UserError for one that is not
+    like the run's own, or has another number of questions than the others."""
+    way, needs = "remove it, or evaluate again", ("split", "temperature", "metrics")
+    written = {path: read_json(path, way=way, needs=needs) for path in sorted(folder.glob("eval*/export.json"))}
+    for path in sorted(folder.glob("eval*/*/export.json")):
+        evaluation = read_json(path, way=way, needs=("data", *needs))
+        if same_data(evaluation["data"], config):
+            written[path] = evaluation
+    paths, found = list(written), list(written.values())
     for path, evaluation in zip(paths, found, strict=True):
         for name in ("split", "temperature"):
             if evaluation[name] != config.get(f"eval.{name}", evaluation[name]):
@@ -230,6 +234,14 @@ def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int,
         return None
     accuracy = float(np.mean([evaluation["metrics"]["accuracy"] for evaluation in found]))
     return accuracy, *questions, len(found) * sum(questions)
+
+
+def same_data(data: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether an evaluation's data are those that a run with this flat config evaluates on."""
+    own = {f"data.{name}": value for name, value in flat(data).items() if name != "split"}
+    return config.get("eval.split", data["split"]) == data["split"] and all(
+        config.get(name, value) == value for name, value in own.items()
+    )
 
 
 # Names that fields had in results that were written before.

@@ -89,7 +89,7 @@ class Judge:
         self._cache = None
         if settings.cache:
             Path(settings.cache).parent.mkdir(parents=True, exist_ok=True)
-            self._cache = sqlite3.connect(settings.cache, check_same_thread=False)
+            self._cache = sqlite3.connect(settings.cache, timeout=_MAX_WAIT_S, check_same_thread=False)
             self._cache.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, word TEXT)")
 
     def close(self) -> None:

@@ -4,9 +4,10 @@ import concurrent.futures
 import time
 from collections.abc import Callable, Sequence
 
+from tapo_jax.rewards.judged import Scored
 from tapo_jax.types import Episode
 
-Rewards = dict[str, float]
+Rewards = dict[str, float] | Scored
 
 
 class ScorePool:
@@ -34,7 +35,11 @@ class ScorePool:
                 self.submit(episode)
         try:
             for episode in episodes:
-                episode.rewards = self._waiting[id(episode)][1].result()
+                found = self._waiting[id(episode)][1].result()
+                if isinstance(found, Scored):
+                    episode.rewards, episode.judged = found.rewards, found.judged
+                else:
+                    episode.rewards = found
         finally:
             for _, future in self._waiting.values():
                 future.cancel()

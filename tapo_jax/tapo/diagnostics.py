@@ -8,10 +8,20 @@ from tapo_jax.tapo.controls import failing_steps
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, thresholds=THRESHOLDS):
+def diagnostic_counts(
+    transfer,
+    trajectory_PxS,
+    valid_PxS,
+    success_PxG,
+    advantage_PxG,
+    thresholds=THRESHOLDS,
+    judged_PxG=None,
+):
     """dict of float32 sums over the batch; those of several batches may be added before `diagnostics_from_counts`.
 
     transfer: CreditTransfer of the same arrays. A failing step is a valid step of a trajectory without success.
+    judged_PxG: False for a trajectory of which nobody knows whether it succeeded (None: all are known). It is no
+        failing trajectory; its steps must be invalid.
     """
     success_PxG = jnp.asarray(success_PxG).astype(bool)
     own_PxSxG = membership(trajectory_PxS, success_PxG.shape[1])
@@ -19,6 +29,7 @@ def diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantag
     failing_PxS = failing_steps(trajectory_PxS, valid_PxS, success_PxG)
     witness_PxS = valid_PxS & own_PxSxG.any(axis=2) & ~failing_PxS
     witnessed_P = witness_PxS.any(axis=1)
+    failed_PxG = ~success_PxG if judged_PxG is None else ~success_PxG & judged_PxG
 
     def total(x):
         return x.sum(dtype=jnp.float32)
@@ -28,7 +39,7 @@ def diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantag
 
     counts = {
         "failing_actions": total(failing_PxS),
-        "failing_trajectories": total(~success_PxG),
+        "failing_trajectories": total(failed_PxG),
         "correctable_actions": total(transfer.correctable_PxS),
         "correctable_trajectories": trajectories(transfer.correctable_PxS),
         "corrected_actions": total(transfer.corrected_PxS),
@@ -73,7 +84,15 @@ def diagnostics_from_counts(counts):
     return out
 
 
-def diagnostics(transfer, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, thresholds=THRESHOLDS):
+def diagnostics(
+    transfer,
+    trajectory_PxS,
+    valid_PxS,
+    success_PxG,
+    advantage_PxG,
+    thresholds=THRESHOLDS,
+    judged_PxG=None,
+):
     """`diagnostics_from_counts` of `diagnostic_counts`: the metrics of one batch."""
-    counts = diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, thresholds)
+    counts = diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, thresholds, judged_PxG)
     return diagnostics_from_counts(counts)

@@ -1,0 +1,123 @@
+"""Whole runs with a judge on this machine that is late and wrong-headed for a third of its calls."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import rollout_world as world
+import tiny_run
+from test_judge import said, served
+
+from tapo_jax import records
+from tapo_jax.config import UserError
+from tapo_jax.data import sources
+from tapo_jax.rewards.judged import Scored
+from tapo_jax.rollout import episode
+from tapo_jax.train import train
+
+KEY = "sk-planted-7f3a"
+FAULTS = [(429, {"Retry-After": "0"}, ""), (500, {}, "x"), (200, {}, "garbage")]
+
+
+def replies(number, body):
+    """Answers that end in 4 are never judged, odd ones are right; every third request of the others fails."""
+    digit = int(re.search(r"Response: x(\d)", body["messages"][1]["content"][-1]["text"])[1])
+    if digit == 4:
+        return 400, {}, KEY  # an endpoint that repeats the key
+    return FAULTS[number // 3 % 3] if number % 3 == 0 else said("Yes" if digit % 2 else "No")
+
+
+def read_turn(text):
+    parsed = tiny_run.read_turn(text)
+    return parsed if parsed.answer is None else dataclasses.replace(parsed, answer=f"x{sum(text.encode()) % 5}")
+
+
+def planned(tmp_path, url, monkeypatch, **fields):
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    tiny_run.patch(monkeypatch.setattr)
+    monkeypatch.setattr(episode, "parse_turn", read_turn)
+    prompts = [dataclasses.replace(prompt, answers=("nothing that is said",)) for prompt in world.prompts(24)]
+    monkeypatch.setattr(sources, "prompts", lambda config, split: prompts)
+    judge = {"endpoint": url, "model": "m", "max_failed": 0.9, "cache": str(tmp_path / "cache" / "verdicts.sqlite")}
+    fields = {f"reward.judge.{name}": value for name, value in judge.items()} | fields
+    config = tiny_run.config(tiny_run.write_model(tmp_path / "model"), **{"total_steps": 3, "log.episodes_every": 1})
+    config.update_from_flattened_dict(fields)
+    config.eval.update(at_start=False, at_end=True)
+    return config
+
+
+def test_a_run_with_a_faulty_judge_ends_and_its_numbers_add_up(tmp_path, monkeypatch):
+    with served(replies, 0.05) as (url, bodies):
+        train(planned(tmp_path, url, monkeypatch), tmp_path / "run")
+    lines = records.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3] and len(bodies) > 10
+    unjudged = 0
+    for line in lines:
+        played = records.load(tmp_path / "run" / "episodes" / f"step_{line['step']:06d}.npz")
+        judged = [one for one in played if one.judged]
+        failed = [one for one in played if not one.judged]
+        assert {one.answer for one in failed} <= {"x4"} and "x4" not in {one.answer for one in judged}
+        assert all(one.advantage == 0 and not any(turn.corrected for turn in one.turns) for one in failed)
+        assert all(one.success == (one.answer in ("x1", "x3")) for one in judged)
+        assert line["reward/unjudged"] == pytest.approx(len(failed) / len(played))
+        assert line["reward/accuracy"] == pytest.approx(np.mean([one.success for one in judged]), abs=1e-6)
+        assert line["reward/mean"] == pytest.approx(np.mean([one.reward for one in judged]), abs=1e-6)
+        assert line["tapo/failing_trajectories"] == sum(not one.success for one in judged)
+        assert line["reward/exact_match"] == 0 and line["time/reward"] >= 0
+        unjudged += len(failed)
+    assert unjudged > 0 and lines[-1]["eval/unjudged"] >= 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert (tmp_path / "cache" / "verdicts.sqlite") in files
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_a_judge_that_always_fails_ends_the_run_with_a_sentence(tmp_path, monkeypatch):
+    fields = {"reward.judge.max_failed": 0.05, "reward.judge.retries": 0}
+    with served(lambda number, body: (500, {}, "")) as (url, _):
+        config = planned(tmp_path, url, monkeypatch, **fields)
+        config.data.prompts_per_step, config.total_steps = 8, 20
+        with pytest.raises(UserError, match=r"judgements failed, more than max_failed \(0.05\) allows"):
+            train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"model": ""}, "reward.judge.model is empty"),
+        ({"endpoint": "localhost:1/v1"}, "reward.judge.endpoint has no host"),
+        ({"endpoint": "http://me:secret@host/v1"}, "environment variable"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_a_sentence(fields, sentence):
+    config = tiny_run.config("x")
+    config.reward.judge.update({"endpoint": "http://host/v1", "model": "m"} | fields)
+    with pytest.raises(UserError, match=sentence) as raised:
+        sources.score(config)
+    assert "secret" not in str(raised.value)
+
+
+def test_evaluations_have_their_own_judge_where_they_name_one():
+    config = tiny_run.config("x")
+    assert sources.judge_settings(config) is None and sources.score_workers(config) == 1
+    config.reward.judge.update(endpoint="http://a/v1", model="small", concurrency=8)
+    assert sources.judge_settings(config, evaluating=True) == sources.judge_settings(config)
+    assert sources.score_workers(config, evaluating=True) == 8
+    config.eval.judge.update(endpoint="http://b/v1", model="large", key_variable="OTHER")
+    assert sources.judge_settings(config).model == "small"
+    assert sources.judge_settings(config, evaluating=True).model == "large"
+    with pytest.raises(UserError, match="OTHER"):
+        sources.score(config, evaluating=True)
+
+
+def my_score(episode):
+    return Scored({"accuracy": 0, "format": 1}, judged=False)
+
+
+def test_a_reward_of_ones_own_may_say_that_nobody_knows():
+    config = tiny_run.config("x")
+    config.reward.source = f"{__name__}:my_score"
+    assert sources.score(config)(None) == Scored({"accuracy": 0.0, "format": 1.0}, judged=False)
+    config.reward.judge.update(endpoint="http://a/v1", model="m")
+    with pytest.raises(UserError, match="your own function asks its own judge"):
+        sources.score(config)
