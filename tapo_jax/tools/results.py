@@ -31,9 +31,9 @@ def settle(value: Any) -> ToolResult:
     if isinstance(value, Mapping):
         return _from_dict(value)
     if isinstance(value, list | tuple):
-        wrong = next((part for part in value if not isinstance(part, str) and not _is_picture(part)), None)
-        if wrong is not None:
-            raise _bad(f"it gave a list with a {type(wrong).__name__}")
+        wrong = [part for part in value if not isinstance(part, str) and not _is_picture(part)]
+        if wrong:
+            raise _bad(f"it gave a list with a {type(wrong[0]).__name__}")
         return _result("", (), None, value)
     if isinstance(value, str | int | float | np.number):
         return _result(value, (), None, ())

@@ -227,7 +227,7 @@ def _openai_form(schema: Any, tool: str) -> dict[str, Any]:
 
 
 def _check_references(part: Any, parameters: Mapping[str, Any], tool: str) -> None:
-    """Raises UserError for a reference that leads out of the schema or nowhere, and a pattern that is none."""
+    """Raises UserError for a reference that leads out of the schema or nowhere."""
     if isinstance(part, list):
         for inner in part:
             _check_references(inner, parameters, tool)
@@ -236,12 +236,6 @@ def _check_references(part: Any, parameters: Mapping[str, Any], tool: str) -> No
     reference = part.get("$ref")
     if isinstance(reference, str) and _target(reference, parameters) is None:
         raise UserError(f"The schema of the tool '{tool}' refers to {reference!r}, which it does not hold.")
-    pattern = part.get("pattern")
-    if isinstance(pattern, str):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"The schema of the tool '{tool}' has the pattern {pattern!r}: {error}.") from error
     for inner in part.values():
         _check_references(inner, parameters, tool)
 
