@@ -54,6 +54,8 @@ setup(
         "rich>=13",
         "tensorboardX>=2.6.2",
         "httpx>=0.27",
+        "jsonschema>=4.23,<5",
+        "referencing>=0.35",  # jsonschema looks references up with it
     ],
     extras_require={
         "cpu": [],  # plain jax runs on the CPU
