@@ -54,7 +54,7 @@ class BadPrompt(TypeError):
 class Prompt:
     """One question.
 
-    Raises BadPrompt if `answers` is a string: each of its letters would be an accepted answer.
+    Raises BadPrompt unless `answers` is a sequence of strings; the letters of one string would all be accepted.
     """
 
     id: str
