@@ -77,6 +77,7 @@ setup(
             "ipykernel",
             "peft>=0.18",
             "ruff>=0.17,<0.18",
+            "mypy>=2.4,<2.5",
             "safetensors>=0.6",
             "torch==2.13.0",  # what depends on torch (peft) has to take this one
         ],

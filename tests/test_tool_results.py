@@ -96,7 +96,7 @@ def test_a_text_of_any_make_is_a_text(value, text):
         ToolResult(images=(np.broadcast_to(np.uint8(0), (20_000, 20_000, 3)),)),
         ToolResult(parts=(3j,)),
     ],
-    ids=lambda value: repr(value)[:60],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_result_is_an_observation(value):
     result = given(value)
@@ -334,6 +334,7 @@ class Asynchronous(Given):
         ([type("Named", (Given,), {"name": ""})(len)], "give it a text"),
         ([type("Named", (Given,), {"name": "u"})(len)], "schema named 't'"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_tool_is_one_sentence_at_start(tools, says):
     with pytest.raises(UserError, match=says):
