@@ -56,8 +56,8 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """  # noqa: E501
-# A digit; a word, with the space before it if a word or digit stands there; marks with the spaces after them; white
-# space. So a name after `": "`, `. ` or a line's start is the same tokens everywhere, which makes it easy to copy.
+# A digit; a word, with the space before it if a word or digit precedes that space; marks with the spaces after them;
+# white space. So a name after `": "`, `. ` or at a line's start has the same tokens everywhere: it is easy to copy.
 _SPLIT = r"\d|[A-Za-z_]+| [A-Za-z_]+|[^A-Za-z_\d\s][^A-Za-z_\d\n]*|\s"
 
 

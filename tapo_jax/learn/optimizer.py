@@ -67,7 +67,7 @@ def is_trained(name: str, *, train_vision: bool, lora: bool) -> bool:
 
 
 def is_decayed(name: str) -> bool:
-    """Return whether a parameter decays: a matrix, but not a norm's scale or a bias, which stacking makes 2-D too."""
+    """Return whether a parameter decays: a matrix does, a norm's scale or a bias (2-D when stacked) does not."""
     last = name.rsplit("/", 1)[-1]
     return "norm" not in last and "bias" not in last
 

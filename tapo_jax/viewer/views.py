@@ -36,7 +36,7 @@ class Picture:
 class Views:
     """Descriptions of episodes for the template.
 
-    All parts of a page share its images, the scale of its colours and the steps to which arrows can point."""
+    All parts of a page share its images, its colour scale and the anchors of its steps, to which others link."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
