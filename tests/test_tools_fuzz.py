@@ -18,6 +18,7 @@ from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.tools.schemas import resolved
 from tapo_jax.types import Image, ToolCall, ToolResult, root_image
 
+pytestmark = pytest.mark.filterwarnings("ignore:overflow|invalid value:RuntimeWarning")  # of the arrays made here
 SUITE = settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 NIGHTLY = settings(SUITE, max_examples=34_000)  # for each of three tests: 10⁵ cases
 PICTURE = root_image(np.zeros((8, 8, 3), np.uint8))
