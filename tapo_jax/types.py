@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+ZOOM, IMAGE_SEARCH, TEXT_SEARCH = "image_zoom_in_tool", "image_search_tool", "text_search_tool"
+"""Names of the shipped tools, as the policy writes them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Image:

@@ -121,7 +121,7 @@ MAY_IMPORT = {
     "records": {"config", "types"},
     "lab": {"config", "learn", "records", "report", "tapo"},
     "report": {"atlas", "config", "records", "types", "viewer"},
-    "viewer": {"config", "records", "rollout"},
+    "viewer": {"config", "records", "rollout", "types"},
     "sweep": {"config", "processes", "records", "report"},
 }
 

@@ -16,12 +16,13 @@ from matplotlib.path import Path as Curve
 
 from tapo_jax import records
 from tapo_jax.records import RecordedEpisode
+from tapo_jax.types import IMAGE_SEARCH, TEXT_SEARCH, ZOOM
 from tapo_jax.viewer.credit_map import CELL_HEIGHT, CELL_WIDTH, LEFT, SHADES
 from tapo_jax.viewer.views import Views
 
 GOLD = "#c98a00"
 SHADE = {shade["level"]: shade for shade in SHADES}
-NAMES = {"image_zoom_in_tool": "zoom", "image_search_tool": "image search", "text_search_tool": "text search"}
+NAMES = {ZOOM: "zoom", IMAGE_SEARCH: "image search", TEXT_SEARCH: "text search"}
 
 
 def choose(paths: Sequence[Path]) -> tuple[RecordedEpisode, RecordedEpisode]:

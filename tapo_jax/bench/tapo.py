@@ -14,7 +14,7 @@ import numpy as np
 
 from tapo_jax import tapo
 from tapo_jax.bench import tapo_loops, timing
-from tapo_jax.types import Region, Text
+from tapo_jax.types import IMAGE_SEARCH, TEXT_SEARCH, ZOOM, Region, Text
 
 PARAMETERS = 4e9
 SIZES = {"paper": (128, 8, 8, 1), "large": (1024, 16, 16, 16)}  # P, G, K, chunks
@@ -115,6 +115,6 @@ def random_calls(P: int, G: int, K: int, texts: float):
 
 def _call(draw: float, texts: float, query: str, root: int, corner: list[float]):
     if draw < texts:
-        return ("text_search_tool", (Text(query),))
+        return (TEXT_SEARCH, (Text(query),))
     region = Region(root, (*corner, corner[0] + 0.6, corner[1] + 0.6))
-    return ("image_zoom_in_tool" if draw < (1 + texts) / 2 else "image_search_tool", (region,))
+    return (ZOOM if draw < (1 + texts) / 2 else IMAGE_SEARCH, (region,))

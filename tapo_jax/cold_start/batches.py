@@ -19,7 +19,7 @@ from tapo_jax.models.inputs import PixelStore, make_row, model_inputs
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits, Opening, open_prompt
 from tapo_jax.tools.base import ToolRunner
-from tapo_jax.types import Episode, Prompt
+from tapo_jax.types import IMAGE_SEARCH, Episode, Prompt
 
 
 @jax.tree_util.register_dataclass
@@ -146,9 +146,7 @@ class ColdStart:
         kept = []
         while len(kept) < rows:
             episode = self.episode(rng)
-            found = [
-                turn.stop for turn in episode.turns if turn.call is not None and turn.call.name == "image_search_tool"
-            ]
+            found = [turn.stop for turn in episode.turns if turn.call is not None and turn.call.name == IMAGE_SEARCH]
             if not found:
                 continue
             token_T, mask_T = episode.token_T[found[-1] :], episode.mask_T[found[-1] :]

@@ -17,7 +17,7 @@ from tapo_jax.atlas.world import ATTRIBUTES, NEIGHBOURS
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Conversation, Limits, Opening
 from tapo_jax.tools.base import ToolRunner
-from tapo_jax.types import Episode
+from tapo_jax.types import IMAGE_SEARCH, TEXT_SEARCH, ZOOM, Episode
 
 Script = Generator[str, str, None]  # yields a turn's text, is sent the tool's response
 
@@ -98,7 +98,7 @@ def _identify(
             yield zoom_call([box[2], box[3], box[0], box[1]], target.colour)
         yield zoom_call(box, target.colour)
         image = 0 if _happens(rng, flaws.wrong_image) else 1
-    result = yield tool_call("search the image", "image_search_tool", {"img_idx": image})
+    result = yield tool_call("search the image", IMAGE_SEARCH, {"img_idx": image})
     return re.findall(r"^\d+\. (.+)$", result, re.MULTILINE) or ["unknown"]
 
 
@@ -130,11 +130,11 @@ def _read(result: str, name: str, key: str) -> str | None:
 
 
 def zoom_call(box: list[int], colour: str) -> str:
-    return tool_call(f"zoom in on {colour}", "image_zoom_in_tool", {"bbox_2d": box, "label": colour, "img_idx": 0})
+    return tool_call(f"zoom in on {colour}", ZOOM, {"bbox_2d": box, "label": colour, "img_idx": 0})
 
 
 def search_call(name: str, what: str) -> str:
-    return tool_call(f"find the {what}", "text_search_tool", {"query": f"{name}, {what}"})
+    return tool_call(f"find the {what}", TEXT_SEARCH, {"query": f"{name}, {what}"})
 
 
 def tool_call(think: str, name: str, arguments: dict) -> str:

@@ -23,6 +23,7 @@ from tapo_jax.cold_start.experts import answer_turn, search_call, tool_call, zoo
 from tapo_jax.models import hf
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 from tapo_jax.models.qwen3_vl import Qwen3VL
+from tapo_jax.types import IMAGE_SEARCH
 
 SPECIAL = (
     "<|endoftext|>",
@@ -87,7 +88,7 @@ def _texts(seed: int):
     phrases = ["tools: image_zoom_in_tool, image_search_tool, text_search_tool, ", "Image 1."]
     phrases += ["user\n", "assistant\n", "system\n"] * 50
     phrases += [zoom_call([120, 30, 480, 990], colour) for colour in COLOURS]
-    phrases += [tool_call("search the image", "image_search_tool", {"img_idx": 1}), answer_turn("x")]
+    phrases += [tool_call("search the image", IMAGE_SEARCH, {"img_idx": 1}), answer_turn("x")]
     for name in world.asked:
         question = ask(world, name, str(rng.choice(list(COLOURS))), int(rng.integers(1, 4)), rng)
         if question is not None:

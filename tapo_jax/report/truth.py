@@ -15,8 +15,8 @@ from typing import Any
 from tapo_jax.atlas.play import parse_id
 from tapo_jax.config import UserError
 from tapo_jax.records import RecordedEpisode, RecordedTurn, load
+from tapo_jax.types import IMAGE_SEARCH, TEXT_SEARCH, ZOOM
 
-ZOOM, IMAGE, TEXT = "image_zoom_in_tool", "image_search_tool", "text_search_tool"
 _WHEN = ("adv_before", "adv_after")
 _FIRST = re.compile(r"1\. (.+)")
 
@@ -28,13 +28,15 @@ def steps_of(episode: RecordedEpisode) -> list[tuple[RecordedTurn, bool | None]]
     needed = {f"{name}, neighbours" for name in chain[:-1]} | {f"{chain[-1]}, {attribute}"}
     steps = [turn for turn in episode.turns if turn.slot >= 0]
     searched = {
-        turn.call_arguments["img_idx"]: _first_title(turn) == chain[0] for turn in steps if turn.call_name == IMAGE
+        turn.call_arguments["img_idx"]: _first_title(turn) == chain[0]
+        for turn in steps
+        if turn.call_name == IMAGE_SEARCH
     }
 
     def right(turn: RecordedTurn) -> bool | None:
-        if turn.call_name == TEXT:
+        if turn.call_name == TEXT_SEARCH:
             return _first_title(turn) in needed
-        if turn.call_name == IMAGE:
+        if turn.call_name == IMAGE_SEARCH:
             return searched[turn.call_arguments["img_idx"]]
         return searched.get(turn.result_images[0]) if turn.call_name == ZOOM and turn.result_images else None
 
@@ -60,7 +62,7 @@ def table(episodes: Sequence[RecordedEpisode]) -> list[dict[str, Any]]:
         if right is not None
     ]
     rows = []
-    for tool in ("all", ZOOM, IMAGE, TEXT):
+    for tool in ("all", ZOOM, IMAGE_SEARCH, TEXT_SEARCH):
         steps = [step for step in known if tool in ("all", step[1].call_name)]
         punished = [(turn.correctable, right) for success, turn, right in steps if not success and turn.adv_before < 0]
         rows.append(

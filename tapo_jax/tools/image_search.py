@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from tapo_jax.tools.base import function_schema
-from tapo_jax.types import Image, ToolResult, root_image
+from tapo_jax.types import IMAGE_SEARCH, Image, ToolResult, root_image
 
 GRID = 24
 SPAN = 0.45  # of a picture's side: a smaller shape is not told apart from what surrounds it
@@ -50,7 +50,7 @@ def _trim(shape_HxW: np.ndarray) -> np.ndarray:
 class ImageSearch:
     """titles and pictures (uint8 [H, W, 3]) of the index. `thumbnails` of the top_k results come back as images."""
 
-    name = "image_search_tool"
+    name = IMAGE_SEARCH
 
     def __init__(self, titles: Sequence[str], pictures: Sequence[np.ndarray], *, top_k: int, thumbnails: int = 0):
         self._titles, self._pictures = list(titles), list(pictures)

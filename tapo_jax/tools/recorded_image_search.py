@@ -13,7 +13,7 @@ import numpy as np
 
 from tapo_jax.config import BadImage
 from tapo_jax.tools.base import BadCall, function_schema
-from tapo_jax.types import Image, Prompt, ToolResult, root_image
+from tapo_jax.types import IMAGE_SEARCH, Image, Prompt, ToolResult, root_image
 
 _DESCRIPTION = "Search the web for pages whose pictures look like the image of the question."
 _IMG_IDX = {"type": "integer", "description": "The image's number, counted from 0.", "x-kind": "image"}
@@ -35,7 +35,7 @@ class Recording:
 class RecordedImageSearch:
     """results: titles with thumbnails that come back, at most. argument: whether the policy names the image."""
 
-    name = "image_search_tool"
+    name = IMAGE_SEARCH
     needs_prompt = True
 
     def __init__(self, *, argument: bool = False, results: int = 5):

@@ -15,7 +15,7 @@ from tapo_jax.tools.base import BadCall
 from tapo_jax.tools.http_client import Client
 from tapo_jax.tools.search_store import Asked, Kept
 from tapo_jax.tools.text_search import SCHEMA, list_passages
-from tapo_jax.types import Image, ToolResult
+from tapo_jax.types import TEXT_SEARCH, Image, ToolResult
 
 BACKEND = "search-r1"
 KEY = "TAPO_SEARCH_KEY"  # the environment variable of the service's key, if it has one
@@ -28,7 +28,7 @@ class RemoteTextSearch:
     kept: a cache or a recording, around the request. endpoint "" is for a replay, which asks nobody.
     """
 
-    name = "text_search_tool"
+    name = TEXT_SEARCH
     schema = SCHEMA
 
     def __init__(

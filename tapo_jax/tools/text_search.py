@@ -10,12 +10,12 @@ import bm25s
 import numpy as np
 
 from tapo_jax.tools.base import function_schema
-from tapo_jax.types import Image, ToolResult
+from tapo_jax.types import TEXT_SEARCH, Image, ToolResult
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index that it builds
 _WORD = re.compile(r"\w+")
 SCHEMA = function_schema(
-    "text_search_tool",
+    TEXT_SEARCH,
     "Search an encyclopedia for passages of text.",
     {"query": {"type": "string", "description": "What to look for, in words.", "x-kind": "text"}},
     ("query",),
@@ -32,7 +32,7 @@ def list_passages(passages: Sequence[str], budget: int) -> str:
 class TextSearch:
     """passages: "Title\\ntext" each. top_k passages come back, cut to `budget` characters in all."""
 
-    name = "text_search_tool"
+    name = TEXT_SEARCH
     schema = SCHEMA
 
     def __init__(self, passages: Sequence[str], *, top_k: int, budget: int):

@@ -7,13 +7,13 @@ import numpy as np
 import PIL.Image
 
 from tapo_jax.tools.base import BadCall, compose, function_schema
-from tapo_jax.types import Image, ToolResult
+from tapo_jax.types import ZOOM, Image, ToolResult
 
 
 class ZoomTool:
     """size: the long side of the crop that is returned, in pixels. min_pixels: a smaller box is an error."""
 
-    name = "image_zoom_in_tool"
+    name = ZOOM
 
     def __init__(self, *, size: int, min_pixels: int = 4):
         self._size, self._min_pixels = size, min_pixels

@@ -11,10 +11,11 @@ from PIL import Image as PillowImage
 
 from tapo_jax.records import RecordedEpisode, RecordedTurn
 from tapo_jax.rollout.chat import parse_turn
+from tapo_jax.types import IMAGE_SEARCH, TEXT_SEARCH, ZOOM
 from tapo_jax.viewer.credit_map import credit_map, shade
 
 MAX_SIDE = 512  # pixels; larger images are scaled down on the page
-_ICONS = {"image_zoom_in_tool": "Z", "image_search_tool": "I", "text_search_tool": "T"}
+_ICONS = {ZOOM: "Z", IMAGE_SEARCH: "I", TEXT_SEARCH: "T"}
 
 Group = Sequence[RecordedEpisode]
 
