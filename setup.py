@@ -62,7 +62,10 @@ setup(
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
         "colab": ["ipykernel", "nbformat"],
         "parquet": ["pyarrow>=17"],  # published data sets; arrays that carry code are refused since 14.0.1
+        "serve": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # launch/retrieval_server.py
         "test": [
+            "starlette>=0.46,<2",
+            "uvicorn>=0.34,<1",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -65,6 +65,9 @@ def get_config(arg: str = "") -> ConfigDict:
         names=("image_zoom_in_tool", "image_search_tool", "text_search_tool"), timeout_s=10.0, retries=1, workers=4,
         zoom_size=64, image_top_k=1, thumbnails=0, text_top_k=1, text_budget=400,
         endpoint="",  # "http://host:port" of launch/retrieval_server.py; "": the text search of this process
+        cache="",  # a file (SQLite) of what the service answered, shared by processes and runs; "": none
+        record="",  # a folder that gets every search of the run and its outcome, to be replayed; "": none
+        replay="",  # a folder of `tools.record`: its searches, without a service; others are the error replay_miss
         extra=ConfigDict(),
     ))  # fmt: skip
     c.reward = ConfigDict(dict(

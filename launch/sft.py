@@ -7,9 +7,10 @@ from tapo_jax.cold_start import sft
 from tapo_jax.config import run_main
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/sft_atlas.py", "The config file, with its argument after a colon."
+    "config", None, "The config file, with its argument: configs/sft_atlas.py or configs/sft_atlas.py:ARGUMENT."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.")
+flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:

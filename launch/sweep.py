@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from tapo_jax.check import check
-from tapo_jax.config import beside, check_positive, run_main
+from tapo_jax.config import UserError, beside, check_positive, run_main
 from tapo_jax.models.shipped import model_directory
 from tapo_jax.sweep import processes
 from tapo_jax.sweep import runs as sweep
@@ -34,6 +34,9 @@ CONFIG = ROOT / "configs" / "ablations.py"
 def main(argv: list[str]) -> None:
     del argv
     check_positive("--jobs", JOBS.value)
+    for name in ("row", "seed"):
+        if any(part.partition("=")[0].strip() == name for part in ARG.value.split(",")):
+            raise UserError(f"--arg sets {name}, which --sweep and --seeds choose: leave it out of --arg.")
     rows, sweeps, get_config = (beside(str(CONFIG), CONFIG.name, name) for name in ("ROWS", "SWEEPS", "get_config"))
     names, seeds = sweep.parse_sweeps(SWEEP.value, sweeps, rows), sweep.parse_seeds(SEEDS.value)
     out = Path(OUT.value).absolute()

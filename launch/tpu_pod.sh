@@ -56,11 +56,24 @@ push() {
   archive=$(mktemp -t tapo_jax.XXXXXX.tar.gz)
   # shellcheck disable=SC2064  # the path is fixed now
   trap "rm -f '$archive'" EXIT
-  (cd "$root" && git ls-files --cached --others --exclude-standard -z | tar --null --files-from=- -czf "$archive")
+  # A tracked file that was deleted is still in git's list, and tar would fail for it.
+  (
+    cd "$root"
+    git ls-files --cached --others --exclude-standard -z | while IFS= read -r -d '' file; do
+      if [ -e "$file" ] || [ -L "$file" ]; then printf '%s\0' "$file"; fi
+    done | tar --null --files-from=- -czf "$archive"
+  )
   "${tpu[@]}" scp "$archive" "$name:tapo_jax.tar.gz" ${place[@]+"${place[@]}"} --worker=all
   on_hosts '
     set -e
-    mkdir -p tapo_jax && tar -xzf tapo_jax.tar.gz -C tapo_jax
+    mkdir -p tapo_jax
+    # What an earlier push brought and this one does not is removed: a renamed module would stay importable.
+    tar -tzf tapo_jax.tar.gz | sort > tapo_jax.files.new
+    if [ -f tapo_jax.files ]; then
+      comm -23 tapo_jax.files tapo_jax.files.new | (cd tapo_jax && tr "\n" "\0" | xargs -0 -r rm -f --)
+    fi
+    tar -xzf tapo_jax.tar.gz -C tapo_jax
+    mv tapo_jax.files.new tapo_jax.files
     command -v uv >/dev/null || [ -x ~/.local/bin/uv ] || python3 -m pip install --quiet --user uv
     PATH=$HOME/.local/bin:$PATH
     [ -d venv ] || uv venv --python 3.12 venv
@@ -75,6 +88,9 @@ run() {
   local arguments
   arguments=$(printf '%q ' "$@")
   on_hosts "
+    if [ ! -d tapo_jax ] || [ ! -x venv/bin/python ]; then
+      echo 'the program is not on this host: push it first' >&2; exit 1
+    fi
     if [ -f train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; then
       echo 'a run is going on here: stop it first' >&2; exit 1
     fi

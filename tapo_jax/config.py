@@ -4,6 +4,7 @@ Holds no defaults: the files in `configs/` are complete. Imports no jax, so that
 """
 
 import ast
+import io
 import os
 import re
 import runpy
@@ -24,21 +25,37 @@ class BadImage(UserError):
     """An image that cannot be shown. The message names it and says why. Training skips its question."""
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
-    """absl's `app.run`; a UserError is printed as its sentence and ends the program with code 1, no traceback. Modules
-    of the working directory can be named in fields like data.source."""
+def run_main(main: Callable[[list[str]], None], *, words: bool = False) -> None:
+    """Run `main` as absl's `app.run` does; a UserError is printed as its sentence and ends the program with code 1.
+
+    Modules of the working directory can be named in fields like data.source. words: whether the program takes words
+    beside its flags; else such a word is a mistake, because absl would ignore it.
+    """
     sys.path.append(os.getcwd())
+    write_to_any_terminal()
     try:
-        app.run(main, flags_parser=_parse_flags)
+        app.run(main, flags_parser=lambda args: _parse_flags(args, words=words))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
-def _parse_flags(args: list[str]) -> list[str]:
-    """absl's parsing; a --config.… flag that the config has no field for, or a config file that does not exist, is a
-    UserError."""
+def write_to_any_terminal() -> None:
+    """Let a terminal without a character show a question mark for it, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _parse_flags(args: list[str], *, words: bool) -> list[str]:
+    """Parse as absl does, but raise UserError for what absl lets pass or ends with a traceback.
+
+    That is: a --config.… flag that the config has no field for, a config file that does not exist, a word that belongs
+    to no flag, and a flag with an empty value.
+    """
+    args, nothing = _take_none(args)
     args, extra = _take_extra(args)
+    sys.argv = args  # where the flags of a config look for its fields
     # Libraries report every step of their work otherwise; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
     try:
@@ -50,10 +67,42 @@ def _parse_flags(args: list[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         sentence = str(error).strip("'\"").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
         raise UserError(f"A --config.… flag does not fit the config: {sentence}.") from error
+    if rest[1:] and not words:
+        raise UserError(
+            f"The word '{rest[1]}' on the command line belongs to no flag: write a value with an equals sign, such as "
+            f"--config.tapo.beta=0.4, and for a flag that is true or false --flag=false or --noflag."
+        )
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if flag.present and flag.value == "" and flag.default != "" and not name.startswith("config."):
+            raise UserError(f"--{name} is empty (a variable that is not set?): give it a value, or leave it out.")
     for section, name, value in extra:
         with flags.FLAGS["config"].value[section].extra.unlocked() as free:
             free[name] = value
+    for name in nothing:
+        _set_none(flags.FLAGS["config"].value, name)
     return rest
+
+
+_NONE = re.compile(r"--config\.([\w.]+)=[Nn]one")
+
+
+def _take_none(args: list[str]) -> tuple[list[str], list[str]]:
+    """Split off --config.NAME=None, which the parsers of numbers and texts would refuse or take as a word."""
+    found = [_NONE.fullmatch(arg) for arg in args]
+    rest = [arg for arg, match in zip(args, found, strict=True) if match is None or ".extra." in match[1]]
+    return rest, [match[1] for match in found if match is not None and ".extra." not in match[1]]
+
+
+def _set_none(config: ConfigDict, name: str) -> None:
+    """Set a field to None, whatever its type: the ranges of the fields say where None means something."""
+    *sections, field = name.split(".")
+    for section in sections:
+        config = config.get(section) if isinstance(config, ConfigDict) else None
+    if not isinstance(config, ConfigDict) or field not in config:
+        raise UserError(f"A --config.… flag does not fit the config: there is no field {name}.")
+    with config.ignore_type():
+        config[field] = None
 
 
 _EXTRA = re.compile(r"--config\.(data|tools|reward)\.extra\.(\w+)=(.*)", re.DOTALL)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tapo_jax.models import flops
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.inputs import PixelStore
-from tapo_jax.records import read_metrics, write_whole
+from tapo_jax.records import parse_metrics, write_whole
 from tapo_jax.types import Episode
 
 _compiles = [0]
@@ -89,11 +89,19 @@ class MetricWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         self.path = workdir / "metrics.jsonl"
         last = -1 if resumed_step is None else resumed_step
-        kept = [line for line in read_metrics(self.path) if line["step"] <= last]
+        before = self.path.read_bytes() if self.path.exists() else b""
+        lines, damaged = parse_metrics(before)
+        if damaged:
+            write_whole(workdir / "metrics.damaged.jsonl", before)
+        kept = [line for line in lines if line["step"] <= last]
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open until close()
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1) if tensorboard else None
         self._bar = tqdm(total=total_steps, initial=max(last, 0), unit="step", dynamic_ncols=True)
+        for number, reason in damaged:
+            self.say(
+                f"{self.path}, line {number} is left out: {reason}; the file as it was is kept as metrics.damaged.jsonl"
+            )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if not self._main:

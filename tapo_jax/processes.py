@@ -1,12 +1,15 @@
 """The processes of a run: how they find each other, and the little that they tell each other on the host."""
 
+import contextlib
+import fcntl
 import glob
 import importlib.util
 import json
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +32,11 @@ def join() -> None:
     given = {name: os.environ[name] for name in names if name in os.environ}
     if len(given) == len(names):
         address, count, rank = given.values()
+        if not (count.isdecimal() and rank.isdecimal() and int(rank) < int(count)) or ":" not in address:
+            raise UserError(
+                f"JAX_COORDINATOR_ADDRESS is '{address}', JAX_NUM_PROCESSES '{count}' and JAX_PROCESS_ID '{rank}': "
+                "give host:port, the number of processes and a number from 0 that is smaller."
+            )
         jax.distributed.initialize(address, int(count), int(rank))
     elif given:
         missing = " and ".join(name for name in names if name not in given)
@@ -77,6 +85,34 @@ def mean_over(values: Mapping[str, float]) -> dict[str, float]:
     each = gather(dict(values))
     names = dict.fromkeys(name for one in each for name in one)
     return {name: sum(one.get(name, 0.0) for one in each) / len(each) for name in names}
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Hold the work directory of a run. The lock is the system's, so a process that dies lets go of it.
+
+    Process 0 holds it for all. Raises UserError, in every process, where another run holds it. Every process must call
+    this. Nothing is held on a file system without locks.
+    """
+    taken, lock = False, None
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / "train.lock", "w")  # noqa: SIM115 - open until the run ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:  # some shared file systems have no locks
+            pass
+    try:
+        if any_of(taken):
+            raise UserError(
+                f"Another run is working in {workdir}: give another --workdir, or wait until that run has ended."
+            )
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 class StopRequest:

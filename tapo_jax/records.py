@@ -9,6 +9,9 @@ import hashlib
 import io
 import json
 import os
+import sys
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PillowImage
 
+from tapo_jax.config import UserError
 from tapo_jax.types import Episode
 
 MOST_PIXELS = 1 << 20  # of a recorded image
@@ -30,6 +34,22 @@ def write_whole(path: Path, data: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, *, way: str, needs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a JSON file that holds an object with the names in `needs`.
+
+    Raises UserError where it holds anything else; way: the end of the sentence, what the user can do.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): {way}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (it holds {found!r:.40}, and names with values are needed): {way}.")
+    if missing := [name for name in needs if name not in found]:
+        raise UserError(f"{path} is damaged (it has no {', '.join(missing)}): {way}.")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +207,21 @@ def save(path: Path, episodes: Sequence[RecordedEpisode]) -> None:
     write_whole(path, buffer.getvalue())
 
 
+# What readers of archives, of JSON and of dataclasses raise for a file that is cut, empty or of something else.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
 def load(path: Path) -> list[RecordedEpisode]:
+    """Read the episodes of one step. Raises UserError, which names the file, where it is no recording."""
+    try:
+        return _load(path)
+    except _DAMAGE as error:
+        raise UserError(
+            f"The recording {path} cannot be read ({type(error).__name__}: {error}): remove the damaged file."
+        ) from error
+
+
+def _load(path: Path) -> list[RecordedEpisode]:
     with np.load(path, allow_pickle=False) as arrays:
         items = json.loads(arrays["episodes"].tobytes())
         images = {name: arrays[name].tobytes() for name in arrays.files if name.startswith("image_")}
@@ -213,13 +247,35 @@ def load(path: Path) -> list[RecordedEpisode]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    """Read the lines of a metrics.jsonl. A damaged line is left out and named on stderr."""
+    lines, damaged = parse_metrics(path.read_bytes() if path.exists() else b"")
+    for number, reason in damaged:
+        print(f"{path}, line {number} is left out: {reason}", file=sys.stderr)
     return lines
+
+
+def parse_metrics(data: bytes) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """Read the bytes of a metrics.jsonl. Returns its lines, and the number and fault of each damaged one.
+
+    A last line without an end was cut short by a kill, which is no damage: it is left out.
+    """
+    lines, damaged = [], []
+    *whole, cut = data.split(b"\n")
+    for number, text in enumerate([*whole, cut], start=1):
+        try:
+            lines.append(_metrics(text.decode("utf-8")))
+        except (ValueError, RecursionError) as error:
+            if text.strip() and number <= len(whole):
+                damaged.append((number, str(error)))
+    return lines, damaged
+
+
+def _metrics(text: str) -> dict[str, Any]:
+    """Read one line. Raises ValueError."""
+    line = json.loads(text)
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        raise ValueError("it is no step with its numbers")
+    for name, value in line.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{name} is no number")
+    return line

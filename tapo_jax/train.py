@@ -4,6 +4,7 @@ prompts → rollout (sampler × tools) → rewards → advantages → TAPO → u
 """
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -39,13 +40,32 @@ from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.tapo import adaptive
 from tapo_jax.types import Episode, Prompt
 
+SILENT_STEPS = 3  # without one written token, after which it is the config that is wrong
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """Trains as `config` says and leaves everything in `workdir`; called again, goes on where it was stopped. Raises
-    UserError."""
-    # -------------------------------------------------------------------------------------- check the config
-    workdir = Path(workdir)
+    """Train as `config` says and leave everything in `workdir`; called again, go on where it was stopped.
+
+    Raises UserError for a mistake, for a second run in the same folder, and for a disk that is full.
+    """
+    if not str(workdir):
+        raise UserError("--workdir is empty: name the folder of the run.")
     check.check(config)
+    with processes.alone_in(Path(workdir)):
+        try:
+            train_alone(config, Path(workdir))
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            raise UserError(
+                f"A file of the run in {workdir} could not be written ({error}): make room on the disk and run the "
+                "same command again; it goes on from the last checkpoint."
+            ) from error
+
+
+def train_alone(config: ConfigDict, workdir: Path) -> None:
+    """Train in a folder that no other run uses. The config has been checked."""
     directory = model_directory(config.model.path, config.model.shape)
     # -------------------------------------------------------------------------------------- mesh
     mesh = sharding.make_mesh(**config.mesh)
@@ -88,7 +108,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     if resumed is None and config.eval.at_start:
         writer.write(0, evaluated(run, state, held_out))
     # -------------------------------------------------------------------------------------- loop
-    step, stopping = resumed or 0, False
+    step, stopping, silent = resumed or 0, False, 0
     with processes.StopRequest() as stop:
         while step < total and not stopping:
             step += 1
@@ -98,6 +118,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
                 metrics |= evaluated(run, state, held_out)
             writer.write(step, metrics)
             raise_if_broken(metrics, step, config, workdir)
+            silent = 0 if metrics["rollout/written"] else silent + 1
+            raise_if_silent(silent, step, total, config)
             stopping = step == total or processes.any_of(stop.requested)
             if stopping or step % config.checkpoint.every == 0:
                 checkpoints.save(step, state, data=positions(parts), seed=config.seed)
@@ -106,7 +128,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     if step < total:
         writer.say(f"stopped after step {step}; the same command goes on from there")
     else:
-        leave_results(run, nnx.merge(graphdef, state.params), directory)
+        leave_results(run, nnx.merge(graphdef, state.params), directory, writer)
     writer.close()
 
 
@@ -178,10 +200,14 @@ def write_config(config: ConfigDict, workdir: Path, resumed: int | None, writer:
         return
     path, now = workdir / "config.json", json.loads(config.to_json_best_effort())
     if resumed is not None and path.exists():
-        before = flat(json.loads(path.read_text()))
-        changed = [name for name, value in flat(now).items() if before.get(name) != value]
+        try:
+            before = flat(records.read_json(path, way="it is written again, and what has changed is not known"))
+            changed = [name for name, value in flat(now).items() if before.get(name) != value]
+        except UserError as error:
+            writer.say(str(error))
+            changed = []
         writer.say(f"resumed after step {resumed}" + (f"; changed since then: {', '.join(changed)}" if changed else ""))
-    path.write_text(json.dumps(now, indent=2) + "\n")
+    records.write_whole(path, json.dumps(now, indent=2) + "\n")
 
 
 def warm_up(run: Run, state: TrainState) -> TrainState:
@@ -352,7 +378,17 @@ def raise_if_broken(metrics: dict[str, float], step: int, config: ConfigDict, wo
         )
 
 
-def leave_results(run: Run, model: nnx.Module, directory: Path) -> None:
+def raise_if_silent(silent: int, step: int, total: int, config: ConfigDict) -> None:
+    """Raise UserError where the policy wrote nothing in the last `silent` steps, so that nothing was trained."""
+    if silent >= SILENT_STEPS or (silent and silent >= min(step, total) and step == total):
+        raise UserError(
+            f"In the last {silent} steps the policy could not write a single token, because no question left room for "
+            f"one: rollout.max_length is {config.rollout.max_length} and rollout.max_image_tokens "
+            f"{config.rollout.max_image_tokens}; give more, or smaller images (rollout.max_pixels)."
+        )
+
+
+def leave_results(run: Run, model: nnx.Module, directory: Path, writer: MetricWriter) -> None:
     """The trained model as a directory in Hugging Face form (low-rank updates merged, and beside it as an adapter that
     peft reads), the curve, and the page of recorded episodes."""
     export, part = run.workdir / "export", run.workdir / "export.part"
@@ -367,4 +403,5 @@ def leave_results(run: Run, model: nnx.Module, directory: Path) -> None:
     shutil.rmtree(export, ignore_errors=True)
     part.rename(export)
     write_curve(run.workdir / "metrics.jsonl", run.workdir / "curve.png")
-    viewer.write_page(sorted((run.workdir / "episodes").glob("step_*.npz")), run.workdir / "episodes.html")
+    recorded = sorted((run.workdir / "episodes").glob("step_*.npz"))
+    viewer.write_page(recorded, run.workdir / "episodes.html", told=writer.say)

@@ -11,7 +11,7 @@ import pytest
 
 from tapo_jax import sharding
 from tapo_jax.config import UserError
-from tapo_jax.learn.checkpoints import Checkpoints, fingerprint
+from tapo_jax.learn.checkpoints import Checkpoints, fingerprint, read_params
 from tapo_jax.learn.state import TrainState
 
 DATA = {"next_index": 7}
@@ -142,3 +142,11 @@ def test_the_fingerprint_is_that_of_any_mesh():
     state = make_state(1)
     host = dataclasses.replace(state, params=jax.device_get(state.params))
     assert int(fingerprint(state.params)) == int(fingerprint(host.params))
+
+
+def test_weights_that_the_run_did_not_train_are_one_sentence(tmp_path):
+    """The run trained everything and the config asks for low-rank parameters, which its checkpoint does not have."""
+    saved(tmp_path)
+    like = make_state().params | {"lora": make_state().params["w"]}
+    with pytest.raises(UserError, match="cannot be read into the model of this config"):
+        read_params(tmp_path / "2", like)

@@ -113,3 +113,11 @@ def test_a_frozen_tower_gets_no_update_no_decay_and_no_moments():
     assert not updates["vision"]["patch"].any() and not updates["vision"]["patch_bias"].any()
     sizes = [leaf.size for leaf in jax.tree.leaves(state)]
     assert sum(sizes) == 2 * (4 + 2) + 2  # two moments of the decoder's 6 numbers and two counters
+
+
+@pytest.mark.parametrize("clip", [-1.0, float("nan"), float("inf")])
+def test_a_clip_that_would_turn_descent_into_ascent_is_refused(clip):
+    with pytest.raises(UserError, match="grad_clip is"):
+        optimizer.make_optimizer(settings(grad_clip=clip), total_steps=10)
+    with pytest.raises(UserError, match="warmup_steps is -5"):
+        optimizer.make_optimizer(settings(warmup_steps=-5), total_steps=10)

@@ -86,6 +86,11 @@ def test_tapo_off_changes_no_advantage_but_is_still_diagnosed():
     np.testing.assert_allclose(credit.transfer.advantage_PxS[0, 2:4], -0.25, atol=1e-6)
 
 
+def test_questions_in_chunks_get_the_same_credit():
+    whole, chunked = (run(REWARD, SUCCESS, CALLS, tapo=tapo.Settings(chunks=chunks)) for chunks in (1, 2))
+    jax.tree.map(np.testing.assert_array_equal, chunked[:3], whole[:3])
+
+
 def test_dynamic_sampling_takes_groups_without_signal_out_of_the_loss():
     _, mask_BxT, _, _, _ = run(REWARD, SUCCESS, CALLS, dynamic_sampling=True)
     assert mask_BxT[:4, 1:].all() and not mask_BxT[4:].any()

@@ -1,7 +1,6 @@
 """Where questions and tools come from: Atlas, a folder of JSON lines, a function of the user's, a service."""
 
 import json
-import threading
 from types import SimpleNamespace
 
 import httpx
@@ -13,10 +12,12 @@ from tapo_jax.config import UserError
 from tapo_jax.data import sources
 from tapo_jax.data.corpus import read_corpus
 from tapo_jax.tools.base import ToolRunner
+from tapo_jax.tools.passage_index import build
 from tapo_jax.tools.remote_search import RemoteTextSearch
-from tapo_jax.tools.retrieval_service import make_server
+from tapo_jax.tools.retrieval_service import make_app
 from tapo_jax.tools.text_search import TextSearch
 from tapo_jax.types import Prompt, ToolCall
+from tests.served import serving
 
 PASSAGES = ["Peru: capital\nThe capital of Peru: Lima.", "Chad: capital\nThe capital of Chad: N'Djamena."]
 
@@ -138,13 +139,8 @@ def test_a_folder_of_questions(tmp_path):
 
 @pytest.fixture
 def service():
-    server = make_server(TextSearch(PASSAGES, top_k=3, budget=1000), "127.0.0.1", 0)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(make_app(build(PASSAGES))) as address:
+        yield address
 
 
 def test_the_service_gives_what_the_local_search_gives(service):
@@ -169,7 +165,7 @@ def test_a_service_that_is_gone_is_an_observation():
         [RemoteTextSearch("http://127.0.0.1:9", top_k=1, budget=9, timeout_s=1)], workers=1, timeout_s=5, retries=1
     )
     _, result = runner.run(ToolCall("text_search_tool", {"query": "x"}), [])
-    assert result.error == "exception" and "ConnectError" in result.text
+    assert result.error == "service" and "ConnectError" in result.text
 
 
 @pytest.mark.parametrize(
@@ -196,3 +192,13 @@ def test_no_character_of_a_passage_ends_a_line(tmp_path):
     lines = "\n\n".join(json.dumps({"contents": text}, ensure_ascii=False) for text in texts)
     (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n")
     assert read_corpus(str(tmp_path / "c.jsonl")) == texts
+
+
+def test_a_package_that_an_own_module_lacks_is_named(tmp_path, monkeypatch):
+    (tmp_path / "own_questions.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="own_questions imports no_such_package, which is not installed here"):
+        sources._function("data.source", "own_questions:prompts")
+    for path in ("nowhere.at_all:prompts", "no_module:prompts", "json:nothing", ":prompts"):
+        with pytest.raises(UserError, match="there is no function of this name to import"):
+            sources._function("data.source", path)

@@ -201,7 +201,7 @@ sys.argv, argument = sys.argv[:1], sys.argv[-1]
 def started(argv):
     sys.argv.append(argument)
     main(argv)
-run_main(started)
+run_main(started, words=True)
 """
 
 

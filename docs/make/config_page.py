@@ -37,7 +37,7 @@ SECTIONS = {
 }
 
 MEANINGS = {
-    "seed": "seed of everything random: the order of questions, the tokens drawn, controls",
+    "seed": "seed of everything random: the order of questions, the tokens drawn, controls; from 0 to 2³¹ − 1",
     "total_steps": "training steps: one step is one batch of rollouts and `train.updates_per_batch` updates",
     "data.extra": "free fields for your own function of questions",
     "tools.extra": "free fields for your own function of tools",
@@ -71,7 +71,7 @@ MEANINGS = {
     "rollout.top_p": "nucleus sampling; 1: off",
     "tools.names": "the tools of the source that the policy is shown, in this order",
     "tools.timeout_s": "seconds that one try of a call may take",
-    "tools.retries": "further tries after an exception of the tool itself",
+    "tools.retries": "further tries after an exception of the tool itself, or after a refusal of a service",
     "tools.workers": "threads that run tools",
     "tools.zoom_size": "longest side of a zoomed image, in pixels",
     "tools.image_top_k": "results of an image search",
@@ -94,7 +94,7 @@ MEANINGS = {
     "algorithm.credit": '"trajectory" (the base algorithm alone), "tapo" or "gigpo" (arXiv 2505.10978)',
     "tapo.enabled": "False: the base algorithm alone; TAPO's diagnostics are logged all the same",
     "tapo.theta": "smallest similarity at which a step may borrow credit",
-    "tapo.alpha_min": "smallest similarity × support at which it may",
+    "tapo.alpha_min": "smallest similarity × support at which a step may borrow credit (the second gate)",
     "tapo.beta": "share of the witnesses' credit that is given back",
     "tapo.cluster": '"components" (connected components of similarity ≥ cluster_theta) or "leader" (greedy)',
     "tapo.cluster_theta": "similarity at which two witnesses are one cluster; unset: theta",

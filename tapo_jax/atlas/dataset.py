@@ -75,9 +75,10 @@ def prepare(directory: str | pathlib.Path, *, settings: Settings, seed: int, siz
     """The builder with its files in place under `directory`; made where they are not there yet (seconds), by one
     process while others wait."""
     tfds.disable_progress_bar()
-    builder = Atlas(settings=settings, seed=seed, sizes=sizes, data_dir=str(directory))
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     with open(pathlib.Path(directory) / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        # Only now: a builder reads what is there when it is made, and files that came later would not be its own.
+        builder = Atlas(settings=settings, seed=seed, sizes=sizes, data_dir=str(directory))
         builder.download_and_prepare()
     return builder

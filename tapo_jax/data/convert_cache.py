@@ -20,6 +20,7 @@ from tapo_jax.data.images import decode, opened, stored_file, to_rgb
 from tapo_jax.data.json_files import json_file, shown
 from tapo_jax.data.paths import find_file
 from tapo_jax.data.recordings import FILE
+from tapo_jax.records import write_whole
 
 _TITLES = ("tool_returned_web_title_list", "tool_returned_web_title")
 _PICTURES = ("tool_returned_images_urls", "cached_images_path")
@@ -84,8 +85,7 @@ def _thumbnail(value: Any, folder: Path, out: Path, counts: collections.Counter)
     name = f"thumbnails/{hashlib.blake2b(data, digest_size=12).hexdigest()}.{ending}"
     path = out / name
     if not path.exists():
-        path.with_suffix(".tmp").write_bytes(data)
-        os.replace(path.with_suffix(".tmp"), path)
+        write_whole(path, data)
     return name
 
 

@@ -1,8 +1,10 @@
 """JSON and JSON-lines files as people write them: a byte-order mark, blank lines and CRLF are fine; what cannot be read
 is one sentence with the file and the line."""
 
+import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,9 @@ def shown(value: Any, most: int = 80) -> str:
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of each line that is not blank. Lines end at line feeds and nowhere else: U+2028 and
-    its like may stand in a text. Raises UserError."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+    its like may stand in a text. A file named .gz is unpacked. Raises UserError."""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        for number, line in enumerate(_lines(file, path), start=1):
             if number == 1:
                 _refuse_other_kinds(path, line)
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -38,6 +40,13 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not isinstance(value, dict):
                     raise UserError(f"{where}: found {shown(value)}; expected a JSON object, {{…}}.")
                 yield number, value
+
+
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be unpacked ({error}): the file is damaged or no gzip file.") from error
 
 
 def json_file(path: Path) -> Any:

@@ -29,6 +29,7 @@ from tapo_jax.rewards.judged import Scored, make_score
 from tapo_jax.tools.base import Tool
 from tapo_jax.tools.recorded_image_search import RecordedImageSearch
 from tapo_jax.tools.remote_search import RemoteTextSearch
+from tapo_jax.tools.search_store import Kept
 from tapo_jax.tools.zoom import ZoomTool
 from tapo_jax.types import BadPrompt, Episode, Prompt
 
@@ -77,14 +78,31 @@ def tools(config: Any) -> list[Tool]:
             f"tools.source is '{config.tools.source}': use atlas, recorded or your own \"package.module:function\"."
         )
     made = {tool.name: tool for tool in found}
-    if config.tools.endpoint:
-        c = config.tools
-        remote = RemoteTextSearch(c.endpoint, top_k=c.text_top_k, budget=c.text_budget, timeout_s=c.timeout_s)
+    if remote := _remote_search(config.tools):
         made[remote.name] = remote
     for name in config.tools.names:
         if name not in made:
             raise UserError(f"tools.names has '{name}': the tools of this source are {', '.join(made)}.")
     return [made[name] for name in config.tools.names]
+
+
+def _remote_search(c: Any) -> RemoteTextSearch | None:
+    """The text search of a service or of a recording; None where the config names neither."""
+    if not c.endpoint and not c.replay:
+        if c.record or c.cache:
+            field = "record" if c.record else "cache"
+            raise UserError(
+                f"tools.{field} is '{c[field]}' without tools.endpoint: only searches of a service are kept."
+            )
+        return None
+    return RemoteTextSearch(
+        c.endpoint,
+        top_k=c.text_top_k,
+        budget=c.text_budget,
+        timeout_s=c.timeout_s,
+        retries=c.retries,
+        kept=Kept(cache=c.cache, record=c.record, replay=c.replay),
+    )
 
 
 def score(config: Any, *, evaluating: bool = False) -> Callable[[Episode], dict[str, float] | Scored]:
@@ -150,7 +168,13 @@ def _function(field: str, path: str) -> Callable:
     module, _, name = path.partition(":")
     try:
         return vars(importlib.import_module(module))[name]
-    except (ImportError, KeyError) as error:
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"{field} is '{path}', and {module} imports {error.name}, which is not installed here: install it."
+            ) from error
+        raise UserError(f"{field} is '{path}', and there is no function of this name to import.") from error
+    except (ImportError, KeyError, ValueError) as error:
         raise UserError(f"{field} is '{path}', and there is no function of this name to import.") from error
 
 

@@ -7,7 +7,6 @@ predict RUN        measure the first recorded episodes of a training run, and sa
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from tapo_jax.config import UserError
 from tapo_jax.lab import figures
 from tapo_jax.lab.predict import predict
 from tapo_jax.lab.questions import QUESTIONS
+from tapo_jax.records import write_whole
 
 
 def run(names: Sequence[str], out: Path, share: float) -> None:
@@ -28,9 +28,7 @@ def run(names: Sequence[str], out: Path, share: float) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         answer = question.answer(seeds, question.updates)
         answer |= {"asks": question.asks, "seeds": len(seeds), "updates": question.updates}
-        temporary = out / f"{name}.tmp"
-        temporary.write_text(json.dumps(answer) + "\n", encoding="utf-8")
-        os.replace(temporary, out / f"{name}.json")
+        write_whole(out / f"{name}.json", json.dumps(answer) + "\n")
         figures.save(name, read(name, out), out)
         seconds = f"{time.perf_counter() - wall:.0f} s, {time.process_time() - cpu:.0f} s of processor time"
         print(f"{name}: {question.asks} {len(seeds)} seeds, {seconds}: {out / name}.json and .png", flush=True)

@@ -141,11 +141,12 @@ def read_params(checkpoint: Path, like: Any) -> Any:
             params = reader.restore(checkpoint.absolute() / "state", args=arguments)["params"]
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             saved = reader.restore(checkpoint.absolute() / "run")
+        mark = int(jax.device_get(fingerprint(params)))  # fails where the run did not train what the config asks for
     except Exception as error:  # orbax and its readers raise many kinds for a damaged file
         reason = _first_line(error).split(" See full")[0].rstrip(".")
         _forget_failed_reads()
         raise _unfit(checkpoint, reason) from error
-    if int(jax.device_get(fingerprint(params))) != saved["params_fingerprint"]:
+    if mark != saved["params_fingerprint"]:
         raise _unfit(checkpoint, "its arrays are not those that were saved")
     return params
 

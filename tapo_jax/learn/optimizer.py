@@ -8,7 +8,7 @@ import jax
 import optax
 
 from tapo_jax import sharding
-from tapo_jax.config import check_choice
+from tapo_jax.config import UserError, check_choice
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -78,13 +78,13 @@ def make_optimizer(
     A parameter that is not trained (`is_trained`) has no update, no decay, no moments in memory, no part in the clipped
     norm. updates_per_step: updates of one step of the loop.
 
-    Raises ValueError for a negative or non-finite grad_clip, which would turn descent into ascent, and for negative
+    Raises UserError for a negative or non-finite grad_clip, which would turn descent into ascent, and for negative
     warm-up.
     """
     if not 0 <= settings.grad_clip < math.inf:
-        raise ValueError(f"optimizer.grad_clip is {settings.grad_clip}; it must be 0 (no clipping) or positive")
+        raise UserError(f"optimizer.grad_clip is {settings.grad_clip}: it must be 0 (no clipping) or positive.")
     if settings.warmup_steps < 0:
-        raise ValueError(f"optimizer.warmup_steps is {settings.warmup_steps}; it must be at least 0")
+        raise UserError(f"optimizer.warmup_steps is {settings.warmup_steps}: it must be at least 0.")
     schedule = make_schedule(
         settings.lr, settings.schedule, settings.warmup_steps * updates_per_step, total_steps * updates_per_step
     )

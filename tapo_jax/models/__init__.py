@@ -1,6 +1,6 @@
-"""Vision-language models. `hf.load` gives a model and its config from a directory in Hugging Face form.
+"""Vision-language models. `hf.load` returns a model and its config from a directory in Hugging Face form.
 
-What is public is listed in `__init__.pyi` and imported when it is first used.
+Public names are listed in `__init__.pyi` and imported on first use.
 """
 
 import lazy_loader

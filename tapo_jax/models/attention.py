@@ -1,7 +1,7 @@
 """Attention over packed rows and over the cache.
 
 One function, several backends: "xla" anywhere, "splash" (Pallas) on TPU, "cudnn" on GPU. Axes: B rows, T queries,
-S keys, H query heads, K key/value heads, G = H / K, A numbers of one head.
+S keys, H query heads, K key/value heads, G = H / K, A head dimension.
 """
 
 import jax
@@ -13,7 +13,7 @@ from tapo_jax.models.layers import MASKED
 from tapo_jax.models.splash import splash_attention
 
 QUERY_BLOCK = 256
-SCORES = 2**27  # scores that exist at one time on a device where queries are many
+SCORES = 2**27  # max attention scores that exist at one time on a device
 
 
 def attention(
@@ -26,10 +26,12 @@ def attention(
     causal: bool,
     backend: str = "auto",
 ) -> jax.Array:
-    """Softmax attention within equal segments, scaled by A^-1/2; causal: only to keys at the same place or before.
+    """Compute softmax attention within equal segments, scaled by A^-1/2.
 
-    Segments are not negative; padding has one of its own (0), so no row of the softmax is empty.
-    backend: "xla", "splash", "cudnn", or "auto": by the platform that the program is traced for.
+    q_segment_BxT, kv_segment_BxS: segments, not negative; padding has its own (0), so no row of the softmax is empty.
+    causal: attend only to keys at the same or an earlier position.
+    backend: "xla", "splash", "cudnn", or "auto", which chooses by the platform that the program is traced for.
+
     Returns [B, T, H, A] in the dtype of q. Raises KeyError for another backend.
     """
     if backend == "auto":
@@ -39,13 +41,15 @@ def attention(
 
 
 def platform() -> str:
-    """Of the mesh that is being traced for; a program may be compiled for machines that are not here."""
+    """Return the platform of the mesh that is traced for; a program may be compiled for devices that are not here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def choose_backend(platform: str, dtype: jnp.dtype, head_dim: int) -> str:
-    """cuDNN's kernel takes 16-bit numbers and heads of up to 128 in steps of 8; all else goes through XLA there."""
+    """Return the backend for a platform.
+
+    cuDNN's kernel takes 16-bit numbers and head dimensions up to 128 in steps of 8; on GPU all else uses XLA."""
     if platform == "tpu":
         return "splash"
     narrow = dtype in (jnp.bfloat16, jnp.float16)
@@ -53,8 +57,9 @@ def choose_backend(platform: str, dtype: jnp.dtype, head_dim: int) -> str:
 
 
 def decodes_in_place(*, kv_heads: int, capacity: int, head_dim: int) -> bool:
-    """Whether decoding steps write and read such a cache where it lies (`decode_kernel`): on TPU. Elsewhere
-    `cached_attention` is as fast, if it has no more rows and places than it needs."""
+    """Return whether decoding steps write and read such a cache without copying it (`decode_kernel`, on TPU only).
+
+    Elsewhere `cached_attention` is as fast, if it gets no more rows and entries than it needs."""
     return platform() == "tpu" and decode_kernel.suits(kv_heads, capacity, head_dim)
 
 
@@ -68,7 +73,7 @@ def cudnn_attention(
     causal: bool,
     implementation: str = "cudnn",
 ) -> jax.Array:
-    """NVIDIA's fused kernel through jax.nn; implementation "xla" is the same call on any backend, for tests."""
+    """Call NVIDIA's fused kernel through jax.nn; implementation "xla" is the same call on any backend, for tests."""
     mask_Bx1xTxS = (q_segment_BxT[:, :, None] == kv_segment_BxS[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q_BxTxHxA, k_BxSxKxA, v_BxSxKxA, mask=mask_Bx1xTxS, is_causal=causal, implementation=implementation
@@ -84,8 +89,9 @@ def xla_attention(
     *,
     causal: bool,
 ) -> jax.Array:
-    """In blocks of queries: causal blocks never touch the keys behind them, and the weights of a block are made again
-    in the backward pass instead of kept, so memory is that of one block."""
+    """Compute attention in blocks of queries, with the memory of one block.
+
+    Causal blocks never touch later keys, and the backward pass recomputes a block's weights instead of keeping them."""
     T = q_BxTxHxA.shape[1]
     k_BxKxSxA, v_BxKxSxA = k_BxSxKxA.swapaxes(1, 2), v_BxSxKxA.swapaxes(1, 2)
     size = min(max(80, -(-T // 8)), 512)
@@ -103,9 +109,9 @@ def xla_attention(
 def cached_attention(
     q_BxTxHxA: jax.Array, k_BxKxSxA: jax.Array, v_BxKxSxA: jax.Array, length_B: jax.Array
 ) -> jax.Array:
-    """New tokens over a cache that holds them already: query t of row b sees the places 0 … length_B[b] + t.
+    """Attend over a cache that already holds the new tokens: query t of row b sees entries 0 … length_B[b] + t.
 
-    Long stretches go block by block, so that the scores of all T queries never exist together.
+    Many queries are processed in blocks, so that the scores of all T queries never exist together.
     """
     B, T, H, A = q_BxTxHxA.shape
     place_S = jnp.arange(k_BxKxSxA.shape[2])
@@ -125,14 +131,15 @@ def cached_attention(
 
 
 def query_block(rows: int, heads: int, places: int) -> int:
-    """Queries of a block of `cached_attention`: at most QUERY_BLOCK, a multiple of 32, and no more scores than SCORES
-    on a device if 32 queries allow that."""
+    """Return the number of queries in a block of `cached_attention`.
+
+    It is a multiple of 32, at most QUERY_BLOCK, and keeps a device's scores within SCORES unless 32 are too many."""
     of_one = max(1, rows // sharding.pieces("batch")) * max(1, heads // sharding.pieces("heads")) * places
     return min(QUERY_BLOCK, max(32, SCORES // of_one // 32 * 32))
 
 
 def _block(q_BxtxHxA: jax.Array, k_BxKxSxA: jax.Array, v_BxKxSxA: jax.Array, mask_BxtxS: jax.Array) -> jax.Array:
-    """One block of queries over all its keys. The queries of a key's group of heads are rows of one product."""
+    """Attend with one block of queries over all its keys. The G heads that share a key head are rows of one product."""
     B, t, H, A = q_BxtxHxA.shape
     K, G = k_BxKxSxA.shape[1], H // k_BxKxSxA.shape[1]
     q_BxKxRxA = (q_BxtxHxA * A**-0.5).reshape(B, t, K, G, A).transpose(0, 2, 3, 1, 4).reshape(B, K, G * t, A)

@@ -14,17 +14,19 @@ UNROLLED_LAYERS = 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys (already rotated) and values of B slots.
+    """Keys and values of B slots, in arrays [layers, B, K, S, A].
 
-    k, v: a tuple of arrays [layers, B, K, S, A] (K key/value heads, S places of a slot, A numbers of a head). A shallow
-    model has one array for each layer, so that no layer is ever sliced out (on a CPU a slice is a copy); a deep one
-    has a single array, so that its layers can be scanned.
-    length_B: int32, the places of each slot that are filled. What lies behind is never read.
+    K: key/value heads; S: entries of a slot; A: head dimension. A shallow model has one array for each layer, so that
+    no layer is ever sliced out (on a CPU a slice is a copy); a deep one has a single array, so that its layers can be
+    scanned.
     """
 
     k: tuple[jax.Array, ...]
+    """Keys, already rotated."""
     v: tuple[jax.Array, ...]
+    """Values."""
     length_B: jax.Array
+    """int32, number of filled entries of each slot. Entries past it are never read."""
 
     @property
     def slots(self) -> int:
@@ -36,13 +38,13 @@ class Cache:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of one slot's keys in one layer."""
+        """Return the sizes of one slot's keys in one layer."""
         kv_heads, capacity, head_dim = self.k[0].shape[2:]
         return {"kv_heads": kv_heads, "capacity": capacity, "head_dim": head_dim}
 
 
 def init_cache(config: Qwen3VLConfig, slots: int, capacity: int, dtype: jnp.dtype = jnp.float32) -> Cache:
-    """An empty cache. slots · capacity · 2 · layers · kv_heads · head_dim numbers."""
+    """Return an empty cache: slots · capacity · 2 · layers · kv_heads · head_dim numbers."""
     parts = config.layers if config.layers <= UNROLLED_LAYERS else 1
     shape = (config.layers // parts, slots, config.kv_heads, capacity, config.head_dim)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(parts)) for _ in range(2))
@@ -52,8 +54,10 @@ def init_cache(config: Qwen3VLConfig, slots: int, capacity: int, dtype: jnp.dtyp
 def write_all(
     x_LxBxKxSxA: jax.Array, new_BxKxTxA: jax.Array, layer: int | jax.Array, active_B: jax.Array, place_B: jax.Array
 ) -> jax.Array:
-    """`write` with a row for every slot, in order; rows that are not active are left out. On a mesh every device writes
-    its own slots: the compiler would gather the rows of all devices for a scatter by slot numbers."""
+    """Do what `write` does with one row for every slot, in order; rows that are not active are skipped.
+
+    On a mesh every device writes its own slots: for a scatter by slot index the compiler would gather the rows of all
+    devices."""
 
     def own_part(x: jax.Array, new: jax.Array, layer_B: jax.Array, active_B: jax.Array, place_B: jax.Array):
         slots = x.shape[1]
@@ -67,13 +71,21 @@ def write_all(
 def write(
     x_LxBxKxSxA: jax.Array, new_RxKxTxA: jax.Array, layer: int | jax.Array, slot_R: jax.Array, place_R: jax.Array
 ) -> jax.Array:
-    """Puts T new places at (layer, slot_R, :, place_R …). Slots past the last and places past the end are left out.
-    layer: one for all rows, or of each row."""
+    """Write T new entries at (layer, slot_R, :, place_R …).
+
+    Rows whose slot is past the last one, and entries past the end of a slot, are not written.
+
+    x_LxBxKxSxA: one array of the cache.
+    new_RxKxTxA: the new entries.
+    layer: one index for all rows, or one for each row.
+    slot_R: the slot of each row.
+    place_R: the first entry to write in each row's slot.
+    """
     T, S = new_RxKxTxA.shape[2], x_LxBxKxSxA.shape[3]
     new_RxKxTxA = new_RxKxTxA.astype(x_LxBxKxSxA.dtype)
     index_Rx3 = jnp.stack([jnp.full_like(slot_R, layer), slot_R, place_R], axis=-1)
     if T > 1:
-        # A window has to lie inside: one that would not is moved to the left, and begins with what is there already.
+        # A window must fit in the slot: one that does not is moved left, and its first entries keep their old values.
         index_Rx3 = index_Rx3.at[:, 2].min(S - T)
         moved_R = place_R - index_Rx3[:, 2]
         numbers = jax.lax.GatherDimensionNumbers(
@@ -81,7 +93,7 @@ def write(
         )
         size = (1, 1, new_RxKxTxA.shape[1], T, new_RxKxTxA.shape[3])
         old_RxKxTxA = jax.lax.gather(x_LxBxKxSxA, index_Rx3, numbers, size, mode=jax.lax.GatherScatterMode.CLIP)
-        # Whole slices: with an index for every number, a TPU would need hundreds of times the room of the numbers.
+        # Scatter whole slices: with an index for every number a TPU would need hundreds of times the numbers' memory.
         behind_RxKx2TxA = jnp.concatenate([jnp.zeros_like(new_RxKxTxA), new_RxKxTxA], axis=2)
         shift = jax.vmap(lambda x, moved: jax.lax.dynamic_slice_in_dim(x, T - moved, T, axis=1))
         is_new_RxT = jnp.arange(T)[None] >= moved_R[:, None]

@@ -1,7 +1,7 @@
-"""The chat template and the stop tokens of a model directory, as transformers finds and renders them. Imports no jax.
+"""Chat templates and stop tokens of a model directory, as transformers finds and renders them. Imports no jax.
 
-A directory may hold one template or several by name; a conversation with tools is rendered by "tool_use" where there is
-one, everything else by "default".
+A directory may hold one template or several named ones; a conversation with tools is rendered by "tool_use" if that
+template exists, everything else by "default".
 """
 
 import datetime
@@ -23,8 +23,9 @@ TOOL_USE, DEFAULT = "tool_use", "default"
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` … `{% endgeneration %}` marks the policy's text in templates made for training; the text
-    between is rendered as it is."""
+    """The tags `{% generation %}` … `{% endgeneration %}`, which mark the policy's text in templates for training.
+
+    The text between them is rendered unchanged."""
 
     tags = frozenset({"generation"})
 
@@ -35,11 +36,12 @@ class _Generation(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    """The templates of a model, by name. Raises UserError for one that is no Jinja template or where none is named
-    "default"."""
+    """The templates of a model, by name.
+
+    Raises UserError if one is not a Jinja template or none is named "default"."""
 
     def __init__(self, templates: Mapping[str, str], tokens: Mapping[str, str] | None = None):
-        """tokens: the names of special tokens (bos_token, …) that a template may use."""
+        """Compile the templates. tokens: the special tokens (bos_token, …) that a template may use, by name."""
         if DEFAULT not in templates:
             raise UserError(
                 f"The model's chat templates are named {', '.join(sorted(templates))}: one must be named '{DEFAULT}'."
@@ -64,10 +66,14 @@ class ChatTemplate:
         add_generation_prompt: bool,
         with_tools: bool = True,
     ) -> str:
-        """The conversation as text. add_generation_prompt: the opening of the policy's turn follows. with_tools: by the
-        template for tools, where there is one; `tools` may be empty where only what follows the first turns matters.
+        """Render a conversation as text.
 
-        Raises UserError where the template cannot render it.
+        messages: the turns.
+        tools: the tools' schemas; may be empty if only the text after the first turns matters.
+        add_generation_prompt: append the opening of the policy's turn.
+        with_tools: use the template for tools, if there is one.
+
+        Raises UserError if the template cannot render it.
         """
         name = TOOL_USE if with_tools and TOOL_USE in self._compiled else DEFAULT
         shown = list(tools or ()) or ([] if name == TOOL_USE else None)
@@ -83,9 +89,10 @@ class ChatTemplate:
 
 
 def read_templates(directory: Path) -> dict[str, str]:
-    """The templates of a directory by name, {} where there is none: chat_template.jinja and
-    additional_chat_templates/NAME.jinja, or the older chat_template.json, or the field chat_template of
-    tokenizer_config.json (a string, or a list of names and templates)."""
+    """Return the templates of a directory by name, {} if it has none.
+
+    They are in chat_template.jinja and additional_chat_templates/NAME.jinja, or in the older chat_template.json, or in
+    the field chat_template of tokenizer_config.json (a string, or a list of names and templates)."""
     named = {file.stem: read_text(file) for file in sorted(directory.glob("additional_chat_templates/*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
         named[DEFAULT] = read_text(directory / "chat_template.jinja")
@@ -112,7 +119,7 @@ def _by_name(found: Any, file: Path) -> dict[str, str]:
 
 
 def read_special_tokens(directory: Path) -> dict[str, str]:
-    """The names of tokens that templates may use, from tokenizer_config.json: {"eos_token": "<|im_end|>", …}."""
+    """Return the tokens that templates may use, from tokenizer_config.json: {"eos_token": "<|im_end|>", …}."""
     file = directory / "tokenizer_config.json"
     raw = read_json(file) if file.is_file() else {}
     tokens = {}
@@ -124,7 +131,7 @@ def read_special_tokens(directory: Path) -> dict[str, str]:
 
 
 def read_stop_ids(directory: Path) -> tuple[int, ...]:
-    """The stop tokens of generation_config.json, () without one. Raises UserError for what is no token id."""
+    """Return the stop tokens of generation_config.json, () without one. Raises UserError if one is no token id."""
     file = directory / "generation_config.json"
     found = read_json(file).get("eos_token_id") if file.is_file() else None
     ids = [] if found is None else found if isinstance(found, list) else [found]
@@ -134,7 +141,7 @@ def read_stop_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _environment() -> jinja2.Environment:
-    """What transformers gives to a template."""
+    """Return the Jinja environment that transformers gives to a template."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -145,7 +152,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _tojson(value: Any, **options: Any) -> str:
-    """Plain JSON, as the published templates expect it (jinja's own filter escapes for HTML)."""
+    """Return plain JSON, as the published templates expect it (jinja's own filter escapes for HTML)."""
     return json.dumps(value, **{"ensure_ascii": False} | options)
 
 

@@ -8,7 +8,7 @@ ACTIVATIONS = {"text": "silu", "vision": "gelu_pytorch_tanh"}
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. deepstack: the indices of the blocks whose output also feeds the decoder's first layers."""
+    """The shapes of the vision tower."""
 
     depth: int
     hidden: int
@@ -21,6 +21,7 @@ class VisionConfig:
     out: int
     positions: int
     deepstack: tuple[int, ...]
+    """Indices of the blocks whose output also feeds the decoder's first layers."""
     rope_theta: float = 10000.0
 
     @property
@@ -29,12 +30,12 @@ class VisionConfig:
 
     @property
     def patch_features(self) -> int:
-        """F: numbers in one flattened patch."""
+        """Return F, the number of values in one flattened patch."""
         return self.channels * self.temporal * self.patch**2
 
     @property
     def position_side(self) -> int:
-        """The learned position table is a square of this side."""
+        """Return the side of the learned position table, which is square."""
         return int(self.positions**0.5)
 
 
@@ -63,7 +64,7 @@ class Qwen3VLConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "Qwen3VLConfig":
-        """From the dictionary of a config.json. Raises ValueError naming what this family does not cover."""
+        """Read the dictionary of a config.json. Raises ValueError naming what this family does not cover."""
         _check_family(raw)
         try:
             return cls._from_fields(raw)
@@ -103,7 +104,7 @@ class Qwen3VLConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The dictionary of a config.json that transformers and vLLM read; `from_hf` of it gives this config back."""
+        """Return the dictionary of a config.json for transformers and vLLM; `from_hf` turns it into this config."""
         vision = self.vision
         rope = {
             "rope_type": "default",
@@ -159,7 +160,7 @@ class Qwen3VLConfig:
 
 
 def _check_family(raw: dict[str, Any]) -> None:
-    """Raises ValueError for a mixture of experts, quantised weights and other families."""
+    """Raise ValueError for a mixture of experts, quantised weights and other families."""
     kind, text = raw.get("model_type"), raw.get("text_config") or {}
     if "moe" in str(kind) or text.get("num_experts") or text.get("num_local_experts"):
         raise ValueError(f'model_type "{kind}" is a mixture of experts; dense models only')
@@ -177,7 +178,7 @@ def _expect(raw: dict[str, Any], section: str, name: str, value: Any) -> None:
 
 
 def _rope(text: dict[str, Any]) -> dict[str, Any]:
-    """The rotary parameters in either spelling. Only the default type is covered (no YaRN, no linear scaling)."""
+    """Return the rotary parameters, from either spelling. Only the default type is covered: no YaRN, no scaling."""
     rope = dict(text.get("rope_scaling") or {})
     if "rope_theta" in text:
         rope["rope_theta"] = text["rope_theta"]

@@ -1,8 +1,8 @@
-"""Decoding on TPU: the new token's keys and values go into the cache where it lies, and attention reads from there.
+"""Decode on TPU in place: write the new token's keys and values into the cache, and attend without copying it.
 
 The compiler alone would keep the cache in one layout for writing and copy every layer to another for reading. These
-two Pallas kernels work on the cache as it is, [L, B, K, S, A], and read only the places that a slot has filled.
-Axes: L layers, B slots, K key/value heads, G query heads of each, S places of a slot, A numbers of a head.
+two Pallas kernels work on the cache as it is, [L, B, K, S, A], and read only the entries that a slot has filled.
+Axes: L layers, B slots, K key/value heads, G query heads of each, S entries of a slot, A head dimension.
 """
 
 import functools
@@ -17,14 +17,14 @@ from tapo_jax import sharding
 from tapo_jax.models.layers import MASKED
 
 BLOCKS = (512, 256, 128)
-ROWS = 16  # places that the smallest tile of a 16-bit array holds
-QUERIES = 8  # query rows of a head at least: what a tile of float32 holds
-WRITE, ATTEND = "cache_write", "cache_attend"  # names, by which a compiled kernel is known
+ROWS = 16  # rows of the smallest tile of a 16-bit array
+QUERIES = 8  # min query rows of a head: the rows of a float32 tile
+WRITE, ATTEND = "cache_write", "cache_attend"  # names that identify the kernels in a compiled program
 _CACHE = (None, "batch", "kv_heads", None, None)
 
 
 def suits(kv_heads: int, capacity: int, head_dim: int) -> bool:
-    """Whether the kernels take such a cache: whole blocks of places, heads of whole lanes, that the mesh divides."""
+    """Return whether the kernels take such a cache: whole blocks of entries, whole lanes, heads split by the mesh."""
     return capacity % BLOCKS[-1] == 0 and head_dim % 128 == 0 and kv_heads % sharding.pieces("kv_heads") == 0
 
 
@@ -37,8 +37,9 @@ def write(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """The cache with new_BxKxA at (layer, b, :, place_B[b]) of every active slot b; in place where the cache is
-    donated."""
+    """Write new_BxKxA at (layer, b, :, place_B[b]) of every active slot b.
+
+    Returns the cache; it is changed in place if it is donated."""
     layer_B = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), place_B.shape)
     axes = (_CACHE, ("batch", "kv_heads", None), ("batch",), ("batch",), ("batch",))
     own_part = functools.partial(_write, interpret=interpret)
@@ -55,9 +56,9 @@ def attend(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Softmax attention of one query a slot over the first length_B places of its layer; [B, H, A] in the dtype of q.
+    """Attend with one query for each slot over the first length_B entries of a layer.
 
-    A slot of length 0 gives 0."""
+    Returns [B, H, A] in the dtype of q; 0 for a slot of length 0."""
     layer_B = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), length_B.shape)
     axes = (("batch", "heads", None), _CACHE, _CACHE, ("batch",), ("batch",))
     own_part = functools.partial(_attend, interpret=interpret)
@@ -69,7 +70,7 @@ def attend(
 
 def _write(cache, new_BxKxA, layer_B, place_B, active_B, *, interpret: bool):
     B, K, A = new_BxKxA.shape
-    place_B = jnp.minimum(place_B, cache.shape[3] - 1)  # a full slot, which is not active, has its place past the end
+    place_B = jnp.minimum(place_B, cache.shape[3] - 1)  # the index of a full slot, which is not active, is past the end
     place = lambda b, layer, place, active: (layer[b], b, 0, place[b] // ROWS, 0)  # noqa: E731
     tile = pl.BlockSpec((None, None, K, ROWS, A), place)
     grid = pltpu.PrefetchScalarGridSpec(
@@ -104,7 +105,7 @@ def _attend(q_BxHxA, k, v, layer_B, length_B, *, interpret: bool):
     q_BxKxGxA = jnp.pad(q_BxKxGxA, ((0, 0), (0, 0), (0, -(H // K) % QUERIES), (0, 0)))
     G = q_BxKxGxA.shape[2]
 
-    def block(b, j, layer, length):  # past the end the last block is named again, so that nothing is read
+    def block(b, j, layer, length):  # past the end the last block is repeated, so that nothing is read
         return layer[b], b, 0, jnp.minimum(j, jnp.maximum(length[b] - 1, 0) // size), 0
 
     query = pl.BlockSpec((None, K, G, A), lambda b, j, *_: (b, 0, 0, 0))
@@ -127,7 +128,7 @@ def _attend(q_BxHxA, k, v, layer_B, length_B, *, interpret: bool):
 
 
 def _attend_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, sum_ref, *, size: int):
-    """One block of places: the running largest score, the sum of weights and the weighted sum of values."""
+    """Process one block of entries: update the running max score, the sum of weights and the weighted values."""
     del layer_ref
     b, j = pl.program_id(0), pl.program_id(1)
 
@@ -159,8 +160,9 @@ def _attend_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, top_ref,
 
 
 def kernel_flops(op_name: str, dims: Sequence[tuple[int, ...]]) -> float:
-    """Flops of the attention kernel over full slots, as `splash.kernel_flops`; 0 for a kernel of another name. Rows
-    that fill up a tile of queries are counted too."""
+    """Return the flops of the attention kernel over full slots, 0 for a kernel of another name.
+
+    The arguments are those of `splash.kernel_flops`. Rows that pad a tile of queries are counted too."""
     if ATTEND not in op_name:
         return 0.0
     (B, K, G, A), (_, _, _, S, _) = dims[2:4]
@@ -168,8 +170,9 @@ def kernel_flops(op_name: str, dims: Sequence[tuple[int, ...]]) -> float:
 
 
 def kernel_numbers(op_name: str, dims: Sequence[tuple[int, ...]]) -> float | None:
-    """How many numbers one of the kernels moves between memory and core, slots being full; None for other kernels,
-    which move their operands and results."""
+    """Return how many numbers one of the kernels moves between memory and core when the slots are full.
+
+    None for other kernels, which move their operands and results."""
     if ATTEND in op_name:
         (B, K, G, A), (_, _, _, S, _) = dims[2:4]
         return 2.0 * B * K * (G + S) * A

@@ -1,9 +1,9 @@
-"""What a model's arithmetic amounts to, and what chips can do: the two sides of model flops utilisation (MFU).
+"""Count a model's flops and look up those of chips: the two sides of model flops utilisation (MFU).
 
 Counted are the multiplications and additions (2 for each pair) of the matrix products and of attention over the pairs
-that the masks let through; norms, softmax, rotations and look-ups are left out, as usual in MFU. A backward pass is
-twice its forward pass; what rematerialisation computes again does not count. All numbers are plain Python: no arrays,
-no jax import.
+that the masks allow; norms, softmax, rotations and look-ups are left out, as usual in MFU. A backward pass counts
+twice its forward pass; what rematerialisation recomputes does not count. All numbers are plain Python: no arrays, no
+jax import.
 """
 
 import dataclasses
@@ -14,19 +14,22 @@ from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as jax sees it. flops: dense bfloat16 a second; bandwidth: of its memory, bytes a second; memory:
-    bytes; interconnect: bytes a second that it can send to its neighbours (0: not in the table)."""
+    """One device as jax sees it."""
 
     name: str
     flops: float
+    """Dense bfloat16 flops a second."""
     bandwidth: float
+    """Memory bandwidth, bytes a second."""
     memory: float
+    """Bytes."""
     interconnect: float = 0.0
+    """Bytes a second that it can send to its neighbours; 0 means unknown."""
 
 
 GIB = 2.0**30
 
-# A part of jax's device_kind -> the device; the first that matches counts. Sources:
+# A part of jax's device_kind -> the device; the first match is taken. Sources:
 # cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (interconnect: half of the bidirectional figure), NVIDIA's data
 # sheets of the SXM forms. A TPU7x chip is two devices to jax.
 CHIPS: dict[str, Chip] = {
@@ -43,7 +46,7 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The table's entry for a `jax.Device.device_kind`; None for a device that is not in it (a CPU)."""
+    """Return the table's entry for a `jax.Device.device_kind`, None for a device that is not in it (a CPU)."""
     return next((entry for part, entry in CHIPS.items() if part in device_kind), None)
 
 
@@ -51,18 +54,22 @@ def chip(device_kind: str) -> Chip | None:
 
 
 def causal_pairs(lengths: Iterable[int]) -> int:
-    """Query-key pairs of causal attention in segments of these lengths: Σ n (n + 1) / 2."""
+    """Count the query-key pairs of causal attention in segments of these lengths: Σ n (n + 1) / 2."""
     return sum(n * (n + 1) // 2 for n in lengths)
 
 
 def full_pairs(lengths: Iterable[int]) -> int:
-    """Query-key pairs of attention in both directions in segments of these lengths: Σ n²."""
+    """Count the query-key pairs of attention in both directions in segments of these lengths: Σ n²."""
     return sum(n * n for n in lengths)
 
 
 def decoder(config: Qwen3VLConfig, *, tokens: int, pairs: int, logits: int) -> float:
-    """Flops of the decoder on `tokens` tokens whose queries meet `pairs` keys in all, with logits at `logits` of
-    them."""
+    """Count the flops of the decoder.
+
+    tokens: number of tokens.
+    pairs: query-key pairs of attention.
+    logits: number of tokens for which logits are computed.
+    """
     D, A = config.hidden, config.head_dim
     attention = D * A * (2 * config.heads + 2 * config.kv_heads)  # q and o, k and v
     layer = 2.0 * tokens * (attention + 3 * D * config.mlp) + 4.0 * config.heads * A * pairs
@@ -70,7 +77,7 @@ def decoder(config: Qwen3VLConfig, *, tokens: int, pairs: int, logits: int) -> f
 
 
 def vision_tower(vision: VisionConfig, *, patches: int, pairs: int) -> float:
-    """Flops of the vision tower with all its mergers on `patches` patches whose queries meet `pairs` keys in all."""
+    """Count the flops of the vision tower with all its mergers. pairs: query-key pairs of attention."""
     E, wide = vision.hidden, vision.hidden * vision.merge**2
     embedding = 2.0 * patches * vision.patch_features * E
     block = 2.0 * patches * (4 * E * E + 2 * E * vision.mlp) + 4.0 * E * pairs
@@ -82,8 +89,11 @@ def vision_tower(vision: VisionConfig, *, patches: int, pairs: int) -> float:
 
 
 def forward(config: Qwen3VLConfig, lengths: Sequence[int], images: Sequence[int] = ()) -> float:
-    """One forward pass over whole episodes with log-probabilities of all tokens. lengths: tokens of each episode;
-    images: patches of each image of all the episodes."""
+    """Count one forward pass over whole episodes with log-probabilities of all tokens.
+
+    lengths: tokens of each episode.
+    images: patches of each image of all the episodes.
+    """
     return _text(config, lengths) + _vision(config, images)
 
 
@@ -106,7 +116,7 @@ def update(
 
 
 def decode(config: Qwen3VLConfig, lengths: Sequence[int]) -> float:
-    """One decoding step of slots that then hold these many tokens each."""
+    """Count one decoding step of slots that hold `lengths` tokens after it."""
     return decoder(config, tokens=len(lengths), pairs=sum(lengths), logits=len(lengths))
 
 

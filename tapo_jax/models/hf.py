@@ -1,7 +1,7 @@
-"""A model directory in Hugging Face form: the only file that knows the names of its tensors.
+"""Load and save a model directory in Hugging Face form: the only file that knows the names of its tensors.
 
-Loading goes parameter by parameter and shard by shard from memory-mapped files, so a host never holds more than one
-parameter's part besides what its devices hold. Saving goes tensor by tensor.
+Loading reads memory-mapped files parameter by parameter and shard by shard, so a host never holds more than one
+parameter's part in addition to what its devices hold. Saving writes tensor by tensor.
 """
 
 import json
@@ -61,12 +61,12 @@ _STACKS = {
         {"norm": "norm", "fc1": "linear_fc1", "fc2": "linear_fc2"},
     ),
 }
-# Stored [inputs, outputs] here and [outputs, inputs] there.
+# Kernels that are [inputs, outputs] in our arrays and [outputs, inputs] in the files.
 _KERNELS = {"q", "k", "v", "o", "gate", "up", "down", "qkv", "proj", "fc1", "fc2", "patch"}
 
 
 def tensor_names(path: parameters.Path, spec: parameters.Spec) -> list[str]:
-    """The tensors that make up a parameter: one, or one for each layer of a stack."""
+    """Return the names of the tensors that make up a parameter: one, or one for each layer of a stack."""
     if path in _TOP:
         return [_TOP[path]]
     prefix, modules = _STACKS[path[:-1]]
@@ -76,7 +76,7 @@ def tensor_names(path: parameters.Path, spec: parameters.Spec) -> list[str]:
 
 
 def tensor_shape(path: parameters.Path, spec: parameters.Spec, config: Qwen3VLConfig) -> tuple[int, ...]:
-    """The shape of one of those tensors in the file."""
+    """Return the shape of one of those tensors in the file."""
     vision, shape = config.vision, spec.shape[1:] if spec.axes[0] == "layers" else spec.shape
     if path == ("vision", "patch"):
         return (vision.hidden, vision.channels, vision.temporal, vision.patch, vision.patch)
@@ -89,11 +89,15 @@ def tensor_shape(path: parameters.Path, spec: parameters.Spec, config: Qwen3VLCo
 def load(
     path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: str = "float32", compute_dtype: str | None = None
 ) -> tuple[Qwen3VL, Qwen3VLConfig]:
-    """The model of a directory (config.json and *.safetensors), on `mesh` by the rules of `sharding`, or on one device.
+    """Load the model of a directory (config.json and *.safetensors).
 
-    dtype: of the parameters; compute_dtype: of the computation, the same where it is None.
-    Raises FileNotFoundError, ValueError naming a tensor that is missing, has no place, or has the wrong shape, or
-    UserError naming a file that is missing, cut or only a pointer.
+    path: the directory.
+    mesh: split the parameters over it by the rules of `sharding`; None loads on one device.
+    dtype: dtype of the parameters.
+    compute_dtype: dtype of the computation; None means `dtype`.
+
+    Raises FileNotFoundError, ValueError naming a tensor that is missing, unexpected or of the wrong shape, or
+    UserError naming a file that is missing, cut short or only a pointer.
     """
     path = Path(path)
     if not (path / "config.json").exists():
@@ -114,19 +118,19 @@ def load(
 def param_shardings(
     config: Qwen3VLConfig, mesh: jax.sharding.Mesh
 ) -> dict[parameters.Path, jax.sharding.NamedSharding]:
-    """The sharding of every parameter, by path: known before there are arrays."""
+    """Return the sharding of every parameter by path; it is known before the arrays exist."""
     return {path: sharding.layout(mesh, spec.axes, spec.shape) for path, spec in parameters.specs(config).items()}
 
 
 def abstract(config: Qwen3VLConfig, *, param_dtype: str = "float32", dtype: str = "float32") -> Qwen3VL:
-    """The model with jax.ShapeDtypeStruct in place of arrays."""
+    """Return the model with jax.ShapeDtypeStruct in place of arrays."""
     return nnx.eval_shape(
         lambda: Qwen3VL(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(param_dtype), dtype=jnp.dtype(dtype))
     )
 
 
 def fill(model: Qwen3VL, values: dict[parameters.Path, jax.Array]) -> Qwen3VL:
-    """Puts arrays by path in the place of an abstract model's shapes."""
+    """Replace an abstract model's shapes by arrays, by path."""
     state = nnx.state(model, nnx.Param)
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
     nnx.update(model, state)
@@ -142,13 +146,19 @@ def save(
     assets: str | Path | None = None,
     shard_bytes: int = safetensors_files.SHARD_BYTES,
 ) -> None:
-    """Writes config.json and model.safetensors (in `dtype`; None: the parameters' own) for transformers and vLLM.
+    """Write config.json and model.safetensors for transformers and vLLM.
 
-    A model with low-rank parameters has to be merged first (`lora.merged`): ValueError.
-    shard_bytes: a larger model is written in several files with an index.
-    assets: the model directory that this one began from: all its files besides the weights are copied along (tokenizer,
-    templates, image processor, generation config, licence), and fields of its config.json that are not read here stay.
     Every process of a run must call it; the first one writes.
+
+    model, config: what to write.
+    path: the directory to write to.
+    dtype: dtype of the file; None is the parameters' own.
+    assets: the model directory that training began from. All its files except the weights are copied (tokenizer,
+        templates, image processor, generation config, licence), and fields of its config.json that are not read here
+        stay.
+    shard_bytes: a larger model is written in several files with an index.
+
+    Raises ValueError for a model with low-rank parameters: merge it first (`lora.merged`).
     """
     if model.lora_rank is not None:
         raise ValueError("the model has low-rank parameters: save lora.merged(model), or use lora.save_adapter")
@@ -179,7 +189,7 @@ def save(
 
 
 def _config_json(config: Qwen3VLConfig, dtype: str, began_from: Path | None) -> dict:
-    """The fields of the file it began from where that describes the same model; `dtype` replaces what stands there."""
+    """Return the fields of config.json with `dtype`: those of `began_from` if its config is the same, else our own."""
     raw = config.to_hf()
     if began_from is not None and (began_from / "config.json").is_file():
         there = model_files.read_json(began_from / "config.json")
@@ -207,7 +217,7 @@ def _check(tensors: dict[str, np.ndarray], table: dict, config: Qwen3VLConfig) -
 
 
 def as_ours(tensor: np.ndarray, path: parameters.Path, spec: parameters.Spec) -> np.ndarray:
-    """A view of a file's tensor in our layout (splitting axes and transposing copy nothing)."""
+    """Return a view of a file's tensor in our layout; splitting axes and transposing copy nothing."""
     shape = spec.shape[1:] if spec.axes[0] == "layers" else spec.shape
     return (tensor.reshape(tensor.shape[0], -1).T if path[-1] in _KERNELS else tensor).reshape(shape)
 
@@ -217,7 +227,7 @@ def as_theirs(array: np.ndarray, path: parameters.Path, shape: tuple[int, ...]) 
 
 
 def _put(parts: list[np.ndarray], spec: parameters.Spec, dtype: jnp.dtype, layout: object) -> jax.Array:
-    """Device array of a parameter: each device's part is read from the files when it is its turn."""
+    """Make the device array of a parameter, reading one device's part from the files at a time."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if spec.axes[0] != "layers":

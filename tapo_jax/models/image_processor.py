@@ -1,4 +1,4 @@
-"""From an image's pixels to the flattened patches that the vision tower reads. numpy and Pillow only."""
+"""Turn an image's pixels into the flattened patches that the vision tower reads. numpy and Pillow only."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ MAX_ASPECT = 200
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """What preprocessor_config.json says. min_pixels and max_pixels bound height · width after resizing."""
+    """The fields of preprocessor_config.json. min_pixels and max_pixels bound height · width after resizing."""
 
     patch: int = 16
     merge: int = 2
@@ -30,8 +30,9 @@ class ImageProcessor:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "ImageProcessor":
-        """Of a model directory: from processor_config.json as transformers 5 writes it, or from
-        preprocessor_config.json. Raises FileNotFoundError without either, UserError where a field is missing."""
+        """Read a model directory: processor_config.json as transformers 5 writes it, or preprocessor_config.json.
+
+        Raises FileNotFoundError without either, UserError if a field is missing."""
         file, raw = _read(Path(path))
         size = raw.get("size") or {}
         needed = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
@@ -55,18 +56,20 @@ class ImageProcessor:
 
     @property
     def block(self) -> int:
-        """The side of an image token in pixels."""
+        """Return the side of an image token in pixels."""
         return self.patch * self.merge
 
     @property
     def max_patches(self) -> int:
-        """Patches of the largest image: max_pixels is met in whole blocks."""
+        """Return the number of patches of the largest image: the whole blocks within max_pixels."""
         return self.max_pixels // self.block**2 * self.merge**2
 
     def limited(self, max_pixels: int) -> "ImageProcessor":
-        """The same for images of at most max_pixels, rounded down to whole blocks of block². Never more than before.
+        """Return the same processor with images of at most `max_pixels`, rounded down to whole blocks.
 
-        Raises UserError where that is less than the smallest image of the model, min_pixels.
+        The processor's own bound still holds.
+
+        Raises UserError if the bound is below the smallest image of the model, min_pixels.
         """
         most = min(max_pixels, self.max_pixels) // self.block**2 * self.block**2
         if most < self.min_pixels or most == 0:
@@ -78,7 +81,7 @@ class ImageProcessor:
         return dataclasses.replace(self, max_pixels=most)
 
     def to_hf(self) -> dict:
-        """The dictionary of a preprocessor_config.json that transformers and `from_dir` read."""
+        """Return the dictionary of a preprocessor_config.json that transformers and `from_dir` read."""
         return {
             "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": "Qwen3VLProcessor",
@@ -97,9 +100,9 @@ class ImageProcessor:
         }
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after resizing: multiples of patch · merge, about the same aspect, within the pixel bounds.
+        """Return height and width after resizing: multiples of patch · merge, about the same aspect ratio.
 
-        The bound on the number of pixels wins over the aspect; neither side gets below one block.
+        The bounds on the number of pixels win over the aspect ratio; neither side gets below one block.
         Raises ValueError for an image more than 200 times as long as wide, or without pixels.
         """
         if min(height, width) < 1:
@@ -119,21 +122,23 @@ class ImageProcessor:
         return tall, wide
 
     def grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """Patches (frames, rows, columns) of an image of this size; an image is one frame."""
+        """Return the patches (frames, rows, columns) of an image of this size; an image is one frame."""
         tall, wide = self.size(height, width)
         return 1, tall // self.patch, wide // self.patch
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
-        """Placeholders that an image of this grid takes in the token sequence."""
+        """Return the number of placeholders for an image of this grid in the token sequence."""
         return grid[0] * grid[1] * grid[2] // self.merge**2
 
     def __call__(self, image_HxWx3: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """(pixels_NxF float32, grid). F runs over channel, frame (the image repeated), row, column of the patch."""
+        """Return (pixels_NxF float32, grid).
+
+        F runs over channel, frame (the image repeated), row and column of the patch."""
         if image_HxWx3.dtype != np.uint8 or image_HxWx3.ndim != 3 or image_HxWx3.shape[2] != 3:
             raise ValueError(f"expected uint8 [H, W, 3], got {image_HxWx3.dtype} {list(image_HxWx3.shape)}")
         tall, wide = self.size(*image_HxWx3.shape[:2])
         resized = Image.fromarray(image_HxWx3).resize((wide, tall), resample=self.resample)
-        # The rounding of the published processor: scale in float64, keep float32, then normalise in float32.
+        # Round as the published processor does: scale in float64, keep float32, then normalise in float32.
         scaled_HxWx3 = (np.asarray(resized).astype(np.float64) * self.rescale).astype(np.float32)
         normal_HxWx3 = (scaled_HxWx3 - np.float32(self.mean)) / np.float32(self.std)
         rows, columns = tall // self.patch, wide // self.patch
@@ -144,7 +149,7 @@ class ImageProcessor:
 
 
 def _read(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The file that holds the image processor, and its fields. As in transformers, the newer file goes first."""
+    """Return the file that holds the image processor, and its fields. As in transformers, the newer file wins."""
     new, old = directory / "processor_config.json", directory / "preprocessor_config.json"
     if new.is_file():
         raw = read_json(new).get("image_processor")

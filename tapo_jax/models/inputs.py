@@ -1,7 +1,8 @@
-"""Conversations -> arrays of a few fixed shapes, in numpy. The sampler's extensions and the trainer's batches are
-filled by the same function, so that both read the same ids, positions and patches.
+"""Turn conversations into arrays of a few fixed shapes, in numpy.
 
-Shapes come from ladders of allowed sizes (buckets): after every rung has been seen once nothing compiles again.
+The sampler's extensions and the trainer's batches are filled by the same function, so that both read the same ids,
+positions and patches. Shapes come from lists of allowed sizes (buckets): once each has occurred, nothing is
+recompiled.
 """
 
 import collections
@@ -19,25 +20,27 @@ from tapo_jax.models.positions import rope_positions, vision_inputs
 from tapo_jax.types import Image
 
 
-def bucket(size: int, rungs: Sequence[int]) -> int:
-    """The smallest rung that holds `size`. Raises ValueError where none does."""
-    for rung in rungs:
-        if size <= rung:
-            return rung
-    raise ValueError(f"size {size} is larger than the largest bucket of {tuple(rungs)}")
+def bucket(size: int, buckets: Sequence[int]) -> int:
+    """Return the smallest of ascending sizes that holds `size`. Raises ValueError if none does."""
+    for allowed in buckets:
+        if size <= allowed:
+            return allowed
+    raise ValueError(f"size {size} is larger than the largest bucket of {tuple(buckets)}")
 
 
 def most_patches(max_image_tokens: int, max_length: int, merge: int) -> int:
-    """Patches that a conversation can have: merge² for each image token, of which there are at most max_image_tokens,
-    or max_length where that is 0."""
+    """Return the max number of patches of a conversation: merge² for each of its image tokens.
+
+    It has at most max_image_tokens of them, or max_length if that is 0."""
     return (max_image_tokens or max_length) * merge**2
 
 
 class PixelStore:
-    """Patches of images: each distinct image is processed once, for the sampler and the trainer together.
+    """A store of images' patches: each distinct image is processed once, for the sampler and the trainer together.
 
-    Keeps the most recently used patches up to `max_bytes`. dtype: of the patches, that of the model's computation: it
-    would round them first of all anyway.
+    processor: makes the patches.
+    max_bytes: the most recently used patches are kept up to this size.
+    dtype: dtype of the patches: that of the model's computation, which would round them first anyway.
     """
 
     def __init__(self, processor: ImageProcessor, max_bytes: int = 1 << 30, dtype: np.dtype | type = np.float32):
@@ -47,7 +50,7 @@ class PixelStore:
         self._kept: collections.OrderedDict[bytes, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
 
     def __call__(self, image: Image) -> tuple[np.ndarray, np.ndarray]:
-        """(pixels_NxF, grid_thw int32 [3])."""
+        """Return (pixels_NxF, grid_thw int32 [3]) of an image."""
         key = hashlib.blake2b(image.pixels.tobytes(), digest_size=16, salt=_salt(image.pixels.shape)).digest()
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -63,15 +66,17 @@ class PixelStore:
 
     @property
     def max_patches(self) -> int:
-        """Patches of the largest image."""
+        """Return the number of patches of the largest image."""
         return self.processor.max_patches
 
     def tokens(self, image: Image) -> int:
-        """Placeholders of an image, without processing it."""
+        """Return the number of placeholders of an image, without processing it."""
         return self.processor.tokens(self.grid(image))
 
     def grid(self, image: Image) -> tuple[int, int, int]:
-        """Raises ValueError for an image too long for the bound on pixels: its short side cannot get below one
+        """Return the patch grid of an image.
+
+        Raises ValueError if the image is too long for the bound on pixels: its short side cannot get below one
         block."""
         height, width = image.pixels.shape[:2]
         grid = self.processor.grid(height, width)
@@ -83,21 +88,22 @@ class PixelStore:
 
 
 def _salt(shape: tuple[int, ...]) -> bytes:
-    """Two images of the same bytes and another shape are different images."""
+    """Return the shape as bytes: two images of the same bytes and different shapes are different images."""
     return np.array(shape[:2], np.int32).tobytes()
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Consecutive tokens of one conversation and all the images among them.
-
-    token_T int32, position_Tx3 int32; pixels: [n_i, F] of each image; grids: its (t, h, w).
-    """
+    """Consecutive tokens of one conversation and all the images among them."""
 
     token_T: np.ndarray
+    """int32."""
     position_Tx3: np.ndarray
+    """int32, M-RoPE positions."""
     pixels: tuple[np.ndarray, ...] = ()
+    """Patches [n_i, F] of each image."""
     grids: tuple[tuple[int, int, int], ...] = ()
+    """Patch grid (t, h, w) of each image."""
 
     @property
     def patches(self) -> int:
@@ -107,7 +113,14 @@ class Row:
 def make_row(
     token_T: np.ndarray, images: Sequence[Image], config: Qwen3VLConfig, pixels: PixelStore, start: int = 0
 ) -> tuple[Row, int]:
-    """A row and the position of the token that follows it. `start`: the position of token_T[0]."""
+    """Return a row and the position of the token that follows it.
+
+    token_T: ids.
+    images: the images whose placeholders are among them.
+    config: the model's config.
+    pixels: where the images' patches come from.
+    start: the position of token_T[0].
+    """
     processed = [pixels(image) for image in images]
     grid_Ix3 = np.array([grid for _, grid in processed], np.int32).reshape(-1, 3)
     position_Tx3, after = rope_positions(token_T, grid_Ix3, config, start)
@@ -125,10 +138,15 @@ def model_inputs(
     config: Qwen3VLConfig,
     dtype: np.dtype | type = np.float32,
 ) -> ModelInputs:
-    """Numpy ModelInputs of len(rows) rows × `length` tokens × `patches` patches (0: no image fields). None: a row of
-    padding. dtype: of the pixels.
+    """Return ModelInputs of numpy arrays for the given rows.
 
-    Raises ValueError where a row does not fit, or where its placeholders are not as many as its image features.
+    rows: None is a row of padding.
+    length: tokens of a row, padding included.
+    patches: patches of a row, padding included; 0 leaves the image fields out.
+    config: the model's config.
+    dtype: dtype of the pixels.
+
+    Raises ValueError if a row does not fit, or has more or fewer placeholders than image features.
     """
     B, N, F = len(rows), patches, config.vision.patch_features
     text = {

@@ -1,7 +1,8 @@
 """Low-rank updates of chosen kernels: kernel + scale · A·B, with A and B trained instead of the kernel.
 
-They are ordinary parameters beside the kernel they change ("q_lora_a", "q_lora_b" in the stack of "q"), with its layers
-axis in front; `layers.project` applies them. Source: Hu et al., LoRA, arXiv 2106.09685; the scale is alpha / rank.
+They are ordinary parameters next to the kernel they change ("q_lora_a", "q_lora_b" in the stack of "q"), with its
+layers axis in front; `layers.project` applies them. The scale is alpha / rank. Source: Hu et al., LoRA, arXiv
+2106.09685.
 """
 
 import json
@@ -22,7 +23,7 @@ VISION = ("vision/qkv", "vision/proj", "vision/fc1", "vision/fc2")
 
 
 def is_lora(path: tuple, value: object = None) -> bool:
-    """An nnx filter: True for the low-rank parameters."""
+    """Return whether a path is that of a low-rank parameter; usable as an nnx filter."""
     del value
     return bool(path) and str(path[-1]).endswith(("_lora_a", "_lora_b"))
 
@@ -30,10 +31,15 @@ def is_lora(path: tuple, value: object = None) -> bool:
 def add(
     model: Qwen3VL, rank: int, *, modules: Sequence[str] = DECODER, alpha: float | None = None, seed: int = 0
 ) -> None:
-    """Gives the model low-rank parameters for `modules` (names of DECODER and VISION), in place.
+    """Add low-rank parameters to the model, in place. A starts random and B at 0, so the function does not change.
 
-    A starts random and B at 0, so the function does not change. alpha: None is rank, a scale of 1.
-    Raises ValueError for another name, or where the model has low-rank parameters already.
+    model: gets the parameters.
+    rank: the rank of A·B.
+    modules: names of DECODER and VISION.
+    alpha: the scale is alpha / rank; None means alpha = rank, a scale of 1.
+    seed: for A.
+
+    Raises ValueError for another name, or if the model already has low-rank parameters.
     """
     if model.lora_rank is not None:
         raise ValueError("the model has low-rank parameters already")
@@ -54,12 +60,12 @@ def add(
 
 
 def inputs(name: str) -> int:
-    """How many axes of a kernel (without the layers axis) are inputs."""
+    """Return how many axes of a kernel (without the layers axis) are inputs."""
     return 2 if name in ("o", "proj") else 1
 
 
 def merged(model: Qwen3VL) -> Qwen3VL:
-    """The same function without low-rank parameters: kernel + scale · A·B is the kernel."""
+    """Return the same model without low-rank parameters, with kernel + scale · A·B as kernel."""
     arrays = nnx.traversals.flatten_mapping(model.arrays())
     values = {}
     for path in arrays:
@@ -71,7 +77,10 @@ def merged(model: Qwen3VL) -> Qwen3VL:
 
 
 def delta(arrays: dict[parameters.Path, jax.Array], path: parameters.Path) -> jax.Array | None:
-    """scale · A·B of a kernel (arrays as `model.arrays()` flattened: the scale is in B), float32; None without one."""
+    """Return scale · A·B of a kernel in float32, None if it has no update.
+
+    arrays: `model.arrays()`, flattened; the scale is in B.
+    """
     a, b = (arrays.get((*path[:-1], f"{path[-1]}_lora_{part}")) for part in "ab")
     if a is None:
         return None
@@ -79,11 +88,13 @@ def delta(arrays: dict[parameters.Path, jax.Array], path: parameters.Path) -> ja
 
 
 def save_adapter(model: Qwen3VL, config: Qwen3VLConfig, path: str | Path, *, base: str = "") -> None:
-    """Writes adapter_config.json and adapter_model.safetensors as peft reads them.
+    """Write adapter_config.json and adapter_model.safetensors as peft reads them.
 
+    model, config: the model with its low-rank parameters.
+    path: the directory to write to.
     base: name or path of the base model.
 
-    Raises ValueError where the model has no low-rank parameters.
+    Raises ValueError if the model has no low-rank parameters.
     """
     if model.lora_rank is None:
         raise ValueError("the model has no low-rank parameters")
@@ -111,7 +122,7 @@ def save_adapter(model: Qwen3VL, config: Qwen3VLConfig, path: str | Path, *, bas
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        # One expression, matched as a whole: the mergers have modules of the same names as the vision blocks.
+        # One regular expression for the full name: the mergers have modules of the same names as the vision blocks.
         "target_modules": "|".join(f"(?:{target})" for target in targets),
     }
     (path / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Reading the small files of a model directory, with one sentence for what is wrong with a file. Imports no jax."""
+"""Read the small files of a model directory, with one sentence for what is wrong with a file. Imports no jax."""
 
 import json
 import shutil
@@ -13,14 +13,14 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def check_no_pointer(file: Path) -> None:
-    """Raises UserError where a file is only the pointer that git-lfs leaves in the place of a large file."""
+    """Raise UserError if a file is only the pointer that git-lfs leaves in place of a large file."""
     with file.open("rb") as stream:
         if stream.read(len(_POINTER)) == _POINTER:
             raise UserError(f"{file} is a git-lfs pointer and not the file itself: run `git lfs pull` in its folder.")
 
 
 def read_text(file: Path) -> str:
-    """The text of a file. Raises UserError where it cannot be read, is a git-lfs pointer or is no UTF-8."""
+    """Return the text of a file. Raises UserError if it cannot be read, is a git-lfs pointer or is not UTF-8."""
     try:
         check_no_pointer(file)
         return file.read_text(encoding="utf-8-sig")
@@ -31,7 +31,7 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object of a JSON file. Raises UserError where it cannot be read or is no JSON object."""
+    """Return the object of a JSON file. Raises UserError if it cannot be read or is no JSON object."""
     text = read_text(file)
     try:
         value = json.loads(text)
@@ -43,8 +43,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def copy_assets(source: Path, target: Path) -> None:
-    """Copies every file of a model directory that is not about its weights, and the folder of named chat templates.
-    Files that `target` has already stay. Links are followed: in a download cache all files are links."""
+    """Copy every file of a model directory except its weights, and the folder of named chat templates.
+
+    Files that `target` already has stay. Links are followed: in a download cache all files are links."""
     files = [file for file in sorted(source.iterdir()) if not _about_weights(file)]
     files += sorted((source / _TEMPLATES).glob("*.jinja"))
     for file in files:

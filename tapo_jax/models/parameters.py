@@ -1,7 +1,7 @@
-"""Every parameter of the model in one table: its path, shape, logical axes and how it starts.
+"""Table of every parameter of the model: its path, shape, logical axes and initial values.
 
 The modules are built from this table, `hf.py` loads and saves by it, and the sharding rules read its logical axes.
-A kernel is stored [inputs…, outputs…] with heads as an axis of their own; stacked layers have a leading axis "layers".
+A kernel is stored [inputs…, outputs…] with a separate axis for heads; stacked layers have a leading axis "layers".
 """
 
 import dataclasses
@@ -21,16 +21,18 @@ ONE_DRAW = 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """shape and axes have the same length. std: None starts at `constant`, a number draws normal(0, std)."""
+    """A parameter's shape, logical axes and initial values."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    """The logical axis of each dimension; None is never split."""
     std: float | None = None
+    """Initial values are drawn from normal(0, std); None starts at `constant`."""
     constant: float = 0.0
 
 
 def specs(config: Qwen3VLConfig) -> dict[Path, Spec]:
-    """All parameters by path. An untied model has `lm_head` besides `embedding`."""
+    """Return all parameters by path. An untied model has `lm_head` in addition to `embedding`."""
     V, D = config.vocab, config.hidden
     table = {("embedding",): Spec((V, D), ("vocab", "embed"), std=0.02)}
     if not config.tied:
@@ -42,13 +44,15 @@ def specs(config: Qwen3VLConfig) -> dict[Path, Spec]:
 
 
 def logical_axes(config: Qwen3VLConfig) -> dict[Path, tuple[str | None, ...]]:
-    """Path to the logical axis names of its dimensions ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp",
-    "vocab", "vision_embed", "vision_heads", "vision_head_dim", "vision_mlp", …; None: never split)."""
+    """Return the logical axes of every parameter's dimensions, by path.
+
+    They are "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "vision_embed", "vision_heads",
+    "vision_head_dim", "vision_mlp", …; None is never split."""
     return {path: spec.axes for path, spec in specs(config).items()}
 
 
 def create(table: dict[Path, Spec], key: jax.Array, dtype: jnp.dtype) -> dict[Path, jax.Array]:
-    """Fresh values. Normal draws are made in float32, so that a narrow dtype rounds the same numbers."""
+    """Return initial values. Normal draws are made in float32, so that a narrow dtype rounds the same numbers."""
     return dict(zip(table, _create(tuple(table.values()), key, dtype), strict=True))
 
 
@@ -56,7 +60,7 @@ def create(table: dict[Path, Spec], key: jax.Array, dtype: jnp.dtype) -> dict[Pa
 def _create(table: tuple[Spec, ...], key: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
     if sum(math.prod(spec.shape) for spec in table) > ONE_DRAW:
         draws = [jax.random.normal(jax.random.fold_in(key, i), spec.shape) for i, spec in enumerate(table)]
-    else:  # one generator in the program instead of one for each shape: it compiles many times faster
+    else:  # one generator in the program instead of one for each shape compiles many times faster
         ends = np.cumsum([math.prod(spec.shape) for spec in table])
         flat = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
         draws = [part.reshape(spec.shape) for part, spec in zip(flat, table, strict=True)]
@@ -66,7 +70,7 @@ def _create(table: tuple[Spec, ...], key: jax.Array, dtype: jnp.dtype) -> list[j
 
 
 class Stack(nnx.Module):
-    """Named arrays of one part of the model; `arrays()` hands them to the functions that compute."""
+    """Named arrays of one part of the model; `arrays()` returns them for the functions that compute."""
 
     def __init__(self, values: dict[Path, jax.Array]):
         for name in sorted({path[0] for path in values if len(path) > 1}):
@@ -76,14 +80,14 @@ class Stack(nnx.Module):
                 setattr(self, path[0], nnx.Param(value))
 
     def arrays(self) -> dict:
-        """The parameters as a plain (nested) dictionary of arrays."""
+        """Return the parameters as a plain (nested) dictionary of arrays."""
         return nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
 
 def _decoder(config: Qwen3VLConfig) -> dict[str, Spec]:
     L, D, M = config.layers, config.hidden, config.mlp
     H, K, A = config.heads, config.kv_heads, config.head_dim
-    # The two projections that write to the residual stream start smaller by the number of writes.
+    # The two projections that write to the residual stream start smaller, by the square root of the number of writes.
     residual = (2 * L) ** -0.5
     table = {
         "input_norm": Spec((L, D), ("layers", "embed"), constant=1.0),
@@ -139,7 +143,7 @@ def _vision(vision: VisionConfig) -> dict[Path, Spec]:
 
 
 def _merger(vision: VisionConfig, count: int | None, norm: int) -> dict[str, Spec]:
-    """The merger (count None) or the deepstack mergers, which are stacked and normalise after the reshape."""
+    """Return the merger (count None) or the deepstack mergers, which are stacked and normalise after the reshape."""
     wide = vision.hidden * vision.merge**2
     table = {
         "norm": Spec((norm,), ("vision_embed",), constant=1.0),

@@ -1,4 +1,4 @@
-"""Positions, worked out on the host: M-RoPE of tokens; row, column and table entries of patches. numpy only."""
+"""Compute positions on the host: M-RoPE of tokens; row, column and table entries of patches. numpy only."""
 
 import numpy as np
 
@@ -8,15 +8,18 @@ from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 def rope_positions(
     token_T: np.ndarray, grid_thw_Ix3: np.ndarray, config: Qwen3VLConfig, start: int = 0
 ) -> tuple[np.ndarray, int]:
-    """Interleaved M-RoPE positions (time, height, width) of a stretch of a conversation.
+    """Return interleaved M-RoPE positions (time, height, width) of consecutive tokens of a conversation.
 
-    A text token has the next number on all three axes. An image whose first placeholder would be at p takes
-    (p + frame, p + row, p + column) of its merged grid, and the text goes on at p + max(rows, columns).
+    A text token has the next number on all three axes. The placeholders of an image that begins at p have
+    (p + frame, p + row, p + column) of its merged grid, and the text continues at p + max(rows, columns).
 
     token_T: ids; the placeholders of the I images are `config.image_token`, as many as their grids say.
-    grid_thw_Ix3: patch grids of the images in this stretch. start: the position of the first token.
-    Returns (position_Tx3 int32, next_position). Turn by turn with the returned start is the same as all at once.
-    Raises ValueError where the placeholders and the grids do not match.
+    grid_thw_Ix3: patch grids of the images among these tokens.
+    config: the model's config.
+    start: the position of the first token.
+
+    Returns (position_Tx3 int32, next_position). Passing next_position as the start of the next turn gives the same
+    positions as one call for the whole conversation. Raises ValueError if the placeholders and the grids do not match.
     """
     token_T = np.asarray(token_T)
     is_image_T = token_T == config.image_token
@@ -44,10 +47,10 @@ def rope_positions(
 
 
 def vision_inputs(grid_thw_Ix3: np.ndarray, config: Qwen3VLConfig) -> dict[str, np.ndarray]:
-    """What the vision tower needs besides pixels, for the patches of I images in the processor's order.
+    """Return what the vision tower needs besides pixels, for the patches of I images in the processor's order.
 
     Patches come block by block (merge × merge patches make one image token), blocks in raster order. Every frame
-    attends to itself only. Returns the arrays of `batch.ModelInputs` without its batch axis:
+    attends only to itself. Returns the arrays of `batch.ModelInputs` without its batch axis:
     patch_image_N (1, 2, … by frame), patch_rowcol_Nx2, patch_corner_Nx4 and patch_weight_Nx4 (the learned square table
     resampled to each image's grid, bilinear with aligned corners).
     """
@@ -79,10 +82,17 @@ def row_inputs(
     mask_BxT: np.ndarray | None,
     config: Qwen3VLConfig,
 ) -> dict[str, np.ndarray]:
-    """The fields of `batch.ModelInputs` for rows of tokens and one flat list of all their images, in order.
+    """Return the fields of `batch.ModelInputs` for rows of tokens and all their images.
 
-    mask_BxT: False for padding (either side), None for none. Each row's patches are padded to the longest row's.
-    Raises ValueError where placeholders and grids do not match.
+    Each row's patches are padded to the number of the row with most.
+
+    token_BxT: ids.
+    pixels_NxF: the patches of all images, in order.
+    grid_thw_Ix3: the patch grids of all images, in order.
+    mask_BxT: False for padding on either side; None if there is no padding.
+    config: the model's config.
+
+    Raises ValueError if placeholders and grids do not match.
     """
     token_BxT, grids = np.asarray(token_BxT, np.int32), np.asarray(grid_thw_Ix3).reshape(-1, 3)
     mask_BxT = np.ones(token_BxT.shape, bool) if mask_BxT is None else np.asarray(mask_BxT, bool)
@@ -120,7 +130,7 @@ def row_inputs(
 
 
 def _block_order(rows: int, columns: int, merge: int) -> np.ndarray:
-    """(row, column) of every patch of a frame, in merge-block order, int32 [rows · columns, 2]."""
+    """Return (row, column) of every patch of a frame, in merge-block order, int32 [rows · columns, 2]."""
     raster = np.indices((rows, columns)).reshape(2, rows // merge, merge, columns // merge, merge)
     return raster.transpose(1, 3, 2, 4, 0).reshape(-1, 2).astype(np.int32)
 
@@ -128,11 +138,12 @@ def _block_order(rows: int, columns: int, merge: int) -> np.ndarray:
 def _table_entries(
     rowcol_Mx2: np.ndarray, rows: int, columns: int, vision: VisionConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The four table entries around every patch and their weights: corners of the grid lie on corners of the table."""
+    """Return the four table entries around every patch and their weights; corners of grid and table coincide."""
     side = vision.position_side
     low, high, far = [], [], []
     for axis, size in enumerate((rows, columns)):
-        # float32 throughout, the multiplication first: the published model's rounding decides which cell a patch is in.
+        # float32 throughout, the multiplication first: rounding decides which cell a patch is in, and the published
+        # model rounds this way.
         place = rowcol_Mx2[:, axis].astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
         floor = np.floor(place)
         low.append(floor.astype(np.int32))

@@ -1,15 +1,14 @@
-"""The shapes of the published dense Qwen3-VL models, for everything that needs no weights: compile checks and
-benchmarks.
+"""The shapes of the published dense Qwen3-VL models, for uses that need no weights: compile checks and benchmarks.
 
 Sources: config.json of Qwen/Qwen3-VL-{2B,4B,8B,32B}-Instruct on Hugging Face; transformers' Qwen3VLConfig for what
-those files leave at its default; the 2B and 8B shapes also stand in pytorch/torchtitan, experiments/qwen3_vl.
+those files leave at its default; the 2B and 8B shapes are also in pytorch/torchtitan, experiments/qwen3_vl.
 """
 
 from tapo_jax.models.config import Qwen3VLConfig, VisionConfig
 
 
 def _vision(out: int, *, large: bool) -> VisionConfig:
-    """2B and 4B have the smaller tower, 8B and 32B the larger one."""
+    """Return the vision tower: the smaller one of 2B and 4B, or the larger one of 8B and 32B."""
     sizes = (
         dict(depth=27, hidden=1152, mlp=4304, deepstack=(8, 16, 24))
         if large

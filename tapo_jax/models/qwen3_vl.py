@@ -1,7 +1,7 @@
 """Qwen3-VL (dense): decoder with interleaved M-RoPE, image features from `vision.py`, cache from `cache.py`.
 
 The arithmetic follows the published model; parity with its PyTorch form is tested in tests/test_model_*.py.
-Axes: B rows, T tokens, D width, H heads, K key/value heads, A numbers of a head, M image features of a row.
+Axes: B rows, T tokens, D width, H heads, K key/value heads, A head dimension, M image features of a row.
 """
 
 import functools
@@ -24,9 +24,10 @@ from tapo_jax.models.stack import run_stack
 
 
 class Qwen3VL(Stack):
-    """The parameters. What they compute is in this file's functions, which take the model as their first argument.
+    """The parameters of the model. The functions of this file compute with it and take it as their first argument.
 
-    Static: config; dtype, of the computation (the parameters have their own); lora_rank and lora_scale (`lora.add`).
+    Static attributes: config; dtype, that of the computation (the parameters have their own); lora_rank and
+    lora_scale (`lora.add`).
     """
 
     def __init__(
@@ -44,21 +45,23 @@ class Qwen3VL(Stack):
         self.lora_scale = 1.0
 
     def arrays(self) -> dict:
-        """The parameters as a nested dictionary of arrays; the scale of low-rank updates is worked into their B."""
+        """Return the parameters as a nested dictionary of arrays; B of a low-rank update is multiplied by its scale."""
         scale = lambda path, x: x * self.lora_scale if path[-1].key.endswith("_lora_b") else x  # noqa: E731
         return super().arrays() if self.lora_rank is None else jax.tree_util.tree_map_with_path(scale, super().arrays())
 
 
 def hidden_states(model: Qwen3VL, inputs: ModelInputs, *, remat: str = "none") -> jax.Array:
-    """The whole sequence without a cache: hidden_BxTxD after the final norm. remat: see `stack.run_stack`; with "full"
-    the vision tower is run again as a whole too."""
+    """Run whole sequences without a cache; return hidden_BxTxD after the final norm.
+
+    remat: see `stack.run_stack`; "full" also recomputes the whole vision tower.
+    """
     config, params = model.config, model.arrays()
     x_BxTxD, deep = _embed(params, inputs, config, model.dtype, remat)
-    turn = rotary(inputs.position_BxTx3, config)
+    angles = rotary(inputs.position_BxTx3, config)
     segment_BxT = inputs.segment_BxT
 
     def layer(x_BxTxD: jax.Array, p: dict, index: int | jax.Array) -> jax.Array:
-        q, k, v = _qkv(x_BxTxD, p, turn, config)
+        q, k, v = _qkv(x_BxTxD, p, angles, config)
         out = attention(q, k, v, segment_BxT, segment_BxT, causal=True)
         return _add_deep(_rest(x_BxTxD, out, p, config), deep, index)
 
@@ -67,12 +70,12 @@ def hidden_states(model: Qwen3VL, inputs: ModelInputs, *, remat: str = "none") -
 
 
 def logits(model: Qwen3VL, hidden_xD: jax.Array) -> jax.Array:
-    """float32 logits over the vocabulary of hidden states [..., D]."""
+    """Return float32 logits over the vocabulary for hidden states [..., D]."""
     return times_table(output_table(model).astype(hidden_xD.dtype), hidden_xD)
 
 
 def output_table(model: Qwen3VL) -> jax.Array:
-    """[V, D]: the rows that hidden states are compared with; the embedding itself in a tied model."""
+    """Return the output table [V, D], whose products with hidden states are the logits; a tied model's embedding."""
     table_VxD = model.embedding[...] if model.config.tied else model.lm_head[...]
     return sharding.constrain(table_VxD, "vocab", None)
 
@@ -84,28 +87,28 @@ def times_table(table_VxD: jax.Array, hidden_xD: jax.Array) -> jax.Array:
 
 
 def extend(model: Qwen3VL, cache: Cache, inputs: ModelInputs) -> tuple[jax.Array, Cache]:
-    """Add the rows' tokens to their slots (row r is slot r) and attend over all that a slot then holds.
+    """Add the rows' tokens to their slots (row r is slot r) and attend over all entries of each slot.
 
     inputs: R rows; the valid tokens (segment > 0) are at the left. T = 1 without images is a decoding step.
 
     Returns (hidden_RxTxD after the final norm, cache with the counts added to the lengths). A row without tokens leaves
-    its slot as it was. The caller sees to it that length + count stays within the capacity; padding needs no room.
+    its slot unchanged. The caller must keep length + count within the capacity; padding takes no entries.
     """
     config, params = model.config, model.arrays()
     count_R = jnp.sum(inputs.segment_BxT > 0, axis=1, dtype=jnp.int32)
     length_R = cache.length_B
     write = functools.partial(cache_lib.write_all, active_B=count_R > 0, place_B=length_R)
     x_RxTxD, deep = _embed(params, inputs, config, model.dtype, "none")
-    turn = rotary(inputs.position_BxTx3, config)
+    angles = rotary(inputs.position_BxTx3, config)
 
     in_place = inputs.token_BxT.shape[1] == 1 and decodes_in_place(**cache.sizes)
 
     def layer(x_RxTxD, k_cache, v_cache, p, index, place):
-        q, k, v = _qkv(x_RxTxD, p, turn, config)
+        q, k, v = _qkv(x_RxTxD, p, angles, config)
         if in_place:
             k_cache = decode_kernel.write(k_cache, k[:, 0], place, length_R, count_R)
             v_cache = decode_kernel.write(v_cache, v[:, 0], place, length_R, count_R)
-            # A row without a token reads nothing: what comes out of it is not used.
+            # A row without a token reads nothing: its output is not used.
             out = decode_kernel.attend(q[:, 0], k_cache, v_cache, place, jnp.where(count_R > 0, length_R + 1, 0))
             return _add_deep(_rest(x_RxTxD, out[:, None], p, config), deep, index), k_cache, v_cache
         k_cache = write(k_cache, k.swapaxes(1, 2), place)
@@ -139,12 +142,15 @@ def forward(
     grid_thw_Ix3: np.ndarray | None = None,
     mask_BxT: jax.Array | None = None,
 ) -> jax.Array:
-    """Plain whole forward: float32 logits_BxTxV. For tests and small uses.
+    """Run a plain forward pass; return float32 logits_BxTxV. For tests and small uses.
 
-    pixels_NxF: the flattened patches of all images, in the order of their placeholders (row after row), as the image
-    processor gives them; grid_thw_Ix3: their patch grids. mask_BxT: True for tokens, False for padding on either side.
-    With images the tokens must be concrete (not traced), since positions are worked out on the host.
-    Raises ValueError where placeholders and grids do not match.
+    tokens_BxT: ids. With images they must be concrete (not traced), since positions are computed on the host.
+    pixels_NxF: the flattened patches of all images as the image processor makes them, in the order of their
+        placeholders (row after row).
+    grid_thw_Ix3: the patch grids of all images.
+    mask_BxT: True for tokens, False for padding on either side.
+
+    Raises ValueError if placeholders and grids do not match.
     """
     if pixels_NxF is not None:
         inputs = positions.row_inputs(tokens_BxT, pixels_NxF, grid_thw_Ix3, mask_BxT, model.config)
@@ -168,8 +174,10 @@ def _forward(graph: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.
 
 
 def rotary(position_BxTx3: jax.Array, config: Qwen3VLConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, 1, A/2]. The pairs are dealt to time, height, width in turn (interleaved M-RoPE):
-    height and width get every third one up to 3 · their section, time all the others."""
+    """Return cos and sin, float32 [B, T, 1, A/2].
+
+    The pairs alternate between time, height and width (interleaved M-RoPE): height and width get every third one up to
+    3 · their section, time all the others."""
     pairs = config.head_dim // 2
     axis_P = np.zeros(pairs, np.int32)
     for axis in (1, 2):
@@ -180,17 +188,17 @@ def rotary(position_BxTx3: jax.Array, config: Qwen3VLConfig) -> tuple[jax.Array,
 
 
 def _embed(params: dict, inputs: ModelInputs, config: Qwen3VLConfig, dtype: jnp.dtype, remat: str):
-    """Token embeddings with the image features in their places: (x_BxTxD, deep_nxBxTxD or None)."""
-    # Whole rows of the table on a device: a lookup in a table split along D makes the compiler gather the batch.
+    """Return token embeddings with image features at the placeholders: (x_BxTxD, deep_nxBxTxD or None)."""
+    # Each device holds whole rows of the table: a lookup in a table split along D makes the compiler gather the batch.
     table_VxD = sharding.constrain(params["embedding"], "vocab", None)
     x_BxTxD = sharding.constrain(table_VxD[inputs.token_BxT].astype(dtype), "batch", None, None)
     if inputs.pixels_BxNxF is None:
         return x_BxTxD, None
     tower = functools.partial(vision.features, vision=config.vision, dtype=dtype, remat=remat)
-    if remat == "full":  # what the tower's layers keep need not live while the decoder runs
+    if remat == "full":  # the tower's activations need not stay in memory while the decoder runs
         tower = jax.checkpoint(tower)
     feature_BxMxD, deep_nxBxMxD = tower(params["vision"], inputs)
-    # Every device has its rows' features whole, so that taking them out stays on the device.
+    # Every device holds the complete features of its rows, so that taking entries of them needs no other device.
     feature_BxMxD = sharding.constrain(feature_BxMxD, "batch", None, None)
     is_image_BxTx1 = inputs.feature_BxT[..., None] >= 0
     place_BxTx1 = jnp.maximum(inputs.feature_BxT, 0)[..., None]
@@ -203,7 +211,7 @@ def _embed(params: dict, inputs: ModelInputs, config: Qwen3VLConfig, dtype: jnp.
 
 
 def _add_deep(x_BxTxD: jax.Array, deep_nxBxTxD: jax.Array | None, index: int | jax.Array) -> jax.Array:
-    """Adds the deepstack features of decoder layer `index` (the first n layers have some)."""
+    """Add the deepstack features of decoder layer `index`; only the first n layers have some."""
     if deep_nxBxTxD is None:
         return x_BxTxD
     n = deep_nxBxTxD.shape[0]
@@ -212,16 +220,16 @@ def _add_deep(x_BxTxD: jax.Array, deep_nxBxTxD: jax.Array | None, index: int | j
     return x_BxTxD + jnp.where(index < n, deep_nxBxTxD[jnp.minimum(index, n - 1)], 0)
 
 
-def _qkv(x_BxTxD: jax.Array, p: dict, turn: tuple[jax.Array, jax.Array], config: Qwen3VLConfig):
-    """Queries, keys, values of one layer, normalised by head and rotated: [B, T, H|K, A]."""
+def _qkv(x_BxTxD: jax.Array, p: dict, angles: tuple[jax.Array, jax.Array], config: Qwen3VLConfig):
+    """Return queries, keys and values of one layer, [B, T, H|K, A]; queries and keys are normalised and rotated."""
     x_BxTxD = rms_norm(x_BxTxD, p["input_norm"], config.norm_epsilon)
     q_BxTxHxA = rms_norm(project(x_BxTxD, p, "q"), p["q_norm"], config.norm_epsilon)
     k_BxTxKxA = rms_norm(project(x_BxTxD, p, "k"), p["k_norm"], config.norm_epsilon)
-    return rotate(q_BxTxHxA, turn), rotate(k_BxTxKxA, turn), project(x_BxTxD, p, "v")
+    return rotate(q_BxTxHxA, angles), rotate(k_BxTxKxA, angles), project(x_BxTxD, p, "v")
 
 
 def _rest(x_BxTxD: jax.Array, out_BxTxHxA: jax.Array, p: dict, config: Qwen3VLConfig) -> jax.Array:
-    """What follows attention in a layer: output projection, residual, SwiGLU, residual."""
+    """Apply what follows attention in a layer: output projection, residual, SwiGLU, residual."""
     x_BxTxD = x_BxTxD + project(out_BxTxHxA, p, "o", axes=2)
     y_BxTxD = rms_norm(x_BxTxD, p["mlp_norm"], config.norm_epsilon)
     x_BxTxD = x_BxTxD + project(jax.nn.silu(project(y_BxTxD, p, "gate")) * project(y_BxTxD, p, "up"), p, "down")

@@ -1,4 +1,4 @@
-"""Reading and writing *.safetensors as memory maps: one tensor at a time, any slice of it, bfloat16 included."""
+"""Read and write *.safetensors as memory maps: one tensor at a time, any slice of it, bfloat16 included."""
 
 import collections
 import json
@@ -24,11 +24,11 @@ SHARD_BYTES = 5 * 10**9
 
 
 def open_all(directory: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a directory's safetensors files by name, as read-only memory maps: nothing is read yet.
+    """Map every tensor of a directory's safetensors files by name, read-only; no data is read yet.
 
     A `model.safetensors.index.json` says which files belong to the model; without it all *.safetensors do.
-    Raises FileNotFoundError where there is no file, ValueError for a dtype that is no float, UserError naming a file
-    that is missing, cut or only a pointer.
+    Raises FileNotFoundError if there is no file, ValueError for a dtype that is not a float, UserError naming a file
+    that is missing, cut short or only a pointer.
     """
     files = _files(directory)
     if not files:
@@ -37,7 +37,7 @@ def open_all(directory: Path) -> dict[str, np.ndarray]:
 
 
 def stored_dtype(directory: Path) -> str:
-    """The dtype that most bytes of a directory's weights have: "bfloat16" for a published model."""
+    """Return the dtype of most bytes of a directory's weights: "bfloat16" for a published model."""
     sizes = collections.Counter()
     for tensor in open_all(directory).values():
         sizes[tensor.dtype.name] += tensor.nbytes
@@ -45,7 +45,7 @@ def stored_dtype(directory: Path) -> str:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The files of the model. Raises UserError naming the first one that is not there."""
+    """Return the files of the model. Raises UserError naming the first one that is missing."""
     index = directory / "model.safetensors.index.json"
     found = sorted(file.name for file in directory.glob("*.safetensors"))
     if index.exists():
@@ -103,9 +103,13 @@ def write_all(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes model.safetensors, or numbered files with an index where it would pass shard_bytes.
+    """Write model.safetensors, or numbered files with an index if it would exceed shard_bytes.
 
-    `read(name)` is called for one tensor after another in the order of `shapes`, so one is in memory at a time.
+    directory: where to write.
+    shapes: the shape of every tensor by name.
+    dtype: dtype of all tensors.
+    read: returns a tensor by name; called in the order of `shapes`, so that one tensor is in memory at a time.
+    shard_bytes: max bytes of a file.
     """
     bytes_of = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
@@ -126,7 +130,7 @@ def write_all(
 
 
 def write(file: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, read: Callable[[str], np.ndarray]) -> None:
-    """One safetensors file of the tensors of `shapes`, all in `dtype`."""
+    """Write one safetensors file of the tensors of `shapes`, all in `dtype`."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():

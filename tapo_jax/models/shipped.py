@@ -1,4 +1,4 @@
-"""Where a model is: the one that ships with the package, or the directory that a config names. Imports no jax."""
+"""Find a model: the one that ships with the package, or the directory that a config names. Imports no jax."""
 
 from pathlib import Path
 
@@ -9,8 +9,10 @@ DIRECTORY = Path(__file__).parents[1] / "cold_start" / "atlas_tiny"
 
 
 def model_directory(path: str, shape: str = "") -> Path:
-    """The directory of a config's model.path; "" is the model that ships with the package, unless the config is for a
-    published model (its model.shape). Raises UserError where it lacks a part."""
+    """Return the directory of a config's model.path; "" is the model that ships with the package.
+
+    Raises UserError if the directory lacks a file, or if the path is "" in a config for a published model (its
+    model.shape)."""
     if shape and not path:
         raise UserError(
             f"model.path is empty and this config is for {shape}: give --config.model.path=DIR with its files."

@@ -1,4 +1,4 @@
-"""Attention on TPU: the Pallas splash kernel, on every device's own rows and heads.
+"""Attention on TPU with the Pallas splash kernel, on every device's own rows and heads.
 
 Block sizes are those that other TPU trainers use; scores never leave the chip's fast memory. Axes as in `attention.py`.
 """
@@ -15,7 +15,7 @@ from tapo_jax import sharding
 BLOCKS = (512, 256, 128)
 LANES = 128
 PADDING = -1
-CAUSAL, FULL = "splash_causal", "splash_full"  # scopes, by which `kernel_flops` knows a compiled kernel
+CAUSAL, FULL = "splash_causal", "splash_full"  # scopes by which `kernel_flops` identifies a compiled kernel
 
 
 def splash_attention(
@@ -28,10 +28,11 @@ def splash_attention(
     causal: bool,
     interpret: bool = False,
 ) -> jax.Array:
-    """Softmax attention within equal segments (which are not negative), as `attention.attention`; [B, T, H, A] in the
-    dtype of q.
+    """Compute softmax attention within equal segments, as `attention.attention` does.
 
     interpret: run the kernel step by step on any backend (slow; for tests).
+
+    Returns [B, T, H, A] in the dtype of q.
     """
     _, T, H, A = q_BxTxHxA.shape
     if k_BxSxKxA.shape[2] % sharding.pieces("kv_heads"):  # then heads and key/value heads would be split differently
@@ -53,7 +54,7 @@ def splash_attention(
 
 
 def _padded(x: jax.Array, *, axis: int, value: int) -> jax.Array:
-    """Up to a whole number of lanes along `axis`."""
+    """Pad x to a whole number of lanes along `axis`."""
     missing = -x.shape[axis] % LANES
     widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=value) if missing else x
@@ -82,17 +83,19 @@ def _kernel(heads: int, T: int, S: int, causal: bool, interpret: bool) -> Callab
 
 
 def kernel_flops(op_name: str, dims: Sequence[tuple[int, ...]]) -> float:
-    """Flops of one of the compiled kernels, for those who read a compiled program; 0 for a kernel of another kind.
+    """Return the flops of one of the kernels in a compiled program, 0 for a kernel of another kind.
 
-    op_name: its path in the traced program; dims: the sizes of its operands. Counted are the products of the blocks
-    that the kernel visits: all, or those on and below the diagonal.
+    Counted are the products of the blocks that the kernel visits: all, or those on and below the diagonal.
+
+    op_name: the kernel's path in the traced program.
+    dims: the sizes of its operands.
     """
     products = next(
         (n for name, n in {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}.items() if name in op_name), 0
     )
     if not products:
         return 0.0
-    # Tables of blocks come first, then q, k and v; a batch of one row has no axis of its own.
+    # Operands: tables of blocks, then q, k and v. A batch of one row has no batch axis.
     large = [d for d in dims if len(d) > 2 and d[-2] % LANES == 0]
     q, k = next((q, k) for q, k, v in zip(large, large[1:], large[2:], strict=False) if k == v and q[-1] == k[-1])
     B, (H, T, A), S = math.prod(q[:-3]), q[-3:], k[-2]

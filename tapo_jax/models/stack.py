@@ -1,4 +1,4 @@
-"""Runs a stack of equal layers: scanned, so that compile time does not grow with depth, or unrolled if shallow."""
+"""Run a stack of equal layers: scanned, so that compile time does not grow with depth, or unrolled if shallow."""
 
 from collections.abc import Callable
 
@@ -15,11 +15,16 @@ REMAT = {
 
 
 def run_stack(layer: Callable, x: jax.Array, params_L: dict, *, depth: int, remat: str = "none") -> jax.Array:
-    """x ← layer(x, params of layer i, i) for all layers of params_L; i is a plain int where they are unrolled.
+    """Apply x ← layer(x, params of layer i, i) for all layers of params_L.
 
-    depth: of the whole tower, of which params_L may be a part: it decides whether layers are unrolled or scanned.
-    remat: what the backward pass may keep of a layer: "none" keeps all, "dots" the matrix products with parameters,
-    "full" only the layer's input. Raises KeyError for another name.
+    layer: gets i as a plain int if the layers are unrolled.
+    x: input of the first layer.
+    params_L: the layers' parameters, stacked.
+    depth: layers of the whole tower, of which params_L may be a part; decides whether to unroll or to scan.
+    remat: what the forward pass keeps of a layer for the backward pass, which recomputes the rest: "none" keeps all,
+        "dots" the matrix products with parameters, "full" only the layer's input.
+
+    Raises KeyError for another remat.
     """
     layers = jax.tree.leaves(params_L)[0].shape[0]
     policy = REMAT[remat]
@@ -27,7 +32,7 @@ def run_stack(layer: Callable, x: jax.Array, params_L: dict, *, depth: int, rema
     def step(x: jax.Array, p: dict, i: int | jax.Array) -> jax.Array:
         if remat == "none":
             return layer(x, p, i)
-        # Inside a scan nothing can be merged with the forward pass anyway.
+        # Inside a scan the compiler cannot merge the recomputation with the forward pass anyway.
         kept = jax.checkpoint(lambda x, p: layer(x, p, i), policy=policy, prevent_cse=isinstance(i, int))
         return kept(x, p)
 

@@ -9,12 +9,11 @@ sweep DIR    DIR/report.md, DIR/report.json and figures; `results.py` says what 
 
 import argparse
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from tapo_jax import viewer
-from tapo_jax.config import UserError
+from tapo_jax.config import UserError, write_to_any_terminal
 from tapo_jax.report import misplaced, tables, truth
 from tapo_jax.report.curve import write_curve
 
@@ -53,21 +52,16 @@ def main(arguments: Sequence[str]) -> None:
         print(tables.write_sweep(given.directory))
     else:
         paths = recordings(given.directory)
-        try:
-            if given.command == "page":
-                viewer.write_page(paths, given.directory / "episodes.html", max_groups=given.questions)
-                print(given.directory / "episodes.html")
-            else:
-                write = truth.write_truth if given.command == "truth" else misplaced.write_credit
-                print(write(paths, given.directory))
-        except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"A recording in {given.directory / 'episodes'} cannot be read ({type(error).__name__}: {error}): "
-                "remove the damaged file."
-            ) from error
+        if given.command == "page":
+            viewer.write_page(paths, given.directory / "episodes.html", max_groups=given.questions)
+            print(given.directory / "episodes.html")
+        else:
+            write = truth.write_truth if given.command == "truth" else misplaced.write_credit
+            print(write(paths, given.directory))
 
 
 if __name__ == "__main__":
+    write_to_any_terminal()
     try:
         main(sys.argv[1:])
     except UserError as error:

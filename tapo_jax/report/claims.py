@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tapo_jax.report.plots import smooth
-from tapo_jax.report.results import PUBLISHED, SEEDS, THRESHOLDS, Result, Sweep, assigns_credit
+from tapo_jax.report.results import AT, MIN_SEEDS, PUBLISHED, Result, Sweep, assigns_credit
 from tapo_jax.report.statistics import mean_of, student
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
@@ -77,9 +77,9 @@ def decided(value_N: Sequence[float], *, bound: float = 0.0, above: bool = True,
     found["seeds"] = len(value_N)
     intervals = [found["interval"], found["student"]]
     verdict = OPEN
-    if len(value_N) >= SEEDS and all(low > bound for low, _ in intervals):
+    if len(value_N) >= MIN_SEEDS and all(low > bound for low, _ in intervals):
         verdict = HOLDS if above else FAILS
-    elif len(value_N) >= SEEDS and all(high < bound for _, high in intervals):
+    elif len(value_N) >= MIN_SEEDS and all(high < bound for _, high in intervals):
         verdict = FAILS if above else HOLDS
     return found | {"verdict": verdict}
 
@@ -101,7 +101,7 @@ def misassigned(sweep: Sweep, base: str, unit: str, claim: str) -> dict[str, Any
     """The paper's first figure, over all steps of the runs without TAPO, at the threshold that TAPO would use."""
     values = []
     for result in sweep.results[base].values():
-        name = f"tapo/correctable_{unit}{THRESHOLDS}{float(result.config.get('tapo.theta', PUBLISHED['tapo.theta']))}"
+        name = f"tapo/correctable_{unit}{AT}{float(result.config.get('tapo.theta', PUBLISHED['tapo.theta']))}"
         if len(result.curves.get(name, ())):
             values.append(float(np.mean([value for _, value in result.curves[name]])))
     return decided(values, bound=0.5, claim=claim, unit="share", rows=[base], paper="over half")
@@ -215,7 +215,7 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         "Each is a number for every seed, mostly a difference paired by seed. It holds where the 95 % bootstrap "
         "interval (in brackets) and Student's both lie on its side of the bound (0; for shares the claimed one), does "
-        f"not hold where both lie on the other, and is not decided else or with fewer than {SEEDS} seeds. Where a "
+        f"not hold where both lie on the other, and is not decided else or with fewer than {MIN_SEEDS} seeds. Where a "
         "claim has parts, the weakest is shown.",
         "",
         "| claim | verdict | measured | seeds | published |",

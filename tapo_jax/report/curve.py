@@ -120,6 +120,10 @@ def draw_seconds(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     parts["rest"] = np.maximum(rollout - parts["time/decode"] - parts["time/prefill"] - parts["time/tool_wait"], 0.0)
     total = np.array([line["time/step"] for line in timed])
     kept = [entry for entry in _TIMES if parts[entry[0]].sum() > 0.005 * total.sum()]
+    if not kept:  # only whole steps were timed
+        title(axes, "seconds per step")
+        axes.plot([line["step"] for line in timed], total, color=SOFT)
+        return
     axes.stackplot(
         [line["step"] for line in timed],
         [parts[name] for name, _, _ in kept],

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tapo_jax.report.claims import SHARE_OF_TIME
 from tapo_jax.report.plots import BLUE, GOLD, GREEN, INK, RED, SOFT, new_figure, title
-from tapo_jax.report.results import THRESHOLDS, Result, Sweep
+from tapo_jax.report.results import AT, Result, Sweep
 from tapo_jax.report.statistics import bootstrap
 
 COLOURS = (
@@ -193,7 +193,7 @@ def draw_credit(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 def credit_by_threshold(results: Sequence[Result], unit: str, part: int) -> tuple[list[float], list[float]]:
     """(thresholds, mean share over the seeds) in one third (0, 1, 2) of training."""
-    prefix = f"tapo/correctable_{unit}{THRESHOLDS}"
+    prefix = f"tapo/correctable_{unit}{AT}"
     names = sorted(
         {name for result in results for name in result.curves if name.startswith(prefix)},
         key=lambda n: float(n[len(prefix) :]),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tapo_jax.config import UserError, flat
-from tapo_jax.records import read_metrics
+from tapo_jax.records import read_json, read_metrics
 from tapo_jax.report.statistics import mean_of, student
 
 CURVES = (
@@ -33,8 +33,9 @@ CURVES = (
     "tapo/corrected_actions",
     "optimizer/grad_norm",
 )
-THRESHOLDS = "_at_"
-SEEDS = 3  # that a verdict needs
+AT = "_at_"  # as in tapo/correctable_actions_at_0.7
+MIN_SEEDS = 3  # for a verdict
+AGAIN = "remove it, and launch/sweep.py does the run again"
 POINTS = 40  # of a condensed curve
 # TAPO as published; what the paper leaves open is this project's default.
 PUBLISHED = {
@@ -89,7 +90,7 @@ def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
     """
     lines = read_metrics(workdir / "metrics.jsonl")
     path = workdir / "config.json"
-    config = flat(json.loads(path.read_text())) if path.exists() else {}
+    config = flat(read_json(path, way="remove it, or give a run that is whole")) if path.exists() else {}
     usual = [line["time/step"] for line in lines if line.get("time/step") and not line.get("perf/compiles")]
     seconds, evals = 0.0, []
     for line in lines:
@@ -100,9 +101,7 @@ def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
     asked = 0 if config.get("total_epochs") else config.get("total_steps", 0)
     if not evals or evals[-1][0] != lines[-1]["step"] or lines[-1]["step"] < asked:
         raise UserError(f"{workdir} holds no evaluation of its last step: run it to its end with eval.at_end.")
-    names = {
-        name for line in lines for name in line if name in CURVES or (name.startswith("tapo/") and THRESHOLDS in name)
-    }
+    names = {name for line in lines for name in line if name in CURVES or (name.startswith("tapo/") and AT in name)}
     timed = [line for line in lines if line.get("time/step") and line.get("time/tapo") is not None]
     shares = [(line["step"], line["time/tapo"] / line["time/step"]) for line in timed]
     curves = {
@@ -133,13 +132,12 @@ def load(directory: Path) -> Sweep:
     """Raises UserError where no run has finished."""
     results: dict[str, dict[int, Result]] = {}
     failed, unfinished = [], []
-    folders = sorted(path for path in directory.glob("*/seed_*") if path.is_dir())
+    folders = sorted(path for path in directory.glob("*/seed_*") if path.is_dir() and path.name[5:].isdigit())
     for folder in folders:
         row, seed = folder.parent.name, int(folder.name.removeprefix("seed_"))
         if (folder / "failed.json").exists():
-            failed.append(
-                (row, seed, str(json.loads((folder / "failed.json").read_text()).get("error", "no reason given")))
-            )
+            why = read_json(folder / "failed.json", way=AGAIN).get("error", "no reason given")
+            failed.append((row, seed, str(why)))
         elif (found := _result(folder, row, seed)) is not None:
             results.setdefault(row, {})[seed] = found
         else:
@@ -149,7 +147,7 @@ def load(directory: Path) -> Sweep:
             f"{directory} holds no finished run: a sweep's folder has ROW/seed_N/result.json for every run."
         )
     plan = directory / "sweep.json"
-    given = json.loads(plan.read_text()) if plan.exists() else {}
+    given = read_plan(plan)
     seen = {(row, seed) for row, seed, _ in failed} | {(row, seed) for row in results for seed in results[row]}
     wanted = [(row, seed) for row, seeds in given.get("seeds", {}).items() for seed in seeds]
     unfinished = list(dict.fromkeys([*unfinished, *(run for run in wanted if run not in seen)]))
@@ -160,6 +158,17 @@ def load(directory: Path) -> Sweep:
     for pairs, name in ((base, "base"), (reference, "reference")):
         pairs |= {row: other for row, other in given.get(name, {}).items() if row in results and other in results}
     return Sweep(with_later(results, base), failed, unfinished, base, reference)
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Read a sweep.json; {} where there is none. Raises UserError for one that is damaged."""
+    way = "remove it, and the rows are shown in the order of their names"
+    plan = read_json(path, way=way) if path.exists() else {}
+    kinds = {"rows": list, "seeds": dict, "base": dict, "reference": dict}
+    for name, kind in kinds.items():
+        if not isinstance(plan.get(name, kind()), kind):
+            raise UserError(f"{path} is damaged ({name} is {plan[name]!r:.40}): {way}.")
+    return plan
 
 
 def with_later(results: Mapping[str, Mapping[int, Result]], base: Mapping[str, str]) -> dict[str, dict[int, Result]]:
@@ -182,23 +191,32 @@ def with_later(results: Mapping[str, Mapping[int, Result]], base: Mapping[str, s
 
 def _result(folder: Path, row: str, seed: int) -> Result | None:
     if (folder / "result.json").exists():
-        found = json.loads((folder / "result.json").read_text())
+        path = folder / "result.json"
+        found = read_json(path, way=AGAIN, needs=("evals", "curves", "config", "tapo_share"))
     else:
+        path = folder / "metrics.jsonl"
         try:
             found = condense(folder, row, seed)
         except UserError:
             return None
-    evals = tuple((float(step), float(seconds), float(accuracy)) for step, seconds, accuracy in found["evals"])
+    try:
+        evals = tuple((float(step), float(seconds), float(accuracy)) for step, seconds, accuracy in found["evals"])
+        config = renamed(found["config"])
+        if not evals or not isinstance(found["curves"], dict):
+            raise ValueError("it has no evaluations or no curves")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): {AGAIN}.") from error
     later = later_accuracy(folder, found["config"])
-    return Result(row, seed, evals, found["curves"], renamed(found["config"]), found["tapo_share"], later)
+    return Result(row, seed, evals, found["curves"], config, found["tapo_share"], later)
 
 
 def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int, int] | None:
     """`Result.later`, from the evaluations in folder/eval* on the run's own data. Raises UserError for one that is not
     like the run's own, or has another number of questions than the others."""
-    written = {path: json.loads(path.read_text()) for path in sorted(folder.glob("eval*/export.json"))}
+    way, needs = "remove it, or evaluate again", ("split", "temperature", "metrics")
+    written = {path: read_json(path, way=way, needs=needs) for path in sorted(folder.glob("eval*/export.json"))}
     for path in sorted(folder.glob("eval*/*/export.json")):
-        evaluation = json.loads(path.read_text())
+        evaluation = read_json(path, way=way, needs=("data", *needs))
         if same_data(evaluation["data"], config):
             written[path] = evaluation
     paths, found = list(written), list(written.values())
@@ -295,7 +313,7 @@ def difference(
     ours: Mapping[int, Result], theirs: Mapping[int, Result], value: Callable[[Result], float | None]
 ) -> dict[str, Any] | None:
     """Paired by seed: what changes when the row changes and nothing else. verdict: "better" or "worse" where both the
-    bootstrap's and Student's interval leave out 0 and there are SEEDS seeds, else "not decided". None without a common
+    bootstrap's and Student's interval leave out 0 and there are MIN_SEEDS, else "not decided". None without a common
     seed that has both values."""
     pairs = [(value(ours[seed]), value(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
     pairs = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
@@ -310,7 +328,7 @@ def difference(
     intervals = [found["interval"], found["student"]]
     base_mean = float(np.mean([other for _, other in pairs]))
     found["relative"] = found["mean"] / base_mean if base_mean > 0 else None
-    if len(pairs) < SEEDS or any(low <= 0 <= high for low, high in intervals):
+    if len(pairs) < MIN_SEEDS or any(low <= 0 <= high for low, high in intervals):
         return found | {"verdict": "not decided"}
     return found | {"verdict": "better" if found["mean"] > 0 else "worse"}
 

@@ -1,6 +1,6 @@
-"""From prompts to episodes: conversations in KV slots, tools on threads, tokens from the sampler.
+"""Turn prompts into episodes: conversations in KV slots, tools on threads, tokens from the sampler.
 
-What is public is listed in `__init__.pyi` and imported when it is first used. Never imports `tapo_jax.learn`.
+Public names are listed in `__init__.pyi` and imported on first use. Never imports `tapo_jax.learn`.
 `tapo_jax.rollout.generate.generate` samples from a model without tools.
 """
 

@@ -1,4 +1,4 @@
-"""The host's state of one rollout: which episode plays in which slot, what every slot needs next, what has finished."""
+"""Host state of one rollout: which episode plays in which slot, what every slot needs next, what has finished."""
 
 import concurrent.futures
 import dataclasses
@@ -15,42 +15,48 @@ from tapo_jax.types import Episode, Prompt
 
 @dataclasses.dataclass
 class Player:
-    """A conversation in its slot.
-
-    sent, sent_images: how many of its tokens and images are in the cache; the next token is at `position`.
-    row: tokens that wait to be added; the position after their last one is `row_end`.
-    """
+    """A conversation in its slot."""
 
     conversation: Conversation
     episode: int
+    """Index into `Board.episodes`."""
     prompt: int
+    """Index into this process's prompts."""
     sent: int = 0
+    """Number of its tokens that are in the cache."""
     sent_images: int = 0
+    """Number of its images that are in the cache."""
     position: int = 0
+    """Position of the next token."""
     row: Row | None = None
+    """Tokens that wait to be added to the cache."""
     row_end: int = 0
+    """Position after the last token of `row`."""
     future: concurrent.futures.Future | None = None
+    """The tool call that it waits for."""
 
     @property
     def starts(self) -> bool:
-        """Whether its prompt waits to be extended."""
+        """Return whether its prompt still waits to be added to the cache."""
         return self.row is not None and not self.sent
 
 
 @dataclasses.dataclass
 class Slot:
-    """A slot of this process: who plays in it, and the prompt whose tokens its cache begins with."""
+    """A slot of this process: its player, and the prompt (`held`) whose tokens its cache begins with."""
 
     player: Player | None = None
     held: int | None = None
 
 
 class Board:
-    """The host's state of one rollout: who plays in which slot, and the episodes that have finished.
+    """Host state of one rollout: who plays in which slot, and the episodes that have finished.
 
-    players: what the rollout is played with.
-    prompts: of this process; each gets `group_size` episodes.
-    first_prompt: the number of prompts[0] among those of all processes.
+    players: the sampler, tools and limits of the run.
+    prompts: the prompts of this process.
+    group_size: episodes for each prompt.
+    first_prompt: index of prompts[0] among the prompts of all processes.
+    on_episode: called with every episode when it ends.
     """
 
     def __init__(
@@ -69,7 +75,7 @@ class Board:
         self._slots = [Slot() for _ in range(players.sampler.slots)]
 
     def _finish(self, index: int, conversation: Conversation) -> None:
-        """Keep an episode that has ended and tell who wants to know."""
+        """Keep an episode that has ended and report it to `on_episode`."""
         episode = self.episodes[index] = conversation.episode()
         if self._on_episode is not None:
             self._on_episode(episode)
@@ -88,7 +94,7 @@ class Board:
                 self._next += 1
 
     def _start(self, index: int) -> Player | None:
-        """Return the player of an episode, or None where the episode is over at once."""
+        """Return the player of an episode, or None if the episode is over at once."""
         prompt, sample = divmod(index, self._group_size)
         if self._opened is None or self._opened[0] != prompt:
             self._opened = prompt, *self._open(self._prompts[prompt])
@@ -102,7 +108,7 @@ class Board:
         return Player(conversation, index, prompt, row=row, row_end=row_end)
 
     def _open(self, prompt: Prompt) -> tuple[Opening, Row | None, int]:
-        """Return a prompt as the policy sees it, its row and where the row ends; no row where it is too long."""
+        """Return a prompt as the policy sees it, its row and the position after the row; no row if it is too long."""
         opening = open_prompt(
             prompt,
             chat=self._with.chat,
@@ -125,7 +131,7 @@ class Board:
         return Needs(extensions, copies, draws)
 
     def _additions(self) -> tuple[list[Extension], list[tuple[int, int]]]:
-        """Return the tokens to add, and the prompts to copy from a slot of the same shard that has them."""
+        """Return the tokens to add, and the prompts to copy from a slot of the same shard that holds them."""
         extensions, copies = [], []
         starting = {number for number, slot in enumerate(self._slots) if slot.player and slot.player.starts}
         source = {
@@ -179,7 +185,7 @@ class Board:
         return {slot.player.future for slot in self._slots if slot.player and slot.player.future}
 
     def collect_tools(self, may_take: bool) -> None:
-        """Append the results that are there, in slot order."""
+        """Append the results that have arrived, in slot order; none unless `may_take`."""
         for slot in self._slots:
             player = slot.player
             if may_take and player and player.future and player.future.done():
@@ -196,7 +202,7 @@ class Board:
             conversation = player.conversation
             conversation.add_sampled(token_n, logp_n)
             ended = conversation.allowance == 0 or int(token_n[-1]) in self._with.sampler.stop_ids
-            # A turn that used its whole allowance is looked at: its last token is fed with what follows it.
+            # A turn that used its whole allowance pauses: its last token is fed with the tokens that follow it.
             paused = ended or len(token_n) == drawn.allowance
             cached = len(token_n) - int(paused)
             player.sent += cached
@@ -210,10 +216,10 @@ class Board:
                 else:
                     self._after_turn(slot)
             elif paused:
-                self._after_turn(slot)  # the turn goes on behind a thought that was closed by force
+                self._after_turn(slot)  # the turn continues after a thought that was closed by force
 
     def _after_turn(self, slot: Slot) -> None:
-        """Keep an episode that is over; else its new tokens wait for the next round."""
+        """Keep an episode that is over; otherwise queue its new tokens for the next round."""
         player = slot.player
         conversation = player.conversation
         if conversation.finish is not None:

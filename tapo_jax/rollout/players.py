@@ -11,7 +11,7 @@ from tapo_jax.tools.base import ToolRunner
 
 @dataclasses.dataclass(frozen=True)
 class Players:
-    """All that plays episodes besides the weights. Made once for a run."""
+    """Everything that a rollout needs besides the weights and the prompts. Made once for a run."""
 
     sampler: Sampler
     chat: Chat
@@ -19,7 +19,8 @@ class Players:
     runner: ToolRunner
     limits: Limits
     system: str = ""
-    """What the policy is told before everything else."""
+    """System prompt: what the policy is told before everything else."""
     tool_wait_s: float = float("inf")
-    """Seconds that a round waits for tools after its decoding; finite values trade repeatability for never waiting on
-    one slow tool."""
+    """Seconds that a round waits for tools after its decoding.
+
+    A finite value trades repeatability for never waiting on one slow tool."""

@@ -1,10 +1,10 @@
-"""Sampler × conversations × tools -> episodes. The only place where device arrays meet tool threads.
+"""Play episodes: sampler × conversations × tools -> episodes. Only here do device arrays meet tool threads.
 
-A round: every slot with new tokens is extended; a decoding chunk starts; while it runs, the tools called in the round
-before finish on their threads; then tool results are appended, turns that ended are parsed and their calls submitted,
-and a slot whose episode has finished takes the next one. With `tool_wait_s` infinite nothing in this depends on time:
-every result of a round is waited for and all are handled in slot order, so a rollout repeats bit for bit. In a pod
-every process plays its own prompts and makes the same calls in lockstep (`Sampler.plan`).
+In a round every slot with new tokens is extended and a decoding chunk starts. While it runs, the tools called in the
+previous round finish on their threads. Then tool results are appended, turns that ended are parsed and their calls
+submitted, and a slot whose episode has finished takes the next one. With `tool_wait_s` infinite nothing depends on
+timing: the round waits for every result and handles all of them in slot order, so a rollout repeats bit for bit. In a
+pod every process plays its own prompts and makes the same calls in lockstep (`Sampler.plan`).
 """
 
 import concurrent.futures
@@ -33,11 +33,15 @@ def rollout(
 ) -> tuple[list[Episode], dict[str, float]]:
     """Play `group_size` episodes of each of this process's prompts. Rewards are left to the caller.
 
+    players: the sampler, tools and limits of the run.
     params: the weights, as `nnx.merge` takes them.
+    prompts: the prompts of this process.
+    group_size: G, episodes for each prompt.
+    sampling: temperature, top-p and the parts of the random keys.
     on_episode: called with every episode when it ends, while others still play; it must not block.
 
     Returns the episodes in prompt-major order (p·G + g) and metrics: means over this process's episodes, and seconds
-    as time/*. Raises UserError where an episode may become longer than a slot.
+    as time/*. Raises UserError if an episode may become longer than a slot.
     """
     sampler, limits = players.sampler, players.limits
     if limits.max_length > sampler.shapes.capacity:
@@ -72,15 +76,16 @@ def rollout(
 
 
 def _while_decoding(futures: set[concurrent.futures.Future], chunk: Chunk | None) -> bool:
-    """Wait until all futures are done or the chunk is. Return whether all futures are done."""
+    """Wait until all futures are done or the chunk is ready. Return whether all futures are done."""
     while futures and chunk is not None and not chunk.is_ready():
         _, futures = concurrent.futures.wait(futures, timeout=POLL_S)
     return all(future.done() for future in futures)
 
 
 def _wait(futures: set[concurrent.futures.Future], tool_wait_s: float, *, idle: bool) -> bool:
-    """Wait for the tools; where there is nothing else to do, at least for the first of them. Return True: what is done
-    may be taken."""
+    """Wait for the tools up to `tool_wait_s`; if `idle`, at least until the first is done.
+
+    Returns True: finished results may be taken."""
     timeout = None if tool_wait_s == float("inf") else tool_wait_s
     _, left = concurrent.futures.wait(futures, timeout=timeout)
     if idle and futures and left == futures:

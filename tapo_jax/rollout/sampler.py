@@ -1,7 +1,7 @@
-"""Token sampling over a fixed set of slots whose KV cache outlives the turn. Knows no tools and no text.
+"""Sample tokens in a fixed set of slots whose KV cache outlives the turn. Knows no tools and no text.
 
-The host side: which slots a call works on, in which of a few fixed shapes (`schedule.Shapes`), and what comes back. The
-device side is in `slots.py`.
+This is the host side: which slots a call works on, in which of a few fixed shapes (`schedule.Shapes`), and what comes
+back. The device side is in `slots.py`.
 """
 
 import dataclasses
@@ -27,17 +27,20 @@ from tapo_jax.rollout.slots import DrawRequest, DrawRule, SlotState, copy_slots,
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What a decoding call wrote, still on the device. index_ZxR: the draw of each row, -1 where the row is empty."""
+    """The output of a decoding call, still on the device."""
 
     drawn: tuple[jax.Array, jax.Array, jax.Array]
+    """token_ZxRxN, logp_ZxRxN and count_ZxR of `decode_slots`."""
     index_ZxR: np.ndarray
+    """Index of the draw of each row, -1 for an empty row."""
     draws: int
+    """Number of draws."""
 
     def is_ready(self) -> bool:
         return self.drawn[0].is_ready()
 
     def fetch(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Waits. (token_n, logp_n) of each draw, in the order in which they were given."""
+        """Wait for the call; return (token_n, logp_n) of each draw, in the order in which they were given."""
         token_ZxRxN, logp_ZxRxN, count_ZxR = _this_process(self.drawn)
         found: list = [None] * self.draws
         for (z, r), index in np.ndenumerate(self.index_ZxR):
@@ -48,7 +51,7 @@ class Chunk:
 
 
 def _this_process(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
-    """The rows that this process holds, in order, of arrays split along their first axis. One transfer."""
+    """Fetch the rows that this process holds, in order, of arrays split along their first axis, in one transfer."""
     if all(array.is_fully_addressable for array in arrays):
         return jax.device_get(arrays)
     pieces = []
@@ -70,13 +73,13 @@ def make_shapes(
 ) -> Shapes:
     """Return the shapes that the calls of a sampler may have.
 
-    slots: over all devices.
-    capacity: tokens of a slot.
+    slots: number of slots over all devices.
+    capacity: max tokens of a slot.
     chunk: max tokens of a decoding call.
     image_patches: patches of the largest image (`PixelStore.max_patches`).
-    most_patches: patches of a conversation.
+    most_patches: max patches of a conversation.
 
-    Raises UserError where the mesh does not divide the slots.
+    Raises UserError if the mesh does not divide the slots.
     """
     shards = sharding.batch_shards(mesh)
     if slots % shards:
@@ -201,7 +204,7 @@ class Sampler:
         self.wait()
 
     def _slots(self) -> SlotState:
-        """Return the state, made empty where there is none. Call inside `jax.set_mesh`."""
+        """Return the state, making empty slots if there are none. Call inside `jax.set_mesh`."""
         if self._state is None:
             sizes = (self._shards, self.slots_per_shard, self.shapes.capacity)
             self._state = init_slots(self.config, *sizes, self._dtype)

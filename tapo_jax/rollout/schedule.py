@@ -1,8 +1,8 @@
-"""What one round of the sampler does, in shapes that are already compiled. Host side, numpy only.
+"""Plan one round of the sampler in shapes that are already compiled. Host side, numpy only.
 
-Slots lie in Z row shards of C slots each (Z = 1 on one device); every call works on R ≤ C rows of each shard, so that
-no cache entry ever moves between devices. All processes of a pod make the same calls: they agree on a vector of needs
-(an elementwise maximum), and the calls follow from the agreed vector alone.
+Slots are split into Z row shards of C slots each (Z = 1 on one device); every call works on R ≤ C rows of each shard,
+so that no cache entry ever moves between devices. All processes of a pod make the same calls: they agree on a vector
+of needs (an elementwise maximum), and the calls follow from the agreed vector alone.
 """
 
 import dataclasses
@@ -12,28 +12,29 @@ import numpy as np
 
 from tapo_jax.models.inputs import Row, bucket
 
-WHOLE_WINDOW = 1024  # a slot of no more places is always worked on as a whole: half of it would save little
+WHOLE_WINDOW = 1024  # slots up to this capacity are always processed whole: half of one would save little
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The sizes that calls may have, ascending. Every combination is a program to compile, so there are few of them.
-
-    slots: C, slots of a shard. extend_rows, decode_rows: R of the two kinds of calls; the last of decode_rows is C.
-    lengths: T of an extension. patches: N of an extension with images (never more than T tokens can stand for).
-    windows: cache places that a call works on; the last one is the capacity of a slot.
-    chunk: tokens of a decoding call at most. tokens_per_call: bound on R·T of one shard (one row always runs).
-    merge: patches along the side of one image token.
-    """
+    """The sizes that calls may have, ascending. Every combination is a program to compile, so there are few of them."""
 
     extend_rows: tuple[int, ...]
+    """R of an extending call."""
     decode_rows: tuple[int, ...]
+    """R of a decoding call; the last one is C, the slots of a shard."""
     lengths: tuple[int, ...]
+    """T of an extension."""
     patches: tuple[int, ...]
+    """N of an extension with images; never more than T image tokens can represent."""
     windows: tuple[int, ...]
+    """Cache entries of each slot that a call works on; the last one is the capacity of a slot."""
     chunk: int
+    """Max tokens of a decoding call."""
     merge: int
+    """Patches along the side of one image token."""
     tokens_per_call: int = 4096
+    """Max R·T of one shard; one row always runs, however long."""
 
     @classmethod
     def make(
@@ -47,11 +48,16 @@ class Shapes:
         most_patches: int,
         in_place: bool = False,
     ) -> "Shapes":
-        """Ladders for `slots` slots a shard of `capacity` places, images of at most `image_patches` patches and
-        conversations of at most `most_patches`.
+        """Return the sizes for the given limits.
 
-        in_place: decoding reads only the filled places of the slots that are active, where they lie. Then fewer rows or
-        places than all would save nothing, and cost a copy of them.
+        slots: C, slots of a shard.
+        capacity: cache entries of a slot.
+        chunk: max tokens of a decoding call.
+        merge: patches along the side of one image token.
+        image_patches: max patches of an image.
+        most_patches: max patches of a conversation.
+        in_place: decoding reads only the filled entries of the active slots, without copying them. Then a call on
+            fewer rows or entries than all would save nothing, and cost a copy of them.
         """
         lengths = tuple(length for length in (64, 128, 256, 1024, 4096) if length < capacity)
         patches = {size for size in (image_patches, 2 * image_patches) if 2 * size <= most_patches}
@@ -75,7 +81,7 @@ class Shapes:
         return self.windows[-1]
 
     def patches_of(self, length: int) -> tuple[int, ...]:
-        """The N that go with a T; 0 is an extension without images."""
+        """Return the N that go with a T; 0 is an extension without images."""
         return (0, *sorted({min(patches, length * self.merge**2) for patches in self.patches}))
 
     def rows_of(self, length: int, patches: int) -> tuple[int, ...]:
@@ -87,14 +93,14 @@ class Shapes:
         return next((window for window in self.windows if window >= longest + self.chunk), self.capacity)
 
     def extend_calls(self) -> Iterator["Piece"]:
-        """Every extension that can occur."""
+        """Yield every extension that can occur."""
         for length in self.lengths:
             for patches in self.patches_of(length):
                 for rows in self.rows_of(length, patches):
                     yield from (Piece(rows, length, patches, window) for window in self.windows if window >= length)
 
     def decode_calls(self) -> Iterator[tuple[int, int]]:
-        """Every (R, window) that can occur."""
+        """Yield every (R, window) of a decoding call that can occur."""
         for rows in self.decode_rows:
             for window in self.windows:
                 yield rows, window
@@ -102,34 +108,44 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One extending call: R rows of each shard, T tokens, N patches, cache places."""
+    """The shape of one extending call."""
 
     rows: int
+    """R, rows of each shard."""
     length: int
+    """T, tokens of a row."""
     patches: int
+    """N, patches of a row."""
     window: int
+    """Cache entries of each slot that the call works on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Extension:
-    """Tokens to add to a slot of this process that holds `before` tokens. fresh: they are an episode's prompt."""
+    """Tokens to add to a slot of this process."""
 
     slot: int
     before: int
+    """Tokens that the slot already holds."""
     row: Row
+    """The tokens to add, with their images."""
     fresh: bool
+    """Whether they are an episode's prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A slot of this process that goes on writing: `length` tokens in the cache, the next one at `position`; it may
-    write `allowance` more, and has written `drawn` in this turn. prompt, sample, turn choose its random key."""
+    """A slot of this process whose turn draws more tokens. prompt, sample and turn choose its random key."""
 
     slot: int
     length: int
+    """Tokens in the cache."""
     position: int
+    """Position of the next token."""
     allowance: int
+    """Max tokens that it may still draw in this turn."""
     drawn: int
+    """Tokens that it has already drawn in this turn."""
     prompt: int
     sample: int
     turn: int
@@ -140,42 +156,50 @@ class Sampling:
     """How the tokens of one rollout are drawn. The random keys come from (seed, step, prompt, sample, turn)."""
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 takes the most probable token."""
     top_p: float = 1.0
     seed: int = 0
     step: int = 0
     first_prompt: int = 0
-    """The number of this process's first prompt among those of all processes."""
+    """Index of this process's first prompt among the prompts of all processes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What the slots of this process need in a round.
-
-    extensions: tokens to add.
-    copies: (source slot, target slot) of one shard: prompts that another slot has.
-    draws: turns to go on writing.
-    """
+    """What the slots of this process need in a round."""
 
     extensions: Sequence[Extension] = ()
+    """Tokens to add."""
     copies: Sequence[tuple[int, int]] = ()
+    """(source slot, target slot) in one shard: prompts that another slot already holds."""
     draws: Sequence[Draw] = ()
+    """Turns that draw more tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """The calls of one round, the same in every process. rows = 0: no such call. more: somebody still has episodes."""
+    """The calls of one round, the same in every process."""
 
     more: bool = True
+    """Whether any process still has episodes to play."""
     pieces: tuple[Piece, ...] = ()
+    """The extending calls."""
     copy_rows: int = 0
+    """R of the copying call; 0 means that there is none."""
     decode_rows: int = 0
+    """R of the decoding call; 0 means that there is none."""
     decode_window: int = 0
+    """Cache entries of each slot that the decoding call works on."""
 
 
 def plan(shapes: Shapes, needs: Needs, *, more: bool, agree: Callable[[np.ndarray], np.ndarray]) -> Round:
-    """Return the round of these needs. more: whether this process still has episodes. agree: elementwise maximum over
-    processes."""
+    """Return the calls that meet the needs of every process.
+
+    shapes: the shapes that calls may have.
+    needs: what the slots of this process need.
+    more: whether this process still has episodes.
+    agree: elementwise maximum over processes.
+    """
     extensions, copies, draws = needs.extensions, needs.copies, needs.draws
     slots = shapes.slots
     kinds = [(length, patches) for length in shapes.lengths for patches in shapes.patches_of(length)]
@@ -205,7 +229,7 @@ def plan(shapes: Shapes, needs: Needs, *, more: bool, agree: Callable[[np.ndarra
 
 
 def group(shapes: Shapes, extensions: Sequence[Extension]) -> dict[tuple[int, int], list[Extension]]:
-    """Extensions by the (T, N) that they need."""
+    """Group extensions by the (T, N) that they need."""
     groups: dict[tuple[int, int], list[Extension]] = {}
     for extension in extensions:
         length = bucket(len(extension.row.token_T), shapes.lengths)
@@ -215,12 +239,12 @@ def group(shapes: Shapes, extensions: Sequence[Extension]) -> dict[tuple[int, in
 
 
 def most_in_a_shard(slots: Sequence[int], slots_per_shard: int) -> int:
-    """How many of the slots are in the shard that has most of them."""
+    """Return the largest number of the given slots in one shard."""
     return int(np.bincount(np.array(slots, np.int64) // slots_per_shard).max()) if len(slots) else 0
 
 
 def cover(rows: int, sizes: Sequence[int]) -> list[int]:
-    """Calls of the given sizes that hold `rows` rows: one call where that wastes at most half of it."""
+    """Return the sizes of calls that together hold `rows` rows: one call if at most half of it is wasted."""
     calls = []
     while rows > 0:
         fitting = next((size for size in sizes if size >= rows), sizes[-1])
@@ -231,10 +255,14 @@ def cover(rows: int, sizes: Sequence[int]) -> list[int]:
 
 
 def place(slots: Sequence[int], shards: int, slots_per_shard: int, rows: int) -> np.ndarray:
-    """Where each slot goes in a call: index_ZxR into `slots`, -1 where a row is empty. Takes from each shard the first
-    R.
+    """Return the slot of each row of a call: index_ZxR into `slots`, -1 for an empty row.
 
-    A call on all slots of a shard has them in their own order, so that the cache is used where it lies."""
+    slots: the slots to work on; the first R of each shard are taken.
+    shards: Z.
+    slots_per_shard: C.
+    rows: R.
+
+    A call on all slots of a shard keeps their own order, so that the cache is used without copying it."""
     index_ZxR = np.full((shards, rows), -1, np.int64)
     filled = [0] * shards
     for index, slot in enumerate(slots):

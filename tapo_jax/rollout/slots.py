@@ -1,15 +1,15 @@
-"""The device side of the sampler: the cache of every slot, and the three jitted calls that work on some of the slots.
+"""Device side of the sampler: the cache of every slot, and the three jitted calls that work on some of the slots.
 
 `extend_slots` adds given tokens (a prompt, or a tool's response with its images); `copy_slots` gives a slot the prompt
-that another slot already holds (the samples of one group pre-fill it once); `decode_slots` draws tokens in every open
+that another slot already holds (the samples of one group prefill it once); `decode_slots` draws tokens in every open
 turn and stops early when all turns have ended.
 
 The state keeps for each slot the hidden state of its last token, not a sampled token: a decoding step draws from it,
-then feeds what it drew. So the last token of a turn is never in the cache; it opens the next extension.
+then feeds what it drew. So the last token of a turn is never in the cache; it is the first token of the next extension.
 
-Everything leads with Z, the row shards (devices along the batch): a call takes R of the C slots of each shard, so that
-no entry of the cache moves between devices. A request names slots by their number inside the shard; the number C marks
-an empty row, which reads any slot and writes none. N: tokens of a decoding chunk; E: stop ids.
+The first axis of every array is Z, the row shards (devices along the batch): a call takes R of the C slots of each
+shard, so that no entry of the cache moves between devices. A request names a slot by its index inside the shard; the
+index C marks an empty row, which reads any slot and writes none. N: tokens of a decoding chunk; E: stop ids.
 """
 
 import dataclasses
@@ -34,19 +34,22 @@ from tapo_jax.rollout.schedule import Draw
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotState:
-    """k, v: one array for each part of the model's cache, [Z, layers, C, K, S, A]. hidden_ZxCxD: hidden state of each
-    slot's last cached token; prompt_hidden_ZxCxD: the same at the end of its prompt."""
+    """The cache of all slots. S: cache entries of a slot; A: head dimension."""
 
     k: tuple[jax.Array, ...]
+    """One array [Z, layers, C, K, S, A] for each part of the model's cache."""
     v: tuple[jax.Array, ...]
+    """The same for the values."""
     hidden_ZxCxD: jax.Array
+    """Hidden state of each slot's last cached token."""
     prompt_hidden_ZxCxD: jax.Array
+    """Hidden state of the last token of each slot's prompt."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DrawRequest:
-    """A decoding call's rows, int32 [Z, R] each: `schedule.Draw` as arrays. slot_ZxR is the number inside the shard."""
+    """The rows of a decoding call: `schedule.Draw` as int32 arrays [Z, R]. slot_ZxR is the index inside the shard."""
 
     slot_ZxR: Any
     length_ZxR: Any
@@ -59,7 +62,11 @@ class DrawRequest:
 
     @classmethod
     def of(cls, draws: Sequence[Draw], index_ZxR: np.ndarray, slots_per_shard: int) -> "DrawRequest":
-        """Gather the draws of a call. index_ZxR: the draw of each row; -1 is an empty row, of slot C and zeros."""
+        """Gather the draws of a call.
+
+        index_ZxR: index of the draw of each row; -1 makes an empty row: slot C, else zeros.
+        slots_per_shard: C.
+        """
 
         def column(name: str, empty: int = 0) -> np.ndarray:
             return np.array([*(getattr(draw, name) for draw in draws), empty], np.int32)[index_ZxR]
@@ -70,7 +77,7 @@ class DrawRequest:
 
     @classmethod
     def abstract(cls, shards: int, rows: int, layout: Any) -> "DrawRequest":
-        """Make a request of shapes, for compiling. layout: the sharding of an array of rows."""
+        """Return a request of shapes, for compiling. layout: the sharding of an array of rows."""
         shape = jax.ShapeDtypeStruct((shards, rows), jnp.int32, sharding=layout)
         return cls(*[shape] * len(dataclasses.fields(cls)))
 
@@ -78,24 +85,24 @@ class DrawRequest:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DrawRule:
-    """How tokens are drawn, the same in every row.
-
-    seed, step: int32, fixed parts of the random keys.
-    temperature, top_p: float32, as in `drawing.draw`.
-    forbidden_V: bool, tokens that are never drawn.
-    stop_E: int32, tokens that end a turn.
-    """
+    """How tokens are drawn, the same in every row."""
 
     seed: Any
+    """int32, part of the random keys."""
     step: Any
+    """int32, part of the random keys."""
     temperature: Any
+    """float32, as in `drawing.draw`."""
     top_p: Any
+    """float32, as in `drawing.draw`."""
     forbidden_V: Any
+    """bool, tokens that are never drawn."""
     stop_E: Any
+    """int32, tokens that end a turn."""
 
 
 def _pin(state: SlotState) -> SlotState:
-    """Keeps the layout over the mesh the same from call to call."""
+    """Keep the layout over the mesh the same from call to call."""
     place_kv = functools.partial(
         jax.tree.map, lambda x: sharding.constrain(x, "batch", None, None, "heads", None, None)
     )
@@ -106,7 +113,7 @@ def _pin(state: SlotState) -> SlotState:
 
 
 def _take_kv(x_ZxLxCxKxSxA: jax.Array, slot_ZxR: jax.Array, window: int) -> jax.Array:
-    """The first `window` places of the named slots as the model's cache array [L, Z·R, K, window, A]."""
+    """Return the first `window` entries of the named slots as the model's cache array [L, Z·R, K, window, A]."""
     shards, _, slots = x_ZxLxCxKxSxA.shape[:3]
     rows_ZxLxRxKxWxA = x_ZxLxCxKxSxA[:, :, :, :, :window]
     if slot_ZxR.shape[1] < slots:
@@ -117,7 +124,7 @@ def _take_kv(x_ZxLxCxKxSxA: jax.Array, slot_ZxR: jax.Array, window: int) -> jax.
 
 
 def _put_kv(x_ZxLxCxKxSxA: jax.Array, rows_LxBxKxWxA: jax.Array, slot_ZxR: jax.Array) -> jax.Array:
-    """Writes the rows of `_take_kv` back. Rows whose slot is C are left out."""
+    """Write the rows of `_take_kv` back. Rows whose slot is C are skipped."""
     shards, layers, slots = x_ZxLxCxKxSxA.shape[:3]
     R, window = slot_ZxR.shape[1], rows_LxBxKxWxA.shape[3]
     rows_ZxLxRxKxWxA = jnp.moveaxis(rows_LxBxKxWxA.reshape(layers, shards, R, *rows_LxBxKxWxA.shape[2:]), 1, 0)
@@ -154,7 +161,7 @@ def _take_rows(x_ZxCxD: jax.Array, slot_ZxR: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("config", "shards", "slots", "capacity", "dtype"))
 def init_slots(config: Qwen3VLConfig, shards: int, slots: int, capacity: int, dtype: jnp.dtype) -> SlotState:
-    """Empty slots: `slots` of `capacity` places for each of `shards`."""
+    """Return empty slots: `slots` of `capacity` entries for each of `shards`."""
     cache = init_cache(config, slots, capacity, dtype)
     k, v = (tuple(jnp.zeros((shards, *x.shape), x.dtype) for x in part) for part in (cache.k, cache.v))
     hidden_ZxCxD = jnp.zeros((shards, slots, config.hidden), dtype)
@@ -165,7 +172,14 @@ def init_slots(config: Qwen3VLConfig, shards: int, slots: int, capacity: int, dt
 def extend_slots(
     graphdef: Any, params: Any, state: SlotState, inputs: ModelInputs, request_ZxRx3: jax.Array, *, window: int
 ) -> SlotState:
-    """request: slot, tokens that the slot holds, whether this is a prompt."""
+    """Add given tokens to slots.
+
+    graphdef, params: the model.
+    state: the slots; its buffers are donated.
+    inputs: the tokens to add, one row for each of the Z·R rows.
+    request_ZxRx3: slot, tokens that the slot already holds, whether the new ones are a prompt.
+    window: cache entries of each slot that the call works on.
+    """
     model = nnx.merge(graphdef, params)
     slot_ZxR, before_ZxR, fresh_ZxR = (request_ZxRx3[..., i] for i in range(3))
     cache = _take_cache(state, slot_ZxR, before_ZxR, window)
@@ -186,7 +200,7 @@ def extend_slots(
 
 @functools.partial(jax.jit, donate_argnames="state")
 def copy_slots(state: SlotState, request_ZxRx2: jax.Array) -> SlotState:
-    """request: source slot, target slot. All reads happen before all writes."""
+    """Copy prompts between slots. request_ZxRx2: source slot, target slot. All reads happen before all writes."""
     source_ZxR, target_ZxR = request_ZxRx2[..., 0], request_ZxRx2[..., 1]
 
     def whole(x_ZxLxCxKxSxA: jax.Array) -> jax.Array:
@@ -216,7 +230,17 @@ def decode_slots(
     window: int,
     chunk: int,
 ) -> tuple[SlotState, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Draw up to `chunk` tokens in every open turn. Return the state and (token_ZxRxN, logp_ZxRxN, count_ZxR)."""
+    """Draw up to `chunk` tokens in every open turn.
+
+    graphdef, params: the model.
+    state: the slots; its buffers are donated.
+    request: the rows of the call.
+    rule: how tokens are drawn.
+    window: cache entries of each slot that the call works on.
+    chunk: N.
+
+    Returns the state and (token_ZxRxN, logp_ZxRxN, count_ZxR).
+    """
     model = nnx.merge(graphdef, params)
     slot_ZxR = request.slot_ZxR
     rows = slot_ZxR.size

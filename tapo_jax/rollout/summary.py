@@ -1,16 +1,27 @@
-"""What happened in a rollout, in numbers."""
+"""Summarise a rollout as metrics."""
 
 from collections.abc import Sequence
 
 from tapo_jax.types import Episode
 
 FINISHES = ("answer", "length", "turns", "malformed")
-ERRORS = ("unparsable", "unknown_tool", "bad_arguments", "bad_image", "bad_box", "timeout", "exception")
+ERRORS = (
+    "unparsable",
+    "unknown_tool",
+    "bad_arguments",
+    "bad_image",
+    "bad_box",
+    "timeout",
+    "service",
+    "replay_miss",
+    "exception",
+)
 
 
 def summary(episodes: Sequence[Episode], tools: Sequence[str], seconds: float) -> dict[str, float]:
-    """Means over the episodes; the same names whatever happened. A call of an unknown tool counts among the errors
-    only."""
+    """Return means over the episodes, under the same names whatever happened.
+
+    A call of an unknown tool counts only as an error."""
     turns = [turn for episode in episodes for turn in episode.turns]
     calls = [turn for turn in turns if turn.result is not None]
     count = max(len(episodes), 1)

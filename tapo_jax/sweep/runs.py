@@ -11,6 +11,7 @@ WORKDIR may be OUT. Every file is written whole or not at all. The processes are
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tapo_jax.config import UserError, flat
-from tapo_jax.records import write_whole
+from tapo_jax.records import read_json, write_whole
 from tapo_jax.report import results
 
-PLACES = ("data.dir", "model.path")  # where something lies is no part of what a run is
+LOCATION_FIELDS = ("data.dir", "model.path")  # where something is does not say what a run is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,10 @@ def parse_seeds(text: str) -> list[int]:
     """ "0,1,2", "0-4" or both, "0-2,7". Raises UserError."""
     seeds: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        found = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part.strip())
+        if found is None or int(found[2] or found[1]) < int(found[1]):
             raise UserError(f"--seeds is '{text}': give numbers and ranges, such as 0,1,2 or 0-4.")
-        seeds += range(int(first), int(last or first) + 1)
+        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
     return list(dict.fromkeys(seeds))
 
 
@@ -93,11 +94,11 @@ def check_same(run: Run) -> None:
     for path in (run.result / "result.json", run.result / "failed.json", run.workdir / "asked.json"):
         if not path.exists():
             continue
-        found = json.loads(path.read_text())
+        found = read_json(path, way=results.AGAIN, needs=("config",))
         way = f"give another --out and --workdir, or delete {path.parent}."
         for name, value in run.asked.items():
             was = found.get("config", {}).get(name, value)
-            if was != value and name not in PLACES:
+            if was != value and name not in LOCATION_FIELDS:
                 raise UserError(f"{path} is of a run with {name} {was!r}, and {value!r} is asked for: {way}")
         if found.get("model", run.model) != run.model:
             raise UserError(f"{path} is of a run that began with another model than the one asked for: {way}")
@@ -121,7 +122,7 @@ def keep_failure(run: Run, sentence: str) -> None:
 def save_plan(out: Path, rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], seeds: Sequence[int]) -> None:
     """Adds rows and seeds to OUT/sweep.json. rows: all that there are, in their order."""
     path = out / "sweep.json"
-    known = json.loads(path.read_text()).get("seeds", {}) if path.exists() else {}
+    known = results.read_plan(path).get("seeds", {})
     wanted = {row: sorted({*known.get(row, []), *(seeds if row in names else [])}) for row in rows}
     wanted = {row: numbers for row, numbers in wanted.items() if numbers}
     plan: dict[str, Any] = {"rows": list(wanted), "seeds": wanted}

@@ -1,6 +1,5 @@
 """The table that a person watches while a sweep runs: a row each, a column for every seed."""
 
-import json
 import time
 from collections.abc import Sequence
 
@@ -8,6 +7,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from tapo_jax.config import UserError
+from tapo_jax.records import read_json
+from tapo_jax.report.results import AGAIN
 from tapo_jax.sweep import processes
 from tapo_jax.sweep import runs as sweep
 from tapo_jax.sweep.runs import Run
@@ -62,10 +64,14 @@ def cell(run: Run, state: str) -> tuple[str, str]:
     """(text, style) of a run: its held-out accuracy, its step, or why it failed."""
     text = state
     if state == "done":
-        accuracy = json.loads((run.result / "result.json").read_text())["evals"][-1][2]
-        text = f"{100 * accuracy:.1f} %"
+        found = read_json(run.result / "result.json", way=AGAIN, needs=("evals",))
+        try:
+            text = f"{100 * found['evals'][-1][2]:.1f} %"
+        except (TypeError, IndexError) as error:
+            raise UserError(f"{run.result / 'result.json'} is damaged (it has no evaluations): {AGAIN}.") from error
     elif state == "failed":
-        text = f"failed: {json.loads((run.result / 'failed.json').read_text())['error']}"
+        found = read_json(run.result / "failed.json", way=AGAIN)
+        text = f"failed: {found.get('error', 'no reason given')}"
     elif state == "running":
         text = "{}/{}".format(*processes.progress(run))
     return text, STYLES.get(state, "")

@@ -63,9 +63,8 @@ def check_arguments(schema: dict[str, Any], arguments: dict[str, Any], images: S
         if wanted["x-kind"] == "region":
             _check_box(name, value)
         if wanted["x-kind"] == "image" and not 0 <= value < len(images):
-            raise BadCall(
-                "bad_image", f"There is no image {value}: the conversation has images 0 to {len(images) - 1}."
-            )
+            held = f"images 0 to {len(images) - 1}" if images else "no image"
+            raise BadCall("bad_image", f"There is no image {value}: the conversation has {held}.")
 
 
 def _check_box(name: str, box: list) -> None:

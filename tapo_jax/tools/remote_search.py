@@ -2,32 +2,94 @@
 the policy.
 
 The contract is Search-R1's (arXiv 2503.09516): POST {"queries": […], "topk": k, "return_scores": true} to
-ENDPOINT/retrieve gives {"result": [[{"document": {"contents": "Title\\ntext"}, "score": …}, …]]}.
+ENDPOINT/retrieve gives {"result": [[{"document": {"contents": "Title\\ntext"}, "score": …}, …]]}. Services of others
+differ a little in what they give; what can be understood is.
 """
 
+import os
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
-
+from tapo_jax.tools.base import BadCall
+from tapo_jax.tools.http_client import Client
+from tapo_jax.tools.search_store import Asked, Kept
 from tapo_jax.tools.text_search import SCHEMA, list_passages
 from tapo_jax.types import Image, ToolResult
 
+BACKEND = "search-r1"
+KEY = "TAPO_SEARCH_KEY"  # the environment variable of the service's key, if it has one
+
 
 class RemoteTextSearch:
-    """endpoint: "http://host:port". A failing service raises, which the tool runner retries and then reports to the
-    policy."""
+    """Asks the service at `endpoint` for top_k passages, and cuts them to `budget` characters in all.
+
+    timeout_s: of a call in all; the client ends a little before the tool runner would. retries: further tries.
+    kept: a cache or a recording, around the request. endpoint "" is for a replay, which asks nobody.
+    """
 
     name = "text_search_tool"
     schema = SCHEMA
 
-    def __init__(self, endpoint: str, *, top_k: int, budget: int, timeout_s: float):
-        self._client = httpx.Client(base_url=endpoint, timeout=timeout_s)
-        self._top_k, self._budget = top_k, budget
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        top_k: int,
+        budget: int,
+        timeout_s: float,
+        retries: int = 1,
+        kept: Kept | None = None,
+    ):
+        key = os.environ.get(KEY, "")
+        self._client = Client(endpoint, timeout_s=0.9 * timeout_s, retries=retries, key=key) if endpoint else None
+        self._endpoint = self._client.endpoint if self._client else ""
+        self._top_k, self._budget, self._kept = top_k, budget, kept or Kept()
 
     def __call__(self, arguments: dict[str, Any], images: Sequence[Image]) -> ToolResult:
-        body = {"queries": [arguments["query"]], "topk": self._top_k, "return_scores": True}
-        response = self._client.post("/retrieve", json=body)
-        response.raise_for_status()
-        found = response.json()["result"][0][: self._top_k]
-        return ToolResult(text=list_passages([str(hit["document"]["contents"]) for hit in found], self._budget))
+        query = normalised(arguments["query"])
+        asked = Asked(BACKEND, self._endpoint, query, self._top_k, self._budget)
+        return ToolResult(text=self._kept.text(asked, lambda: self._search(query)))
+
+    def _search(self, query: str) -> str:
+        if self._client is None:
+            raise BadCall("service", "There is no search service.")
+        body = {"queries": [query], "topk": self._top_k, "return_scores": True}
+        found = passages_of(self._client.post("/retrieve", body))[: self._top_k]
+        return list_passages(found, self._budget)
+
+
+def normalised(query: str) -> str:
+    """Give the one spelling of a query that is sent: composed characters, small letters, single spaces.
+
+    The reply depends on nothing else, so three spellings are one request. Half surrogates become question marks.
+    """
+    return " ".join(unicodedata.normalize("NFC", query).lower().split()).encode("utf-8", "replace").decode()
+
+
+def passages_of(reply: Any) -> list[str]:
+    """Give the passages of a reply to one query. Raises BadCall where it cannot be understood.
+
+    Understood are `{"result": [hits]}` and `{"result": hits}`, where a hit is a document, `{"document": document}`, or
+    a text, and a document has "contents", or "title" and "text". A hit without a text is left out.
+    """
+    hits = reply.get("result") if isinstance(reply, dict) else None
+    if isinstance(hits, list) and len(hits) == 1 and isinstance(hits[0], list):
+        hits = hits[0]
+    if not isinstance(hits, list) or any(isinstance(hit, list) for hit in hits):
+        raise BadCall("service", 'The search service sent a reply without a list "result".')
+    found = [text for text in map(_passage, hits) if text]
+    if hits and not found:
+        raise BadCall("service", "The search service sent results without a text.")
+    return found
+
+
+def _passage(hit: Any) -> str:
+    document = hit.get("document", hit) if isinstance(hit, dict) else hit
+    if isinstance(document, dict):
+        contents = document.get("contents")
+        parts = [contents] if isinstance(contents, str) else [document.get("title"), document.get("text")]
+        document = "\n".join(part for part in parts if isinstance(part, str) and part.strip())
+    if not isinstance(document, str) or not document.strip():
+        return ""
+    return document.encode("utf-8", "replace").decode()

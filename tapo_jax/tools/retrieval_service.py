@@ -1,54 +1,149 @@
-"""A text search over HTTP: BM25 behind Search-R1's contract (see tools/remote_search.py), with the standard library's
-server."""
+"""Text search over HTTP: a passage index behind Search-R1's contract, as a Starlette app.
 
-import http.server
+POST /retrieve {"queries": [text, …], "topk": k or null, "return_scores": bool} gives {"result": [[hit, …], …]}, a list
+of hits a query; a hit is {"document": {"contents": text}, "score": number}, or the bare document without return_scores.
+GET /health says that the service is up and how many passages it has.
+
+One thread searches. What arrives while it is busy waits, and is searched in one call afterwards.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
-from tapo_jax.tools.text_search import TextSearch
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
-MAX_BODY = 1 << 20
-MAX_QUERIES = 256
+from tapo_jax.tools.passage_index import PassageIndex
 
+MAX_BODY = 16 << 20
+MAX_TOP_K = 100
+MAX_WAITING = 1 << 16  # queries; more get a 503
+MAX_BATCH = 256
+DEFAULT_TOP_K = 3
 
-def answer(search: TextSearch, body: Any) -> dict[str, Any]:
-    """The reply to one request. Raises ValueError where the request does not fit the contract."""
-    if not isinstance(body, dict) or not isinstance(body.get("queries"), list) or len(body["queries"]) > MAX_QUERIES:
-        raise ValueError(f'"queries" must be a list of at most {MAX_QUERIES} strings')
-    top_k = body.get("topk", 3)
-    if (
-        not isinstance(top_k, int)
-        or not 1 <= top_k <= 100
-        or not all(isinstance(query, str) for query in body["queries"])
-    ):
-        raise ValueError('"topk" must be an integer from 1 to 100 and every query a string')
-    found = [search.search(query, top_k) for query in body["queries"]]
-    return {"result": [[{"document": {"contents": text}, "score": score} for text, score in hits] for hits in found]}
+Hits = list[tuple[str, float]]
 
 
-def make_server(search: TextSearch, host: str, port: int) -> http.server.ThreadingHTTPServer:
-    """A server that is not yet running; port 0 takes a free one."""
+class BadRequest(Exception):
+    """The status of the reply, and its sentence."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            size = int(self.headers.get("Content-Length") or 0)
-            if self.path != "/retrieve" or not 0 < size <= MAX_BODY:
-                self._reply(404 if self.path != "/retrieve" else 413, {"error": "POST /retrieve with a JSON body"})
-                return
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class Batcher:
+    """Searches what waits in one call, on one thread of its own."""
+
+    def __init__(self, index: PassageIndex):
+        self._index = index
+        self._waiting: asyncio.Queue[tuple[str, int, asyncio.Future[Hits]]] = asyncio.Queue()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search")
+        self.batches = self.queries = 0
+
+    async def search(self, queries: list[str], top_k: int) -> list[Hits]:
+        if self._waiting.qsize() + len(queries) > MAX_WAITING and not self._waiting.empty():
+            raise BadRequest(503, "Too many queries are waiting: try again in a second.")
+        loop = asyncio.get_running_loop()
+        futures = [loop.create_future() for _ in queries]
+        for query, future in zip(queries, futures, strict=True):
+            self._waiting.put_nowait((query, top_k, future))
+        return list(await asyncio.gather(*futures))
+
+    async def run(self) -> None:
+        """Answer until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self._waiting.get()]
+            while len(batch) < MAX_BATCH and not self._waiting.empty():
+                batch.append(self._waiting.get_nowait())
+            batch = [item for item in batch if not item[2].done()]  # nobody waits for what was cancelled
+            queries, top_k, futures = ([item[part] for item in batch] for part in range(3))
+            self.batches, self.queries = self.batches + 1, self.queries + len(batch)
             try:
-                self._reply(200, answer(search, json.loads(self.rfile.read(size))))
-            except ValueError as error:
-                self._reply(400, {"error": str(error)})
+                found: list[Any] = await loop.run_in_executor(self._thread, self._index.search, queries, top_k)
+            except Exception as error:  # the service goes on; the requests of this batch get a 500
+                found = [error] * len(futures)
+            for future, hits in zip(futures, found, strict=True):
+                if future.done():
+                    continue
+                if isinstance(hits, Exception):
+                    future.set_exception(hits)
+                else:
+                    future.set_result(hits)
 
-        def _reply(self, status: int, value: dict[str, Any]) -> None:
-            data = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
 
-        def log_message(self, *args: Any) -> None:
-            """Quiet: a training run sends thousands of requests a minute."""
+def make_app(index: PassageIndex) -> Starlette:
+    """Give the ASGI app; `app.state.batcher` counts its calls while it runs."""
 
-    return http.server.ThreadingHTTPServer((host, port), Handler)
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.batcher = Batcher(index)
+        task = asyncio.create_task(app.state.batcher.run())
+        yield
+        task.cancel()
+
+    async def retrieve(request: Request) -> Response:
+        try:
+            queries, top_k, scored = parse(await read_body(request))
+            found = await request.app.state.batcher.search(queries, top_k)
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except BadRequest as error:
+            headers = {503: {"Retry-After": "1"}, 413: {"Connection": "close"}}.get(error.status)
+            return JSONResponse({"error": str(error)}, error.status, headers)
+        return JSONResponse({"result": [[shown(hit, scored) for hit in hits] for hits in found]})
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok", "passages": len(index)})
+
+    async def other(request: Request, error: HTTPException) -> Response:
+        return JSONResponse({"error": "Use POST /retrieve with a JSON body, or GET /health."}, error.status_code)
+
+    routes = [Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health)]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: other, 405: other})
+
+
+async def read_body(request: Request) -> bytes:
+    """Read a body of at most MAX_BODY bytes, chunked or not."""
+    too_much = BadRequest(413, f"The body is larger than {MAX_BODY} bytes: send fewer queries at a time.")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > MAX_BODY:
+        raise too_much
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise too_much
+    return bytes(body)
+
+
+def parse(body: bytes) -> tuple[list[str], int, bool]:
+    """Give queries, top_k and return_scores of a request. Raises BadRequest."""
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(400, "The body is no JSON.") from error
+    if not isinstance(asked, dict):
+        raise BadRequest(400, 'The body must be an object: {"queries": ["…"], "topk": 3, "return_scores": true}.')
+    queries, top_k, scored = asked.get("queries"), asked.get("topk"), asked.get("return_scores")
+    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
+        raise BadRequest(400, '"queries" must be a list of strings.')
+    top_k = DEFAULT_TOP_K if top_k is None else top_k
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= MAX_TOP_K:
+        raise BadRequest(400, f'"topk" must be an integer from 1 to {MAX_TOP_K}, or null for {DEFAULT_TOP_K}.')
+    if scored is not None and not isinstance(scored, bool):
+        raise BadRequest(400, '"return_scores" must be true or false.')
+    return queries, top_k, bool(scored)
+
+
+def shown(hit: tuple[str, float], scored: bool) -> dict[str, Any]:
+    document = {"contents": hit[0]}
+    return {"document": document, "score": hit[1]} if scored else document

@@ -38,12 +38,12 @@ class TextSearch:
     def __init__(self, passages: Sequence[str], *, top_k: int, budget: int):
         self._passages, self._top_k, self._budget = list(passages), top_k, budget
         self._index = bm25s.BM25()
-        self._index.index([_words(passage) for passage in passages], show_progress=False)
+        self._index.index([words(passage) for passage in passages], show_progress=False)
         self._lock = threading.Lock()  # bm25s keeps scratch arrays in the index
 
     def search(self, query: str, top_k: int | None = None) -> list[tuple[str, float]]:
         """The best `top_k` passages with positive scores, best first; ties go to the earlier passage."""
-        known = [word for word in _words(query) if word in self._index.vocab_dict]
+        known = [word for word in words(query) if word in self._index.vocab_dict]
         if not known:
             return []
         with self._lock:
@@ -56,5 +56,6 @@ class TextSearch:
         return ToolResult(text=list_passages([passage for passage, _ in found], self._budget))
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Give the words of a text as they are indexed and looked for."""
     return _WORD.findall(text.lower())

@@ -8,13 +8,14 @@ escaped text; everything else in it is a number or a name of our own. Imports no
 import base64
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from tapo_jax import records
+from tapo_jax.config import UserError
 from tapo_jax.records import RecordedEpisode, write_whole
 from tapo_jax.viewer.credit_map import SHADES
 from tapo_jax.viewer.views import Group, Views
@@ -22,17 +23,25 @@ from tapo_jax.viewer.views import Group, Views
 MAX_GROUPS = 48  # questions on a page
 
 
-def write_page(paths: Sequence[Path], out: Path, *, max_groups: int = MAX_GROUPS) -> None:
+def write_page(
+    paths: Sequence[Path], out: Path, *, max_groups: int = MAX_GROUPS, told: Callable[[str], None] | None = None
+) -> None:
     """Writes the page of these recorded steps (`records.save`), grouped by step and question.
 
     Where they hold more than max_groups questions, each step shows an equal share: those with the most corrected steps.
-    Raises OSError, ValueError or KeyError where a file is no recording.
+    A file that is no recording is left out, and `told` gets the sentence about it; without `told`, UserError is raised.
     """
     share = max(1, max_groups // max(len(paths), 1))
     groups: list[Group] = []
     total = 0
     for path in paths:
-        found = _grouped(records.load(path))
+        try:
+            found = _grouped(records.load(path))
+        except UserError as error:
+            if told is None:
+                raise
+            told(str(error))
+            continue
         total += len(found)
         groups += sorted(found, key=lambda group: -sum(turn.corrected for e in group for turn in e.turns))[:share]
     groups.sort(key=lambda group: (group[0].step, group[0].prompt))

@@ -1,0 +1,66 @@
+"""A config against everything that can be known before anything is compiled. Raises UserError."""
+
+from ml_collections import ConfigDict
+
+from tapo_jax.check.ranges import FREE, check_fields
+from tapo_jax.config import UserError, flat
+
+__all__ = ["check", "check_rows"]
+
+
+def check(config: ConfigDict) -> None:
+    """Check everything about an RL config that can be wrong without looking at a device or a file. Raises UserError."""
+    for name in FREE:
+        section, _, field = name.removesuffix(".").rpartition(".")
+        part = config.get(section)
+        if isinstance(part, ConfigDict) and not isinstance(part.get(field), ConfigDict):
+            raise UserError(f"{section}.{field} is {part.get(field)!r}: it must be a ConfigDict of names and values.")
+    check_fields(flat(config))
+    rollout = config.rollout
+    if config.total_steps <= 0 and config.total_epochs <= 0:
+        raise UserError("total_steps and total_epochs are both 0: set one of them.")
+    if config.tapo.max_tool_steps < rollout.max_turns:
+        raise UserError(
+            f"tapo.max_tool_steps is {config.tapo.max_tool_steps} and rollout.max_turns is {rollout.max_turns}: "
+            "set tapo.max_tool_steps to at least the number of turns, so that every tool step has a slot."
+        )
+    if config.algorithm.overlong_buffer > rollout.max_length:
+        raise UserError(
+            f"algorithm.overlong_buffer is {config.algorithm.overlong_buffer} and rollout.max_length is "
+            f"{rollout.max_length}: the penalty grows over the last tokens before max_length, so choose fewer."
+        )
+    if config.data.outline[0] > config.data.outline[1]:
+        raise UserError(f"data.outline is {config.data.outline}: give the smallest outline first, then the largest.")
+    if config.data.prompts_per_step % config.tapo.chunks:
+        raise UserError(
+            f"tapo.chunks is {config.tapo.chunks} and data.prompts_per_step {config.data.prompts_per_step}: choose a "
+            "divisor."
+        )
+    if config.model.lora_rank and not config.model.lora_modules:
+        raise UserError(
+            f"model.lora_rank is {config.model.lora_rank} and model.lora_modules is empty: name the kernels that get "
+            "low-rank updates."
+        )
+
+
+def check_rows(*, prompts: int, group_size: int, shards: int, processes: int, updates: int, micro_batches: int) -> None:
+    """The batch of prompts × group_size rows must divide into updates × micro_batches pieces, each over `shards`
+    devices."""
+    rows = prompts * group_size
+    if rows % shards:
+        raise UserError(
+            f"The batch has {rows} rows (data.prompts_per_step {prompts} × rollout.group_size {group_size}) "
+            f"and the mesh splits it {shards} ways (mesh.data × mesh.fsdp): "
+            f"change a field so that {shards} divides the rows."
+        )
+    pieces = updates * micro_batches
+    if rows % pieces or (rows // pieces) % shards:
+        raise UserError(
+            f"The batch of {rows} rows does not divide into train.updates_per_batch {updates} × train.micro_batches "
+            f"{micro_batches} pieces of a multiple of {shards} rows (mesh.data × mesh.fsdp): change a field."
+        )
+    if prompts % processes:
+        raise UserError(
+            f"data.prompts_per_step is {prompts} and there are {processes} processes: "
+            "choose a multiple, because all samples of one prompt are rolled out by one process."
+        )

@@ -1,0 +1,149 @@
+"""What searches gave, in an SQLite file that processes and runs share.
+
+As a cache, it keeps what succeeded, by back-end, address, query, top_k and budget. As a recording, it keeps what failed
+too, and knows no address, so that a run can be repeated without the service.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from tapo_jax.config import UserError
+from tapo_jax.tools.base import BadCall
+
+FILE = "searches.sqlite"  # of a recording, in its folder
+_MAKE = "CREATE TABLE IF NOT EXISTS searches (key TEXT PRIMARY KEY, asked TEXT, error TEXT, text TEXT) WITHOUT ROWID"
+
+
+class Store:
+    """Keeps (error, text) by key. Safe to use from many threads and processes.
+
+    field: the config field that named the file, for sentences. read_only: the file exists, and nothing is written.
+    alone: the file is whole by itself after every write, to be copied and read anywhere; slower for many writers.
+    A store that fails later (a full disk, a lock that is not given) keeps nothing, and the search goes on.
+    """
+
+    def __init__(self, path: Path, *, field: str, read_only: bool = False, alone: bool = False):
+        self._lock = threading.Lock()
+        try:
+            if not read_only:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            address = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            self._file = sqlite3.connect(address, uri=True, timeout=30, check_same_thread=False, isolation_level=None)
+            if not read_only:
+                self._file.execute(f"PRAGMA journal_mode={'DELETE' if alone else 'WAL'}")
+                self._file.execute("PRAGMA synchronous=NORMAL")
+                self._file.execute(_MAKE)
+            self._file.execute("SELECT key, asked, error, text FROM searches LIMIT 1").fetchall()
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(f"{field} is '{path}', which holds no searches or cannot be opened ({error}).") from error
+
+    def get(self, key: str) -> tuple[str | None, str] | None:
+        try:
+            with self._lock:
+                return self._file.execute("SELECT error, text FROM searches WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error:
+            return None
+
+    def put(self, key: str, asked: str, error: str | None, text: str) -> None:
+        """Keep an outcome; the first one of a key stays."""
+        try:
+            with self._lock:
+                self._file.execute("INSERT OR IGNORE INTO searches VALUES (?, ?, ?, ?)", (key, asked, error, text))
+        except sqlite3.Error:
+            return
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """All that the text of a search depends on. query: in its one spelling."""
+
+    backend: str
+    endpoint: str
+    query: str
+    top_k: int
+    budget: int
+
+    def written(self) -> str:
+        return json.dumps(dataclasses.astuple(self), ensure_ascii=False)
+
+
+class Kept:
+    """What stands between a search and its service: a recording that is replayed or made, and a cache.
+
+    cache: a file that keeps what succeeded. record: a folder that gets every outcome. replay: a folder that gives them,
+    so that nobody is asked. "" is none.
+    """
+
+    def __init__(self, *, cache: str = "", record: str = "", replay: str = ""):
+        if record and replay:
+            raise UserError("tools.record and tools.replay are both set: a replay asks nothing that could be recorded.")
+        self._cache = Store(Path(cache), field="tools.cache") if cache and not replay else None
+        self._record = Store(Path(record) / FILE, field="tools.record", alone=True) if record else None
+        self._replay = Store(Path(replay) / FILE, field="tools.replay", read_only=True) if replay else None
+
+    def text(self, asked: Asked, search: Callable[[], str]) -> str:
+        """Give the text of a search. Raises BadCall, "replay_miss" for a search that was not recorded."""
+        if self._replay is not None:
+            return replayed(self._replay, nameless(asked))
+        live = search if self._cache is None else lambda: cached(self._cache, asked.written(), search)
+        return live() if self._record is None else recorded(self._record, nameless(asked), live)
+
+
+def nameless(asked: Asked) -> str:
+    """Write down a search without its address: a recording is replayed without the service."""
+    return dataclasses.replace(asked, endpoint="").written()
+
+
+def cached(store: Store, asked: str, search: Callable[[], str]) -> str:
+    """Give what the store has for `asked`, or what the search gives, which is kept then. A failure is not kept."""
+    key = key_of(asked)
+    if (found := store.get(key)) is not None:
+        return found[1]
+    text = search()
+    store.put(key, asked, None, text)
+    return text
+
+
+def recorded(store: Store, asked: str, search: Callable[[], str]) -> str:
+    """Give the first outcome of `asked`, a failure too: what is recorded is what the run saw, every time.
+
+    Two processes that ask at one time both get what was kept.
+    """
+    key = key_of(asked)
+    if store.get(key) is None:
+        try:
+            error, text = None, search()
+        except BadCall as failed:
+            error, text = failed.kind, str(failed)
+        store.put(key, asked, error, text)
+        if store.get(key) is None:  # it could not be kept; the run goes on with what it got
+            return _outcome((error, text))
+    return replayed(store, asked)
+
+
+def replayed(store: Store, asked: str) -> str:
+    """Give the recorded outcome of `asked`. Raises BadCall "replay_miss" where there is none."""
+    found = store.get(key_of(asked))
+    if found is None:
+        raise BadCall("replay_miss", "This search was not recorded.")
+    return _outcome(found)
+
+
+def key_of(asked: str) -> str:
+    return hashlib.blake2b(asked.encode(), digest_size=20).hexdigest()
+
+
+def _outcome(found: tuple[str | None, str]) -> str:
+    error, text = found
+    if error is not None:
+        raise BadCall(error, text)
+    return text
