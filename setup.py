@@ -54,6 +54,8 @@ setup(
         "rich>=13",
         "tensorboardX>=2.6.2",
         "httpx>=0.27",
+        "jsonschema>=4.23,<5",
+        "referencing>=0.35",  # jsonschema looks references up with it
     ],
     extras_require={
         "cpu": [],  # plain jax runs on the CPU
@@ -75,6 +77,7 @@ setup(
             "ipykernel",
             "peft>=0.18",
             "ruff>=0.17,<0.18",
+            "mypy>=2.4,<2.5",
             "safetensors>=0.6",
             "torch==2.13.0",  # what depends on torch (peft) has to take this one
         ],

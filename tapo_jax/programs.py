@@ -145,7 +145,7 @@ def make_encoder(config: ConfigDict, agent: Agent, params: Any) -> CallEncoder:
         features = table_VxD.shape[1]
     return CallEncoder(
         steps=t.max_tool_steps,
-        slots=tapo.parameter_slots(agent.players.runner.schemas),
+        slots=tapo.parameter_slots(agent.players.runner.resolved),
         features=features,
         embed=embed,
         memory=memory.Settings(steps=t.memory_steps, size=t.memory_size, discount=t.memory_discount),

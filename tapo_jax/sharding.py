@@ -1,4 +1,4 @@
-"""The mesh, and the one table that says what is split over it. The only file that knows PartitionSpec.
+"""The mesh, and the table that says what is split over it. The only file that knows PartitionSpec.
 
 Three mesh axes: `data` (replicas), `fsdp` (parameters and batch split), `tensor` (heads, hidden units, vocabulary
 split). A model names the logical axes of its parameters (`models/parameters.py`); RULES maps logical axes to mesh axes.
@@ -21,7 +21,7 @@ from tapo_jax.config import UserError
 MESH_AXES = ("data", "fsdp", "tensor")
 MeshAxes = str | tuple[str, ...] | None
 
-# Logical axis -> mesh axes. An axis that is not named here is never split.
+# Logical axis -> mesh axes. An axis that is not in the table is never split.
 RULES: dict[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
@@ -36,10 +36,12 @@ RULES: dict[str, MeshAxes] = {
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over `devices` (default: all, of every process). At most one size may be -1: the
-    rest.
+    """Return a (data, fsdp, tensor) mesh.
 
-    Raises UserError where the sizes do not multiply to the number of devices.
+    data, fsdp, tensor: sizes of the axes; at most one may be -1, which takes the remaining devices.
+    devices: default all devices of every process.
+
+    Raises UserError if the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -63,12 +65,12 @@ def one_device() -> Mesh:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """In how many pieces the rows of a batch are split."""
+    """Return the number of pieces into which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in _mesh_axes("batch"))
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array whose first axis is rows of the batch."""
+    """Return the sharding of an array whose first axis is rows of the batch."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
@@ -77,16 +79,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def layout(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """Where one parameter lies. A dimension that its mesh axes do not divide stays whole, and so does a vector (a
-    norm's scale, a bias; stacked or not): splitting it saves nothing and costs a gather."""
+    """Return the sharding of one parameter.
+
+    A dimension that its mesh axes do not divide stays whole, and so does a vector (a norm's scale, a bias; stacked or
+    not): splitting it saves nothing and costs a gather."""
     if sum(axis not in (None, "layers") for axis in axes) < 2:
         return replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(*_split(axes, shape, mesh)))
 
 
 def parameters(tree: Any, axes: Mapping[tuple[str, ...], tuple[str | None, ...]], mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of a tree of parameters, or of an optimizer state, whose moments' paths end like
-    the parameters' own. axes: logical axes by parameter path. A leaf of another path (a counter) is on every device."""
+    """Return a NamedSharding for every leaf of a tree of parameters or of an optimizer state.
+
+    The paths of an optimizer's moments end like those of the parameters. A leaf of another path (a counter) is on every
+    device.
+
+    axes: logical axes by parameter path.
+    """
 
     def leaf(path: tuple, value: Any) -> NamedSharding:
         names = tuple(path_name(path).split("/"))
@@ -99,20 +108,20 @@ def parameters(tree: Any, axes: Mapping[tuple[str, ...], tuple[str | None, ...]]
 
 
 def path_name(path: tuple) -> str:
-    """A tree path as "decoder/q". The `.value` of a parameter object (nnx.State) is no part of its name."""
+    """Return a tree path as "decoder/q". The `.value` of a parameter object (nnx.State) is left out."""
     return "/".join(re.sub(r"[^\w]", "", str(part)) for part in path if str(part) != ".value")
 
 
 def on(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Let `constrain` pin the intermediate values of a program that is traced inside `with on(mesh):` to this mesh.
+    """Return the context in which `constrain` pins intermediate values of a traced program to this mesh.
 
-    One device has nothing to pin.
+    Nothing is pinned on one device.
     """
     return contextlib.nullcontext() if mesh.size == 1 else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins the layout of an intermediate value by its logical axes. Outside of `on` it does nothing."""
+    """Pin the layout of an intermediate value by its logical axes. Does nothing outside of `on`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return array
@@ -120,17 +129,19 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def pieces(logical: str) -> int:
-    """In how many pieces the mesh of the program being traced splits a logical axis; 1 outside of `on`."""
+    """Return into how many pieces the mesh of the traced program splits a logical axis; 1 outside of `on`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in _mesh_axes(logical))
 
 
 def on_shards(function: Callable, axes: Sequence[tuple[str | None, ...]], *arrays: jax.Array) -> jax.Array:
-    """`function(*arrays)` on every device's own part of the arrays, for kernels that the compiler cannot split by
-    itself.
+    """Apply a function to every device's own part of the arrays, for kernels that the compiler cannot split.
 
-    axes: the logical axes of each array; the result is laid out like the first array. Outside of `on` it is
-    function(*arrays).
+    Outside of `on` this is function(*arrays).
+
+    function: its result is laid out like the first array.
+    axes: the logical axes of each array.
+    arrays: its arguments.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -140,9 +151,10 @@ def on_shards(function: Callable, axes: Sequence[tuple[str | None, ...]], *array
 
 
 def on_rows(function: Callable, shared: Any, *rows: jax.Array) -> Any:
-    """`function(shared, *rows)` for every shard of the batch by itself. `shared` (arrays that all rows read) is
-    gathered once before and its gradient summed once after, not in every turn of a loop inside the function. Outside of
-    `on` it is function(shared, *rows)."""
+    """Apply `function(shared, *rows)` to every shard of the batch separately.
+
+    `shared` (arrays that all rows read) is gathered once before, and its gradient is summed once after, instead of in
+    every iteration of a loop inside the function. Outside of `on` this is function(shared, *rows)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or rows[0].shape[0] % pieces("batch"):
         return function(shared, *rows)
@@ -158,7 +170,7 @@ def _mesh_axes(logical: str | None) -> tuple[str, ...]:
 
 
 def _split(logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> list:
-    """The mesh axes of each dimension; None where a dimension has no rule or is not divisible."""
+    """Return the mesh axes of each dimension; None if a dimension has no rule or is not divisible."""
     spec = []
     for name, size in zip(logical, shape, strict=True):
         axes = _mesh_axes(name)
@@ -171,7 +183,7 @@ def _split(logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -
 
 
 def local_rows(mesh: Mesh, count: int) -> np.ndarray:
-    """Which of `count` batch rows this process holds: sorted int64 indices."""
+    """Return the sorted int64 indices of those of `count` batch rows that this process holds."""
     held = set()
     for index, *_ in rows(mesh).addressable_devices_indices_map((count,)).values():
         held.update(range(*index.indices(count)))
@@ -179,9 +191,9 @@ def local_rows(mesh: Mesh, count: int) -> np.ndarray:
 
 
 def put_rows(tree: Any, mesh: Mesh, count: int) -> Any:
-    """This process's rows (numpy, in the order of `local_rows`) -> arrays of `count` rows over the mesh.
+    """Put this process's rows (numpy, in the order of `local_rows`) into arrays of `count` rows over the mesh.
 
-    Where the mesh does not divide `count` (say, few prompts on many devices) every device gets all rows.
+    If the mesh does not divide `count` (say, few prompts on many devices), every device gets all rows.
     """
     if count % batch_shards(mesh):
         if jax.process_count() > 1:
@@ -197,14 +209,14 @@ def put_rows(tree: Any, mesh: Mesh, count: int) -> Any:
             first = position[start]
             return local[first : first + stop - start]
 
-        with jax.transfer_guard("allow"):  # asked for by name, like device_put
+        with jax.transfer_guard("allow"):  # an explicit transfer, like device_put
             return jax.make_array_from_callback((count, *local.shape[1:]), rows(mesh), shard)
 
     return jax.tree.map(leaf, tree)
 
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
-    """The same host values on every device (every process must give the same)."""
+    """Put the same host values on every device; every process must give the same."""
 
     def leaf(value: Any) -> jax.Array:
         value = np.asarray(value)
@@ -215,7 +227,7 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole array in every process, wherever its parts lie. Every process must call this."""
+    """Return the whole array in every process, wherever its parts are. Every process must call this."""
     if array.is_fully_addressable:
         return jax.device_get(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,6 +1,6 @@
-"""What travels on the host: prompts, images with provenance, tool calls, turns, episodes.
+"""Data on the host: prompts, images with provenance, tool calls, turns, episodes.
 
-Plain dataclasses of numpy arrays; nothing here imports jax. Arrays that live on the device are in `batch.py`.
+Plain dataclasses of numpy arrays; nothing here imports jax. Device arrays are in `batch.py`.
 """
 
 import dataclasses
@@ -13,29 +13,27 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """One image of a conversation and where it came from.
-
-    pixels: uint8 [H, W, 3].
-    root: int32 content hash of the image that this one was cut from (itself, when it was not cut).
-    box: (x1, y1, x2, y2) of this image in its root, each in 0..1. A crop of a crop composes.
-    """
+    """One image of a conversation and where it came from."""
 
     pixels: np.ndarray
+    """uint8 [H, W, 3]."""
     root: int
+    """int32 content hash of the image that this one was cropped from; its own if it was not cropped."""
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    """(x1, y1, x2, y2) of this image in its root, each in 0..1; also for a crop of a crop."""
 
 
 def root_image(pixels_HxWx3: np.ndarray) -> Image:
-    """An image that was cut from nothing: its root is the hash of its own pixels and shape."""
+    """Return an image that was not cropped: its root is the hash of its own pixels and shape."""
     content = pixels_HxWx3.tobytes() + repr(pixels_HxWx3.shape).encode()
     digest = hashlib.blake2b(content, digest_size=4).digest()
     return Image(pixels_HxWx3, int.from_bytes(digest, "little", signed=True))
 
 
 class Images(Sequence):
-    """Images that are decoded whenever they are looked at, and not kept: a set of questions holds none of their pixels.
+    """Images that are decoded at every access and not kept, so that a data set holds none of their pixels.
 
-    sources: one function an image, which gives uint8 [H, W, 3] or raises `config.BadImage`.
+    sources: one function for each image, which returns uint8 [H, W, 3] or raises `config.BadImage`.
     """
 
     def __init__(self, sources: Sequence[Callable[[], np.ndarray]]):
@@ -49,24 +47,27 @@ class Images(Sequence):
 
 
 class BadPrompt(TypeError):
-    """Fields of a question that are no question."""
+    """The error for fields that do not make a question."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One question. `answers` are all accepted answers; `meta` is free (scene, chain of facts, benchmark name).
+    """One question.
 
-    images: uint8 [H, W, 3] each, a tuple of arrays or `Images`. A question that holds as many `<image>` marks as there
-    are images has each image where its mark stands; otherwise the images come before the text.
-    Raises BadPrompt for answers that are no list: the letters of a string would all be accepted.
+    Raises BadPrompt unless `answers` is a sequence of strings; the letters of one string would all be accepted.
     """
 
     id: str
     question: str
+    """If it has as many `<image>` marks as there are images, each image replaces its mark; else images come first."""
     images: Sequence[np.ndarray]
+    """uint8 [H, W, 3] each, a tuple of arrays or `Images`."""
     answers: tuple[str, ...]
+    """All accepted answers."""
     hops: int = 1
+    """Look-ups that the answer needs."""
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Free: scene, chain of facts, benchmark name, …"""
 
     def __post_init__(self) -> None:
         fits = isinstance(self.answers, Sequence) and all(isinstance(answer, str) for answer in self.answers)
@@ -106,25 +107,27 @@ Parameter = Region | Text | Identity | Number
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
-    """A call as the policy wrote it. `parameters` is filled by the tool that accepted it; () where nothing ran."""
+    """A call as the policy wrote it."""
 
     name: str
     arguments: dict[str, Any]
     parameters: tuple[Parameter, ...] = ()
+    """Filled by the tool that accepted the call; () if nothing ran."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolResult:
-    """What a tool gives back. `error` is None or one word for the metrics ("timeout", "bad_arguments", …);
-    an error's readable sentence is in `text`, because the policy reads it. `parts`: text and images in the order in
-    which they are shown, where they alternate; text and images are taken from them then. Without parts the images come
-    before the text."""
+    """What a tool returns."""
 
     text: str = ""
+    """What the policy reads; for an error, a readable sentence."""
     images: tuple[Image, ...] = ()
+    """Shown before the text unless `parts` gives another order."""
     error: str | None = None
+    """None, or one word for the metrics ("timeout", "bad_arguments", …)."""
     seconds: float = 0.0
     parts: tuple[str | Image, ...] = ()
+    """Text and images in the order in which they are shown; `text` and `images` are then taken from them."""
 
     def __post_init__(self) -> None:
         if self.parts:
@@ -134,12 +137,7 @@ class ToolResult:
 
 @dataclasses.dataclass
 class Turn:
-    """One assistant turn: token_T[start:stop] of its episode were written by the policy, the stop token included.
-
-    opening: what the chat template wrote before them at the beginning of the turn ("<think>\\n" for thinking models);
-    None: not known. forced: the tokens token_T[forced[0]:forced[1]] inside of the turn closed a thought that was too
-    long; the policy did not write them.
-    """
+    """One assistant turn: the policy wrote token_T[start:stop] of its episode, the stop token included."""
 
     start: int
     stop: int
@@ -147,42 +145,48 @@ class Turn:
     call: ToolCall | None = None
     result: ToolResult | None = None
     opening: str | None = None
+    """What the chat template wrote at the beginning of the turn ("<think>\\n" for thinking models); None if unknown."""
     forced: tuple[int, int] | None = None
+    """The policy did not write token_T[forced[0]:forced[1]] of the turn: they closed a thought that was too long."""
 
     @property
     def is_step(self) -> bool:
-        """A tool step for TAPO: a call that was parsed and executed."""
+        """Return whether the turn is a tool step for TAPO: a call that was parsed and executed."""
         return self.call is not None and self.result is not None and self.result.error is None
 
 
 @dataclasses.dataclass
 class Episode:
-    """One finished conversation. T tokens, exactly the ids that the sampler saw.
-
-    mask_T: True where the policy wrote the token. sampler_logp_T: its log-probability when sampled, 0 elsewhere.
-    images: every image of the conversation in order of appearance (`img_idx` counts them);
-    image_start: index in token_T of each image's first placeholder.
-    finish: "answer", "length" (token budget), "turns" (turn budget) or "malformed" (neither call nor answer).
-    rewards: named floats, e.g. {"accuracy": 1.0, "format": 1.0}; reward is their weighted sum.
-    judged: False where nobody could say whether the answer is right, for example because a judge did not reply. Such an
-        episode is no wrong answer: it leaves the statistics of its group, and the loss.
-    """
+    """One finished conversation of T tokens."""
 
     prompt: Prompt
     sample: int
+    """Index of the episode in its group."""
     token_T: np.ndarray
+    """Exactly the ids that the sampler saw."""
     mask_T: np.ndarray
+    """True where the policy wrote the token."""
     sampler_logp_T: np.ndarray
+    """Log-probability of such a token when it was sampled, 0 elsewhere."""
     images: list[Image]
+    """Every image of the conversation in order of appearance (`img_idx` counts them)."""
     image_start: list[int]
+    """Index in token_T of each image's first placeholder."""
     turns: list[Turn]
     answer: str | None
     finish: str
+    """One of "answer", "length" (token budget), "turns" (turn budget) or "malformed" (neither call nor answer)."""
     rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Named parts, e.g. {"accuracy": 1.0, "format": 1.0}."""
     reward: float = 0.0
+    """Their weighted sum."""
     judged: bool = True
+    """False where nobody could say whether the answer is right, for example because a judge did not reply.
+
+    Such an episode is no wrong answer: it leaves the statistics of its group, and the loss.
+    """
 
     @property
     def success(self) -> bool:
-        """Success for TAPO: the accuracy part of the reward, not the total."""
+        """Return whether TAPO takes the episode as a success: by the accuracy part of the reward, not the total."""
         return self.judged and self.rewards["accuracy"] >= 1.0

@@ -69,7 +69,7 @@ def test_each_question_hears_its_own_recording():
 
 def test_without_an_argument_the_schema_has_none():
     assert runner().schemas[0]["function"]["parameters"] == {"type": "object", "properties": {}, "required": []}
-    assert parameter_slots(runner().schemas) == {"regions": 0, "texts": 0, "numbers": 0}
+    assert parameter_slots(runner().resolved) == {"regions": 0, "texts": 0, "numbers": 0}
     _, result = call(runner(), prompt(image_search=RECORDING), img_idx=0)
     assert result.error == "bad_arguments"
 

@@ -123,7 +123,8 @@ def test_a_failing_search_is_a_500_and_the_service_goes_on(monkeypatch):
     with serving(retrieval_service.make_app(index)) as address:
         with monkeypatch.context() as patched:
             patched.setattr(index, "_best", lambda query, k: 1 / 0)
-            assert HTTP.post(f"{address}/retrieve", json={"queries": ["lima"]}).status_code == 500
+            reply = HTTP.post(f"{address}/retrieve", json={"queries": ["lima", "chad"]})
+            assert reply.status_code == 500 and reply.json() == {"error": "The search failed: ZeroDivisionError."}
         assert retrieve(address, queries=["lima"])
 
 

@@ -13,7 +13,7 @@ from tapo_jax import sharding
 from tapo_jax.models import qwen3_vl
 from tapo_jax.models.inputs import make_row
 from tapo_jax.models.qwen3_vl import Qwen3VL
-from tapo_jax.rollout.generate import generate
+from tapo_jax.rollout.generate import continue_rows, generate, prompt_rows
 from tapo_jax.rollout.sampler import Sampler
 from tapo_jax.rollout.schedule import Draw, Extension, Needs, Round, Sampling, Shapes
 from tapo_jax.types import root_image
@@ -23,9 +23,10 @@ PROMPTS = [[5, 6, 7], [9], [1, 2, CONFIG.vision_start, IMAGE, CONFIG.vision_end,
 IMAGES = [[], [], [world.picture(1)], [world.picture(2, 16, 24), world.picture(3, 8, 8)]]
 
 
-def gen(prompts=PROMPTS, images=IMAGES, **options):
-    settings = {"max_new_tokens": 12, "temperature": 0.0, "processor": world.PROCESSOR, "slots": 4}
-    return generate(options.pop("model", world.model()), CONFIG, prompts, images=images, **{**settings, **options})
+def gen(prompts=PROMPTS, images=IMAGES, processor=world.PROCESSOR, model=None, **options):
+    sampling = Sampling(options.pop("temperature", 0.0), options.pop("top_p", 1.0), options.pop("seed", 0))
+    rows = prompt_rows(prompts, images, CONFIG, processor)
+    return continue_rows(model or world.model(), rows, sampling, **{"max_new_tokens": 12, "slots": 4, **options})
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""Atlas, the embedded world: country outlines to look at, facts to look up, questions about both.
+"""Atlas, the built-in world: country outlines to look at, facts to look up, questions about both.
 
-What is public is listed in `__init__.pyi` and imported when it is first used.
+Public names are listed in `__init__.pyi` and imported on first use.
 """
 
 import lazy_loader

@@ -67,13 +67,14 @@ class Atlas(tfds.core.GeneratorBasedBuilder):
             )
 
     def encoded(self, split: str) -> Sequence[dict]:
-        """The rows of a split with their images as PNG bytes, with random access."""
+        """Return the rows of a split with random access; their images are PNG bytes."""
         return self.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
 def prepare(directory: str | pathlib.Path, *, settings: Settings, seed: int, sizes: tuple[int, int]) -> Atlas:
-    """The builder with its files in place under `directory`; made where they are not there yet (seconds), by one
-    process while others wait."""
+    """Return the builder with its files under `directory`.
+
+    Missing files are made (seconds) by one process while others wait."""
     tfds.disable_progress_bar()
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     with open(pathlib.Path(directory) / "lock", "w") as lock:

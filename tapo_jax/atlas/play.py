@@ -16,14 +16,16 @@ from tapo_jax.types import Prompt, root_image
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Size and difficulty. hops: the numbers of look-ups that are asked for, equally often. outlines: countries of a
-    scene. size: the scene's side in pixels. outline: smallest and largest long side of an outline, as a share of the
-    scene."""
+    """Size and difficulty of the questions and tools."""
 
     hops: tuple[int, ...] = (1, 2)
+    """Numbers of look-ups that a question may need, equally often."""
     outlines: int = 2
+    """Countries in a scene."""
     size: int = 256
+    """Side of the scene in pixels."""
     outline: tuple[float, float] = (0.24, 0.36)
+    """Min and max long side of an outline, as a share of the scene."""
     zoom_size: int = 64
     image_top_k: int = 1
     thumbnails: int = 0
@@ -32,7 +34,7 @@ class Settings:
 
 
 def make_tools(world: World, settings: Settings) -> list[Tool]:
-    """The three tools over all countries of a world."""
+    """Return the three tools over all countries of a world."""
     names = sorted(world.countries)
     pictures = [draw_outline(world.countries[name]) for name in names]
     return [
@@ -45,7 +47,7 @@ def make_tools(world: World, settings: Settings) -> list[Tool]:
 def make_prompt(
     world: World, settings: Settings, rng: np.random.Generator
 ) -> tuple[Prompt, Question, tuple[Placed, ...]]:
-    """A scene and a question about one of its countries; drawn again until the facts allow the number of hops."""
+    """Draw a scene and a question about one of its countries, until the facts allow the number of hops."""
     hops = int(rng.choice(settings.hops))
     while True:
         names = rng.choice(world.asked, settings.outlines, replace=False).tolist()
@@ -68,7 +70,7 @@ def make_prompt(
 
 
 def parse_id(prompt_id: str) -> tuple[str, list[str]]:
-    """The attribute and the chain of countries of a prompt of Atlas. Raises ValueError for other prompts."""
+    """Return the attribute and the chain of countries of an Atlas prompt. Raises ValueError for other prompts."""
     attribute, *chain = prompt_id.split("/")[:-1] or [""]
     if attribute not in ATTRIBUTES or not chain:
         raise ValueError(f"'{prompt_id}' is no question of Atlas")

@@ -16,13 +16,15 @@ _ASK = {
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """chain: the names from the drawn country to the one asked about; relations lead from each to the next."""
+    """One question with its accepted answers."""
 
     text: str
     answers: tuple[str, ...]
     attribute: str
     relations: tuple[str, ...]
+    """They lead from each country of the chain to the next."""
     chain: tuple[str, ...]
+    """Names from the country in the scene to the one asked about."""
 
     @property
     def hops(self) -> int:
@@ -30,8 +32,9 @@ class Question:
 
 
 def ask(world: World, name: str, colour: str, hops: int, rng: np.random.Generator) -> Question | None:
-    """A question of `hops` look-ups about the country drawn in `colour`, or None where the facts do not allow one:
-    every country of the chain must be one that the split asks about, and no two of them the same."""
+    """Draw a question of `hops` look-ups about the country in `colour`, or None if the facts do not allow one.
+
+    Every country of the chain must be one that the split asks about, and no country may occur twice."""
     chain, relations = [name], []
     for _ in range(hops - 1):
         relation = str(rng.choice(NEIGHBOURS))
@@ -57,8 +60,9 @@ def ask(world: World, name: str, colour: str, hops: int, rng: np.random.Generato
 
 
 def passages(country: Country) -> list[str]:
-    """Several short passages, "Title\ntext" each; the last ones answer no question and are there to be found by
-    mistake. A colon stands only before a value."""
+    """Return several short passages, "Title\ntext" each.
+
+    The last ones answer no question; they exist to be found by mistake. A colon occurs only before a value."""
     name, found = country.name, []
     for attribute in ATTRIBUTES:
         if attribute in country.facts:

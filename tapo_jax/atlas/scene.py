@@ -1,4 +1,4 @@
-"""Pictures of Atlas: a scene with several outlines in different colours, and the single outlines of the image index."""
+"""Draw the pictures of Atlas: scenes of several outlines in different colours, and outlines for the image index."""
 
 import dataclasses
 
@@ -17,19 +17,28 @@ BACKGROUND = (244, 244, 240)
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """One outline of a scene: its country's name, its colour, its box (x1, y1, x2, y2) relative to the scene, 0..1."""
+    """One outline of a scene."""
 
     name: str
+    """Its country."""
     colour: str
     box: tuple[float, float, float, float]
+    """(x1, y1, x2, y2) relative to the scene, 0..1."""
 
 
 def draw_scene(
     countries: list[Country], *, size: int, outline: tuple[float, float], rng: np.random.Generator
 ) -> tuple[np.ndarray, tuple[Placed, ...]]:
-    """uint8 [size, size, 3] and what is where. `outline`: smallest and largest long side, as a share of the scene.
+    """Draw a scene; return uint8 [size, size, 3] and its outlines.
 
-    Places are drawn until no two boxes touch; raises ValueError where the scene is too small for that many outlines.
+    Locations are drawn until no two boxes touch.
+
+    countries: one outline each.
+    size: side of the scene in pixels.
+    outline: min and max long side of an outline, as a share of the scene.
+    rng: for locations, sizes and colours.
+
+    Raises ValueError if the scene is too small for that many outlines.
     """
     canvas = PIL.Image.new("RGB", (size, size), BACKGROUND)
     pen = PIL.ImageDraw.Draw(canvas)
@@ -64,7 +73,7 @@ def _places(
 
 
 def draw_outline(country: Country, *, size: int = 96) -> np.ndarray:
-    """One country alone, as the image index holds it: uint8 [size, size, 3]."""
+    """Draw a single country as the image index holds it: uint8 [size, size, 3]."""
     canvas = PIL.Image.new("RGB", (size, size), BACKGROUND)
     _draw(PIL.ImageDraw.Draw(canvas), country, np.full(2, 0.06 * size), 0.88 * size, (70, 70, 70))
     return np.asarray(canvas)

@@ -13,7 +13,7 @@ import numpy as np
 
 ATTRIBUTES = ("capital", "currency", "calling code", "demonym")
 NEIGHBOURS = ("largest neighbour", "smallest neighbour")
-# Subregions of the held-out split: whole ones, so that chains of neighbours stay inside a split.
+# Subregions of the held-out split. They are whole, so that chains of neighbours stay inside a split.
 HELD_OUT_REGIONS = (
     "Western Asia", "South-eastern Asia", "Northern Europe", "Southern Asia", "Central Asia", "Northern Africa",
 )  # fmt: skip
@@ -21,27 +21,29 @@ HELD_OUT_REGIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Country:
-    """facts: attribute -> accepted values, the first is the one that passages give. neighbours: names, largest first.
-    outline: polygons, float32 [n, 2] each, x right and y down, the whole outline inside 0..1 with its aspect kept."""
+    """One country."""
 
     name: str
     facts: dict[str, tuple[str, ...]]
+    """attribute -> accepted values; passages give the first one."""
     neighbours: tuple[str, ...]
+    """Names, largest country first."""
     area: float
     population: int
     region: str
     outline: tuple[np.ndarray, ...]
+    """Polygons, float32 [n, 2] each, x right and y down, scaled into 0..1 with the aspect ratio kept."""
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Countries by name. Searches run over all of them; questions are asked about `asked` only."""
+    """Countries by name. Searches run over all of them; questions are asked only about those in `asked`."""
 
     countries: dict[str, Country]
     asked: tuple[str, ...]
 
     def follow(self, name: str, relation: str) -> str | None:
-        """The neighbour that `relation` names, or None where the country has none."""
+        """Return the neighbour that `relation` names, or None if the country has none."""
         neighbours = self.countries[name].neighbours
         if not neighbours:
             return None
@@ -49,7 +51,7 @@ class World:
 
 
 def real_world(split: str) -> World:
-    """The real countries that have an outline. split: "train" or "held_out"; no country is in both."""
+    """Return the real countries that have an outline. split: "train" or "held_out"; no country is in both."""
     records = [record for record in _records() if record.get("geoJSON") and record.get("capital")]
     code_name = {record["ISO"]["alpha3"]: _ascii(record["name"]) for record in records}
     area = {record["ISO"]["alpha3"]: float(record.get("area") or 0) for record in records}
@@ -95,7 +97,7 @@ def _ascii(text: str) -> str:
 
 
 def _outline(geometry: dict) -> tuple[np.ndarray, ...]:
-    """Outer rings of a GeoJSON geometry, longitudes shrunk by the cosine of the middle latitude."""
+    """Return the outer rings of a GeoJSON geometry, longitudes scaled by the cosine of the middle latitude."""
     polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
     rings = [np.array(polygon[0], np.float64)[:, :2] for polygon in polygons]
     latitude = np.concatenate(rings)[:, 1]
@@ -106,7 +108,7 @@ def _outline(geometry: dict) -> tuple[np.ndarray, ...]:
 
 
 def fit(rings: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """The rings moved and scaled into 0..1, the aspect kept, the shorter side centred."""
+    """Move and scale rings into 0..1, keeping the aspect ratio and centring the shorter side."""
     points = np.concatenate(rings)
     low, span = points.min(0), np.ptp(points, axis=0)
     scale = 1 / max(span.max(), 1e-9)
@@ -142,7 +144,7 @@ _DEMONYMS = ["an", "ian", "ese", "ish", "i", "ean", "er", "ian", "ic"]
 
 
 def fictional_name(rng: np.random.Generator) -> str:
-    """A pronounceable name; sometimes of several words, with hyphen or apostrophe, as real ones are."""
+    """Draw a pronounceable name; like real ones it sometimes has several words, a hyphen or an apostrophe."""
     name = _word(rng)
     draw = rng.random()
     if draw < 0.08:
@@ -168,7 +170,7 @@ def _word(rng: np.random.Generator) -> str:
 
 
 def fictional_world(seed: int, size: int = 120) -> World:
-    """Invented countries with invented facts and shapes: nothing about them can be known but by looking it up."""
+    """Invent countries with facts and shapes, about which nothing can be known without looking it up."""
     rng = np.random.default_rng((seed, 0xA71A5))
     names = list(dict.fromkeys(fictional_name(rng) for _ in range(size * 2)))[:size]
     area = rng.lognormal(12, 2, size).round()
@@ -196,7 +198,7 @@ def fictional_world(seed: int, size: int = 120) -> World:
 
 
 def _blob(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """A closed curve of random harmonics, stretched and turned; sometimes with an island."""
+    """Draw a closed curve of random harmonics, stretched and rotated; sometimes with an island."""
     rings = [_ring(rng, np.zeros(2), 1.0)]
     if rng.random() < 0.3:
         rings.append(_ring(rng, rng.normal(size=2) * 1.2, 0.35))

@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m tapo_jax.bench NAME` runs NAME.py of this folder, prints a table and writes JSON."""
+"""Run a benchmark: `python -m tapo_jax.bench NAME` runs NAME.py of this folder, prints a table and writes JSON."""
 
 import argparse
 import importlib
@@ -13,7 +13,7 @@ NAMES = ("tapo", "losses", "model")
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as aligned text."""
+    """Return rows as aligned text."""
     head = list(rows[0])
     body = [[f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in head] for row in rows]
     lines = [head, *body]

@@ -1,4 +1,4 @@
-"""Policy losses: value and gradient with respect to the log-probabilities of a whole batch."""
+"""Time the policy losses: value and gradient with respect to the log-probabilities of a whole batch."""
 
 import jax
 import numpy as np

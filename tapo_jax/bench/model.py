@@ -1,13 +1,14 @@
-"""The model here and in transformers (PyTorch) with the same random weights: forward, prefill, decode and train step,
-as ratios.
+"""Compare the model with transformers (PyTorch) on the same random weights: forward, prefill, decode, train step.
 
 Forward: log-probabilities of every token. Prefill: images and prompts into an empty cache. Decode: one greedy step of
-all slots. Train step: the whole update (loss, gradient, clipping, Adam). Every row begins with one image. Here the
-programs are those that training and sampling run.
+all slots. Train step: the whole update (loss, gradient, clipping, Adam). Every row begins with one image. On our side
+the programs are those that training and sampling run.
 
-agree: the largest difference of log-probabilities, the share of equal greedy tokens, the relative difference of the
-gradient's norm. MiB: what a call needs at most beside what lay there before it. mfu: by the model's own flops, on
-chips of known peak. Without a PyTorch for this device, or with --no-torch, what concerns it stays empty.
+agree: the max difference of log-probabilities, the share of equal greedy tokens, the relative difference of the
+gradient's norm.
+MiB: max memory that a call needs in addition to what was in use before it.
+mfu: from the model's own flops, on chips of known peak.
+Without a PyTorch for this device, or with --no-torch, its columns stay empty.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> list[dict]:
-    # Both frameworks share the card: neither may take all of it.
+    # Both frameworks share the GPU: neither may take all of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from tapo_jax.bench import model_jax  # noqa: PLC0415 - jax starts its devices only after the line above
 
@@ -61,7 +62,7 @@ def run(args) -> list[dict]:
 
 
 def reference(model: nnx.Module, size: Size) -> Any:
-    """The same weights in transformers, or None where there is no PyTorch for this device."""
+    """Return the same weights in transformers, or None without a PyTorch for this device."""
     if importlib.util.find_spec("torch") is None:
         return None
     from tapo_jax.bench import model_torch  # noqa: PLC0415 - torch belongs to the test extra

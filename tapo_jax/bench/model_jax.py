@@ -1,4 +1,4 @@
-"""The side of `bench_model` that runs here: the programs of training and sampling on one device."""
+"""Our side of `bench/model.py`: the programs of training and sampling on one device."""
 
 import dataclasses
 import time
@@ -65,7 +65,7 @@ class OurModel:
         return dataclasses.replace(found, tokens=sum(lengths), flops=text + tower)
 
     def decode(self, calls: int) -> Measured:
-        """After `prefill`. Every call writes the same places again."""
+        """Measure decoding, after `prefill`. Every call overwrites the same cache entries."""
         size = self.size
         tokens, _, grids = conversations(self.config, 1, size.prompt, size.patches)
         _, position = positions.rope_positions(tokens[0], grids, self.config)
@@ -93,7 +93,7 @@ class OurModel:
         return dataclasses.replace(found, tokens=size.slots, flops=flops.decode(self.config, lengths))
 
     def train_step(self, calls: int) -> Measured:
-        """Uses the weights up."""
+        """Measure the update. It changes the weights, so nothing can be measured after it."""
         size = self.size
         inputs, lengths, images = self._inputs(size.rows, size.tokens)
         tokens, _, _ = conversations(self.config, size.rows, size.tokens, size.patches)
@@ -128,15 +128,16 @@ class OurModel:
         return self.size.prompt + self.size.chunk
 
     def _inputs(self, rows: int, tokens: int) -> tuple[ModelInputs, list[int], list[int]]:
-        """(inputs on the device, tokens of each row, patches of each image)."""
+        """Return (inputs on the device, tokens of each row, patches of each image)."""
         conversation = conversations(self.config, rows, tokens, self.size.patches)
         fields = positions.row_inputs(*conversation, None, self.config)
         return jax.device_put(ModelInputs(**fields)), [tokens] * rows, [self.size.patches] * rows
 
 
 def timed(call: Callable, *, calls: int, steps: int = 1) -> Measured:
-    """Medians over calls of the seconds of one step. The first call, which compiles, gives the value and is not
-    timed."""
+    """Return medians over calls of the seconds of one step.
+
+    The first call, which compiles, gives the value and is not timed."""
     value = jax.block_until_ready(call())
     mib = added_mib(lambda: jax.block_until_ready(call()))[0] if jax.default_backend() == "cpu" else None
     seconds, cpu = [], []

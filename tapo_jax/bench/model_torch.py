@@ -1,4 +1,4 @@
-"""The side of `bench_model` that runs in PyTorch: transformers' Qwen3-VL with the weights of the model here."""
+"""PyTorch's side of `bench/model.py`: transformers' Qwen3-VL with the weights of our model."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ from tapo_jax.models import hf
 
 
 def make(model: nnx.Module, size: Size) -> "TransformersModel | None":
-    """None where jax runs on a device that this PyTorch does not know."""
+    """Return the model in transformers, None if jax runs on a device that this PyTorch does not know."""
     kind = "cpu" if jax.default_backend() == "cpu" else "cuda"
     if kind == "cuda" and not torch.cuda.is_available():
         return None
@@ -28,7 +28,7 @@ def make(model: nnx.Module, size: Size) -> "TransformersModel | None":
 
 
 class TransformersModel:
-    """The four pieces of work as a user of transformers writes them."""
+    """The four measured programs as a user of transformers writes them."""
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, size: Size):
         self.model, self.size, self.device = model.eval(), size, model.device
@@ -58,7 +58,7 @@ class TransformersModel:
         return self._timed(call, calls)
 
     def decode(self, calls: int) -> Measured:
-        """After `prefill`; the cache is cut back to the prompt before every call."""
+        """Measure decoding, after `prefill`; the cache is cut back to the prompt before every call."""
         cache, first = self.prefilled.past_key_values, self.prefilled.logits[:, -1:].argmax(-1)
 
         def call() -> np.ndarray:
@@ -98,7 +98,7 @@ class TransformersModel:
         return self._timed(call, calls)
 
     def _logp(self, inputs: dict) -> torch.Tensor:
-        """Of every token; 0 for the first."""
+        """Return the log-probability of every token; 0 for the first."""
         logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
         chosen = torch.log_softmax(logits, -1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
         return torch.nn.functional.pad(chosen, (1, 0))
@@ -115,7 +115,7 @@ class TransformersModel:
         return {name: array.to(self.device) for name, array in arrays.items()}
 
     def _timed(self, call: Callable, calls: int, steps: int = 1) -> Measured:
-        """As `bench_model_jax.timed`."""
+        """Measure a call as `model_jax.timed` does."""
         value = call()
         mib = self._added_mib(call)
         seconds, cpu = [], []

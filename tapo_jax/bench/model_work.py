@@ -1,4 +1,4 @@
-"""What both sides of the model benchmark share: the size of the work, its inputs, and how memory is measured."""
+"""Shared parts of both sides of the model benchmark: sizes, inputs, and how memory is measured."""
 
 import ctypes
 import dataclasses
@@ -12,37 +12,46 @@ from tapo_jax.models.config import Qwen3VLConfig
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """rows, tokens: of forward and train step. slots, prompt: rows and tokens of the prefill; the slots then decode
-    `chunk` steps. patches: of each row's image, a square number. remat: of the train step."""
+    """The size of the work."""
 
     config: Qwen3VLConfig
     rows: int
+    """Rows of the forward pass and the train step."""
     tokens: int
+    """Tokens of such a row."""
     slots: int
+    """Rows of the prefill and of decoding."""
     prompt: int
+    """Tokens of a prompt."""
     chunk: int
+    """Decoding steps."""
     patches: int
+    """Patches of each row's image, a square number."""
     dtype: str
     remat: str
+    """Rematerialisation of the train step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of one step. cpu: seconds of all threads. value: what the two sides are compared by. flops: the model's own
-    count."""
+    """The measurements of one step."""
 
     seconds: float
     cpu: float
+    """CPU seconds of all threads."""
     mib: float | None
+    """Max memory that it adds, None if unknown."""
     value: Any
+    """The result by which the two sides are compared."""
     tokens: int = 0
     flops: float = 0.0
+    """The model's own count."""
 
 
 def conversations(
     config: Qwen3VLConfig, rows: int, tokens: int, patches: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(token_BxT, pixels_NxF of all rows, grid_Bx3): every row an image between its marks, then random text."""
+    """Return (token_BxT, pixels_NxF of all rows, grid_Bx3): a row is an image between its marks, then random text."""
     rng = np.random.default_rng(0)
     side, places = int(patches**0.5), patches // config.vision.merge**2
     token_BxT = rng.integers(16, min(config.vocab, 100_000), (rows, tokens)).astype(np.int32)
@@ -52,20 +61,21 @@ def conversations(
 
 
 def written_mask(token_BxT: np.ndarray, patches: int, config: Qwen3VLConfig) -> np.ndarray:
-    """The text after the image is taken as the policy's own."""
+    """Return a mask that takes the text after the image as written by the policy."""
     mask_BxT = np.ones(token_BxT.shape, bool)
     mask_BxT[:, : patches // config.vision.merge**2 + 2] = False
     return mask_BxT
 
 
 def added_mib(call) -> tuple[float | None, Any]:
-    """(MiB that the process needs at most beside what it has now, the call's value); None where the system does not
-    tell. What earlier calls freed is given back to the system first: a call that takes it again needs it too."""
+    """Return (max MiB that a call adds to the process, the call's value); None MiB if the system does not tell.
+
+    Memory that earlier calls freed is returned to the system first: a call that takes it again needs it too."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to what is resident
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident
         before = _resident("VmRSS")
     except OSError:
         return None, call()

@@ -1,9 +1,9 @@
-"""TAPO from encoded calls to token advantages, against plain Python loops over the same arrays.
+"""Time TAPO from encoded calls to token advantages, against plain Python loops over the same arrays.
 
-Two mixes of calls: text searches only, and a search agent's (70 % text searches; the rest zooms and image searches).
-The share is of an update of a 4B model on the same tokens: 6 · parameters flops a token at this machine's measured
-matmul speed. CPU seconds count every thread and do not depend on what else the machine does; the factor "faster" is of
-wall-clock times.
+There are two mixes of calls: only text searches, and a search agent's (70 % text searches; the rest zooms and image
+searches). The share is that of an update of a 4B model on the same tokens: 6 · parameters flops a token at this
+machine's measured matmul speed. CPU seconds count every thread and do not depend on what else the machine does; the
+factor "faster" compares wall-clock times.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
     cpu = (time.process_time() - cpu) / (args.repeats + 1)
     step_advantage, token_advantage = (np.asarray(x) for x in compiled(*arrays))
 
-    # The loop on the large batch would take a quarter of an hour: it runs some of the prompts, and its time is scaled.
+    # The loops would take a quarter of an hour on the large batch: they run some prompts, and their time is scaled.
     looped = min(args.loop_prompts, P, 8 if size == "large" else P)
     slots = tapo_loops.as_lists(jax.tree.map(lambda x: x[:looped], steps))
     lists = [x[:looped].tolist() for x in (success, advantage.astype(float), step.reshape(P, G, -1))]
@@ -89,14 +89,16 @@ def measure(size: str, mix: str, args, speed: float) -> dict:
 
 
 def operations(P: int, S: int, G: int, words: int, levels: int) -> float:
-    """Arithmetic of the kernel for each pair of slots: an AND, a population count and an addition a word and level, 30
-    for the region, 10 for masks and gates, 15 for three rounds of clustering, 10 for the choice, 2·G for the members.
+    """Count the operations of the kernel.
+
+    For each pair of slots: an AND, a population count and an addition for each word and level, 30 for the region, 10
+    for masks and gates, 15 for three rounds of clustering, 10 for the choice, 2·G for the members.
     """
     return P * S * S * (3 * words * levels + 65 + 2 * G)
 
 
 def random_calls(P: int, G: int, K: int, texts: float):
-    """Each prompt has its own dozen of words and its own image; rollouts search and zoom around them."""
+    """Draw calls: each prompt has its own dozen words and its own image, around which rollouts search and zoom."""
     rng = np.random.default_rng(0)
     letters = list("abcdefghijklmnopqrstuvwxyz")
     words = np.array(["".join(rng.choice(letters, rng.integers(3, 9))) for _ in range(400)])

@@ -1,14 +1,14 @@
-"""TAPO's kernel as plain Python loops over the same encoded arrays: what `python -m tapo_jax.bench tapo` compares with.
+"""TAPO's kernel as plain Python loops over the same encoded arrays, the baseline of `python -m tapo_jax.bench tapo`.
 
-Default options only (Dice, components, mean, support, clip). Every array is a nested list, so that no loop pays for
-numpy's indexing.
+It has only the default options (Dice, components, mean, support, clip). Every array is a nested list, so that no loop
+pays for numpy's indexing.
 """
 
 from tapo_jax.tapo.encode import Steps
 
 
 def as_lists(steps: Steps) -> list[list[dict]]:
-    """One dict for each slot of each prompt."""
+    """Return one dict for each slot of each prompt."""
     P, S = steps.valid_PxS.shape
     fields = {
         "valid": steps.valid_PxS,
@@ -67,7 +67,7 @@ def _dice(count_a, count_b):
 def transfer(
     slots: list[dict], success: list[bool], advantage: list[float], theta: float, alpha_min: float, beta: float
 ) -> list[float]:
-    """Corrected advantages of one group's slots."""
+    """Return the corrected advantages of one group's slots."""
     S = range(len(slots))
     sim = [[similarity(slots[i], slots[j]) for j in S] for i in S]
     witnesses = [s for s in S if slots[s]["valid"] and success[slots[s]["trajectory"]]]
@@ -98,5 +98,5 @@ def transfer(
 
 
 def token_rows(advantage: list[float], step_advantage: list[float], steps: int, step: list[list[int]]):
-    """Per-token advantages of one group's rollouts."""
+    """Return the per-token advantages of one group's rollouts."""
     return [[step_advantage[g * steps + k] if k >= 0 else advantage[g] for k in row] for g, row in enumerate(step)]

@@ -1,6 +1,6 @@
 """Batches for the cold start: expert episodes in invented worlds, parts of them, and sequences to copy.
 
-Everything is drawn anew for every batch, so that nothing can be learned by heart.
+Everything is drawn anew for every batch, so that nothing can be memorised.
 """
 
 import dataclasses
@@ -25,10 +25,11 @@ from tapo_jax.types import Episode, Prompt
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """inputs: ModelInputs of numpy arrays. weight_BxT float32: the weight of each token's negative log-likelihood."""
+    """One batch of numpy arrays."""
 
     inputs: ModelInputs
     weight_BxT: np.ndarray
+    """float32, the weight of each token's negative log-likelihood."""
 
 
 class AtlasSession:
@@ -51,7 +52,7 @@ class AtlasSession:
 
 
 class ColdStart:
-    """Draws batches. `context_weight` is the weight of text that the policy reads but does not write (0 on images)."""
+    """A source of batches. context_weight: weight of text that the policy reads but does not write (0 on images)."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class ColdStart:
         self._world_number, self._session, self._uses = -1, None, 0
 
     def _draw(self, rng: np.random.Generator, outlines: int | None = None):
-        """A question in an invented world; a new world after every 256. outlines: another number of them."""
+        """Draw a question in an invented world, a new world after every 256. outlines: overrides that setting."""
         if self._uses % 256 == 0:
             self._world_number += 1
             self._session = AtlasSession.fictional(self._seed * 1_000_003 + self._world_number, self._settings)
@@ -79,7 +80,7 @@ class ColdStart:
         return make_prompt(self._session.world, settings, rng)
 
     def episode(self, rng: np.random.Generator) -> Episode:
-        """One expert episode."""
+        """Play one expert episode."""
         prompt, question, scene = self._draw(rng)
         pixels = PixelStore(self._processor)
         opening = self._open(prompt, pixels)
@@ -94,7 +95,7 @@ class ColdStart:
         )
 
     def full(self, rng: np.random.Generator, rows: int, length: int, patches: int) -> Batch:
-        """Whole episodes; one that is too long is drawn again."""
+        """Draw whole episodes; one that is too long is drawn again."""
         kept = []
         pixels = PixelStore(self._processor)
         while len(kept) < rows:
@@ -107,12 +108,13 @@ class ColdStart:
         return self._batch(kept, length, patches, pixels)
 
     def find(self, rng: np.random.Generator, rows: int, patches: int) -> Batch:
-        """Scenes of one outline, the question and the first turn of its answer: finding something comes before finding
-        the right one."""
+        """Draw scenes of one outline, a question and the first turn of its answer.
+
+        Finding an outline at all has to be learnt before finding the right one."""
         return self._look(rng, rows, patches, outlines=1)
 
     def where(self, rng: np.random.Generator, rows: int, patches: int) -> Batch:
-        """Scenes of several outlines, a question about each and the first turn of each answer: where to look."""
+        """Draw scenes of several outlines, a question about each and the first turn of each answer: where to look."""
         return self._look(rng, rows, patches, outlines=int(rng.integers(2, self._settings.outlines + 1)))
 
     def _look(self, rng: np.random.Generator, rows: int, patches: int, *, outlines: int) -> Batch:
@@ -140,7 +142,7 @@ class ColdStart:
         return self._chat.tokenizer.encode(text, add_special_tokens=False).ids
 
     def text_part(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """What follows an image search, and, where it fits, the question before it: names to be carried on."""
+        """Draw the text after an image search, with the question before it if that fits: names to copy."""
         kept = []
         while len(kept) < rows:
             episode = self.episode(rng)
@@ -158,14 +160,15 @@ class ColdStart:
         return self._batch(kept, length, 0, PixelStore(self._processor))
 
     def copy(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """A few invented words of several random tokens, in random order again and again. The weight is on what follows
-        the first token of a word that was seen before: the smallest problem whose solution is to look back and carry
-        on."""
+        """Draw a few invented words of several random tokens, repeated in random order.
+
+        The weight is on the tokens after the first token of a word that occurred before: the smallest problem whose
+        solution is to look back and copy."""
         ordinary = np.setdiff1d(np.arange(self._chat.vocab_size), self._special())
         token_BxT = np.zeros((rows, length), np.int32)
         weight_BxT = np.zeros((rows, length), np.float32)
         for b in range(rows):
-            # Few different tokens make pairs ambiguous, so that more than one token of history has to match.
+            # With few different tokens, pairs are ambiguous, so that more than one token of history has to match.
             pool = rng.choice(ordinary, int(rng.choice([30, len(ordinary)], p=[0.2, 0.8])), replace=False)
             words = [rng.choice(pool, int(rng.integers(3, 8))) for _ in range(int(rng.integers(2, 6)))]
             seen, at = set(), 0

@@ -1,10 +1,10 @@
-"""Initial weights that can already copy, for models too small to discover it soon.
+"""Initial weights that can already copy, for models too small to learn it quickly.
 
-Copying what followed an earlier occurrence of the present token takes two heads (Olsson et al., "In-context learning
-and induction heads", 2022): one writes each token's predecessor beside it, a later one looks for the present token
-among the predecessors and brings what stands there. Both are written into the weights here, faintly enough to be
-trained further. From random weights a model of this size needs thousands of steps before the second head forms; from
-these the loss on copying is halved at step 0.
+Copying what followed an earlier occurrence of the current token takes two heads (Olsson et al., "In-context learning
+and induction heads", 2022): one writes each token's predecessor next to it, a later one looks for the current token
+among the predecessors and copies the token at that position. Both are written into the weights here, weakly enough to
+be trained further. From random weights a model of this size needs thousands of steps before the second head forms;
+from these weights the loss on copying is halved at step 0.
 """
 
 import numpy as np
@@ -15,12 +15,17 @@ from tapo_jax.models.config import Qwen3VLConfig
 def write_copying_heads(
     params: dict, config: Qwen3VLConfig, rng: np.random.Generator, *, gain: float = 6.0, sharpness: float = 2.2
 ) -> None:
-    """Changes numpy arrays in place: params["embedding"] [V, D] and of params["decoder"] q, k, v, o, q_norm, k_norm
-    (stacked over layers), in layers 0 and 1, heads 0 and 1 and their key/value head 0.
+    """Write the two heads into layers 0 and 1, heads 0 and 1 and their key/value head 0.
 
-    The width is split: the lower half of D holds the token (its place 0 is 1 for every token), the upper half its
-    predecessor. gain: of what the second head writes. sharpness: of q_norm and k_norm, so the largest score is √A ·
-    sharpness².
+    The width is split: the lower half of D holds the token (its entry 0 is 1 for every token), the upper half its
+    predecessor.
+
+    params: numpy arrays, changed in place: "embedding" [V, D], and q, k, v, o, q_norm, k_norm of "decoder" (stacked
+        over layers).
+    config: the model's config.
+    rng: for orthogonal matrices.
+    gain: scale of what the second head writes.
+    sharpness: value of q_norm and k_norm, so that the max score is √A · sharpness².
     """
     decoder = params["decoder"]
     T, A = config.hidden // 2, config.head_dim
@@ -41,8 +46,10 @@ def write_copying_heads(
 
 
 def _predecessor_head(decoder: dict, read_TxA: np.ndarray, theta: float) -> None:
-    """Layer 0. The constant place of the embedding gives a query that is the key turned back by one place, in the three
-    fastest rotations: the score is Σ cos((distance − 1)·ω), largest at the token before."""
+    """Write the head of layer 0, which attends to the previous token.
+
+    The constant entry of the embedding gives a query that is the key rotated back by one position, in the three fastest
+    rotations: the score is Σ cos((distance − 1)·ω), largest at the previous token."""
     T, A = read_TxA.shape
     half = A // 2
     for i in range(3):
@@ -54,8 +61,10 @@ def _predecessor_head(decoder: dict, read_TxA: np.ndarray, theta: float) -> None
 
 
 def _matching_head(decoder: dict, read_TxA: np.ndarray, rng: np.random.Generator, gain: float) -> None:
-    """Layer 1. The present token (lower half) against predecessors (upper half), in the slow rotations, which hardly
-    turn over the length of a conversation; brings the token that stands there."""
+    """Write the head of layer 1, which copies the token after an earlier occurrence of the current one.
+
+    It matches the current token (lower half) with predecessors (upper half) in the slow rotations, which hardly change
+    over the length of a conversation, and copies the token at the matching position."""
     T, A = read_TxA.shape
     half = A // 2
     slow = np.r_[half // 2 : half, half + half // 2 : A]

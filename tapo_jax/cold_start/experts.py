@@ -1,8 +1,7 @@
-"""Scripted players of Atlas, for the cold start: they know the scene, follow the tools' results and make mistakes on
-purpose.
+"""Scripted players of Atlas, for the cold start.
 
-An expert copies only from what it was shown, so a policy that imitates it learns to look things up. Its mistakes are
-what reinforcement learning has to remove.
+They know the scene, follow the tools' results and make mistakes on purpose. An expert copies only from what it was
+shown, so a policy that imitates it learns to look things up. Reinforcement learning has to remove its mistakes.
 """
 
 import dataclasses
@@ -25,12 +24,12 @@ Script = Generator[str, str, None]  # yields a turn's text, is sent the tool's r
 
 @dataclasses.dataclass(frozen=True)
 class Flaws:
-    """Probabilities of the deliberate mistakes, each where the occasion arises."""
+    """Probabilities of the deliberate mistakes, each at every opportunity to make it."""
 
     skip_zoom: float = 0.45  # searches with the whole scene
     wrong_outline: float = 0.08  # looks at another country of the scene
     sloppy_box: float = 0.15  # a box far from the outline
-    bad_call: float = 0.03  # a call that is an error; it is then made right
+    bad_call: float = 0.03  # a call that fails; it is then corrected
     wrong_image: float = 0.15  # searches with the scene after zooming
     wrong_title: float = 0.14  # takes the second title
     wrong_attribute: float = 0.30  # looks up something else
@@ -41,7 +40,7 @@ class Flaws:
 
 
 def play(opening: Opening, script: Script, *, runner: ToolRunner, chat: Chat, limits: Limits, image_tokens) -> Episode:
-    """Lets a script play an episode through the same state machine and the same tools as the policy."""
+    """Let a script play an episode through the same state machine and the same tools as the policy."""
     conversation = Conversation(opening, 0, limits=limits, chat=chat, image_tokens=image_tokens)
     text = next(script)
     while conversation.finish is None:
@@ -59,7 +58,7 @@ def play(opening: Opening, script: Script, *, runner: ToolRunner, chat: Chat, li
 
 
 def expert(question: Question, scene: Sequence[Placed], rng: np.random.Generator, flaws: Flaws) -> Script:
-    """One episode's turns."""
+    """Yield the turns of one episode."""
     titles = yield from _identify(question.chain[0], scene, rng, flaws)
     name = titles[1] if len(titles) > 1 and _happens(rng, flaws.wrong_title) else titles[0]
     if _happens(rng, flaws.early_answer):
@@ -104,12 +103,12 @@ def _identify(
 
 
 def zoom_turn(target: Placed, rng: np.random.Generator) -> str:
-    """The turn that looks at an outline, carefully."""
+    """Return the turn that looks at an outline, with a careful box."""
     return zoom_call(_box(target.box, rng, sloppy=False), target.colour)
 
 
 def _box(box: Sequence[float], rng: np.random.Generator, *, sloppy: bool) -> list[int]:
-    """In thousandths, rounded to tens: the outline's box with a margin; a sloppy one is moved and scaled besides."""
+    """Return an outline's box with a margin, in thousandths rounded to tens; a sloppy one is also moved and scaled."""
     x1, y1, x2, y2 = box
     w, h = x2 - x1, y2 - y1
     margin = 0.15 * max(w, h)
@@ -121,7 +120,7 @@ def _box(box: Sequence[float], rng: np.random.Generator, *, sloppy: bool) -> lis
 
 
 def _read(result: str, name: str, key: str) -> str | None:
-    """The value of "the {key} …: value." in the passage about `name`, or else in the first passage that has one."""
+    """Return the value of "the {key} …: value." in the passage about `name`, else in the first passage with one."""
     passages = re.split(r"^\d+\. ", result, flags=re.MULTILINE)
     for passage in sorted(passages, key=lambda passage: not passage.startswith(f"{name}, ")):
         found = re.search(rf"[Tt]he {re.escape(key)}(?: of [^:\n]+)?: ([^:\n]+?)\.(?: |$)", passage, re.MULTILINE)

@@ -1,8 +1,8 @@
-"""The tiny model's cold start: supervised on experts in invented worlds. One file, read from top to bottom.
+"""Train the tiny model's cold start on experts in invented worlds. One file, read from top to bottom.
 
-Batches come in five kinds with a schedule: sequences to copy, text after an image search, first turns with the scene,
-whole episodes. Short contexts first. What it writes to WORKDIR/export is a model directory, the one that ships with the
-package.
+Batches come in five kinds with a schedule, short contexts first: sequences to copy, text after an image search, first
+turns with a scene of one outline or of several, whole episodes. WORKDIR/export becomes a model directory, the one that
+ships with the package.
 """
 
 import json
@@ -33,7 +33,7 @@ from tapo_jax.rollout.chat import Chat
 
 
 def mixture(step: int, config: Any) -> dict[str, float]:
-    """Probabilities of the kinds of batch at a step: the phase whose end is not yet reached."""
+    """Return the probabilities of the kinds of batch at a step: those of the first phase that has not ended."""
     for phase in config.phases:
         if step < phase.until:
             return dict(phase.mixture)
@@ -43,11 +43,15 @@ def mixture(step: int, config: Any) -> dict[str, float]:
 def make_optimizer(
     lr: float, warmup: int, total: int, vision_rate: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Muon (Jordan et al. 2024) for the decoder's matrices, Adam for the rest, one cosine schedule.
+    """Return Muon (Jordan et al. 2024) for the decoder's matrices, Adam for the rest, and their cosine schedule.
 
     Muon's update is scaled to a root mean square of 0.2, about Adam's, so both share a rate (Liu et al., arXiv
-    2502.16982). vision_rate multiplies the vision tower's rate: at the full rate its features drift to one large
-    constant before the decoder has learnt to read them, and are then never read.
+    2502.16982).
+
+    lr: the peak rate.
+    warmup, total: steps of warm-up and of the whole schedule.
+    vision_rate: multiplies the vision tower's rate. At the full rate its features drift to one large constant before
+        the decoder has learnt to read them, and are then never read.
     """
     schedule = optax.warmup_cosine_decay_schedule(lr / warmup, lr, warmup, total, end_value=0.02 * lr)
 
@@ -75,7 +79,7 @@ def make_optimizer(
 
 
 def batches(source: ColdStart, config: Any, start: int) -> Iterator[tuple[str, Batch]]:
-    """Batches from step `start` on, drawn on a thread of their own a few ahead; each from its own seed."""
+    """Yield batches from step `start` on, each from its own seed; a separate thread draws them a few steps ahead."""
     ready: queue.Queue = queue.Queue(maxsize=4)
 
     def draw() -> None:
@@ -91,7 +95,7 @@ def batches(source: ColdStart, config: Any, start: int) -> Iterator[tuple[str, B
 
 
 def run(config: Any, workdir: str) -> None:
-    """Trains and writes WORKDIR/export; continues from WORKDIR/state.npz where there is one."""
+    """Train and write WORKDIR/export; resume from WORKDIR/state.npz if it exists."""
     # ------------------------------------------------------------------------------------------ model directory
     work = pathlib.Path(workdir)
     work.mkdir(parents=True, exist_ok=True)
@@ -154,7 +158,7 @@ def run(config: Any, workdir: str) -> None:
 
 
 def _save(work: pathlib.Path, step: int, params, opt_state, graph, model_config) -> None:
-    """State and model directory; each is written beside its place and then renamed."""
+    """Write state and model directory, each to a temporary name that is then renamed."""
     leaves = jax.tree.leaves((params, opt_state))
     part = work / "state.part.npz"
     np.savez(part, step=step, **{f"x{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)})

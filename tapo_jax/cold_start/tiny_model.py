@@ -1,7 +1,8 @@
-"""The tiny Atlas model: a Qwen3-VL of about a million parameters in a directory of Hugging Face form, with its own
-tokenizer.
+"""Make the tiny Atlas model: a Qwen3-VL of about a million parameters with its own tokenizer, in Hugging Face form.
 
-    python -m tapo_jax.cold_start.tiny_model DIR        # tokenizer, template, configs and random weights
+Write tokenizer, template, configs and random weights to DIR:
+
+    python -m tapo_jax.cold_start.tiny_model DIR
 """
 
 import json
@@ -55,14 +56,15 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """  # noqa: E501
-# A digit; a word, with the space before it if a word or digit stands there; marks with the spaces after them; white
-# space. So a name after `": "`, `. ` or a line's start is the same tokens everywhere, which makes it easy to copy.
+# A digit; a word, with the space before it if a word or digit precedes that space; marks with the spaces after them;
+# white space. So a name after `": "`, `. ` or at a line's start has the same tokens everywhere: it is easy to copy.
 _SPLIT = r"\d|[A-Za-z_]+| [A-Za-z_]+|[^A-Za-z_\d\s][^A-Za-z_\d\n]*|\s"
 
 
 def train_tokenizer(vocab: int = 1024, seed: int = 0) -> Tokenizer:
-    """Byte-level BPE on invented names and on the fixed phrases of the tools, so that real names fall into trained
-    pieces."""
+    """Train byte-level BPE on invented names and on the fixed phrases of the tools.
+
+    Real names then split into trained pieces."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -94,7 +96,7 @@ def _texts(seed: int):
                 search_call(name, question.attribute),
                 search_call(name, "neighbours"),
             ]
-    # The phrases repeat in every episode, names do not: repeated here so that a phrase is a few tokens.
+    # Phrases repeat in every episode, names do not: they are repeated here so that a phrase becomes a few tokens.
     yield from phrases * 60
 
 
@@ -114,7 +116,7 @@ def tiny_config(tokenizer: Tokenizer) -> Qwen3VLConfig:
 
 
 def write_files(path: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """All files of the directory but config.json and the weights."""
+    """Write all files of the directory except config.json and the weights."""
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
@@ -135,7 +137,7 @@ def write_files(path: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def create(path: str | pathlib.Path, seed: int = 0) -> None:
-    """The whole directory with random weights."""
+    """Write the whole directory with random weights."""
     path = pathlib.Path(path)
     tokenizer = train_tokenizer()
     write_files(path, tokenizer)
@@ -151,8 +153,10 @@ def create(path: str | pathlib.Path, seed: int = 0) -> None:
 
 
 def plane_waves(side: int, width: int, amplitude: float = 3.0) -> np.ndarray:
-    """float32 [side², width]: sines and cosines of rows and columns, as large as what a patch's pixels contribute. A
-    random table is a hundredth of that, and then no place in the image can be told."""
+    """Return a position table, float32 [side², width], of sines and cosines of rows and columns.
+
+    They are as large as what a patch's pixels contribute. A random table is a hundredth of that, and then locations in
+    the image cannot be told apart."""
     frequency = np.pi * np.geomspace(1.0, side / 2, width // 4) / side
     angle = np.arange(side)[:, None] * frequency
     wave = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)

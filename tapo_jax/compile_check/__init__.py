@@ -1,4 +1,4 @@
-"""Does a run fit its machines, and how fast can it be there: its real programs, compiled for a TPU without a TPU.
+"""Check whether a run fits its machines and how fast it can be: its real programs, compiled for a TPU without a TPU.
 
 The program is `launch/compile_check.py`; nothing here is public.
 """

@@ -1,7 +1,7 @@
-"""Will a run fit its machines? Compiles the real programs of a config for a TPU topology, on a machine without a TPU.
+"""Compile the real programs of a config for a TPU topology, on a machine without a TPU, and say whether they fit.
 
-The environment must be set before jax starts: see `launch/compile_check.py`. The programs are in `programs.py`,
-the reading of what the compiler made of them is in `hlo_costs.py`.
+The environment must be set before jax starts: see `launch/compile_check.py`. The programs are in `programs.py`;
+`hlo_costs.py` reads the compiler's output.
 """
 
 import dataclasses
@@ -26,32 +26,37 @@ from tapo_jax.models.inputs import most_patches
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One program on one chip; sizes in bytes, times in seconds.
-
-    arguments: donated ones included, whose place the results take. beside: what else lies on the chip meanwhile.
-    peak: the most that is used at a time. error: why the program did not compile.
-    flops: with loops multiplied out and kernels included; model_flops: the model's own count, without what is computed
-    twice. collectives: kind -> {"count", "bytes" received}. seconds_…: what peak arithmetic, memory and interconnect
-    alone would take; seconds: every operation at the speed of what limits it (see `hlo_costs`), or the interconnect.
-    """
+    """One program on one chip; sizes in bytes, times in seconds."""
 
     program: str
     fits: bool
     capacity: float
     arguments: float = 0.0
+    """Donated ones included, whose memory the results reuse."""
     temporaries: float = 0.0
     beside: float = 0.0
+    """Other memory in use on the chip meanwhile."""
     peak: float = 0.0
+    """Max memory in use at one time."""
     flops: float = 0.0
+    """Loops multiplied out and kernels included."""
     model_flops: float = 0.0
+    """The model's own count, without what is recomputed."""
     traffic: float = 0.0
+    """Bytes between main memory and the core."""
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """kind -> {"count", "bytes" received}."""
     seconds_flops: float = 0.0
+    """Time of the arithmetic alone, at the chip's peak."""
     seconds_memory: float = 0.0
+    """Time of the memory traffic alone, at the chip's peak."""
     seconds_network: float = 0.0
+    """Time of the collectives alone, at the interconnect's peak."""
     seconds: float = 0.0
+    """Every operation at the speed of its bottleneck (see `hlo_costs`), or the interconnect if that is slower."""
     compile_seconds: float = 0.0
     error: str = ""
+    """Why the program did not compile."""
 
 
 def run_check(
@@ -63,10 +68,15 @@ def run_check(
     short: bool = False,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Compiles the programs for the topology, prints the table, writes JSON to `out`, and says whether all fit.
+    """Compile the programs for the topology, print the table, write JSON to `out`; return whether all fit.
 
-    programs: names of `PROGRAMS`; none: all that the run has. short:
-    prints nothing but a table of fewer columns, with lines that can stand below those of other checks."""
+    config: the run.
+    topology: a TPU topology such as "v5e:8x8".
+    programs: names of `PROGRAMS`; none means all that the run has.
+    out: the JSON file; "" writes none.
+    short: print only a table of fewer columns, whose lines can be joined with those of other checks.
+    say: prints a line.
+    """
     for name in programs:
         check_choice("--programs", name, tuple(PROGRAMS))
     programs = programs or tuple(name for name in PROGRAMS if name != "log_probs" or has_reference(config))
@@ -96,7 +106,9 @@ def run_check(
 
 
 def topology_devices(name: str) -> list:
-    """The devices of a topology such as "v5e:8x8". Raises UserError without a TPU compiler or for another topology."""
+    """Return the devices of a topology such as "v5e:8x8".
+
+    Raises UserError without a TPU compiler or for an unknown topology."""
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -107,7 +119,7 @@ def topology_devices(name: str) -> list:
 
 
 def report(run: Abstract, program: Program, chip: Chip) -> Report:
-    """Compiles one program and reads what came out. That it does not fit is a report too."""
+    """Compile one program and read the result. A program that does not fit gets a report too."""
     start = time.perf_counter()
     blank = Report(program.name, False, chip.memory, beside=program.beside)
     try:
@@ -147,13 +159,13 @@ def report(run: Abstract, program: Program, chip: Chip) -> Report:
 
 
 def needed(message: str) -> str:
-    """What the compiler says about the memory that it would have needed."""
+    """Return what the compiler's message says about the memory that it would have needed."""
     found = re.search(r"[Uu]sed [\d.]+\w of [\d.]+\w( \w+)?", message)
     return found.group(0) if found else message.splitlines()[0]
 
 
 def summary(run: Abstract, chip: Chip) -> str:
-    """What is checked, in two lines."""
+    """Return what is checked, in two lines."""
     config, mesh = run.config, run.mesh
     total, tower = count(run.params), count(run.params["vision"])
     rows = config.data.prompts_per_step * config.rollout.group_size
@@ -180,7 +192,7 @@ COLUMNS = (
 
 
 def row(found: Report) -> list[str]:
-    """A line of the table: sizes in GiB, flops in 10¹², collectives as kind, count and GB received."""
+    """Return a line of the table: sizes in GiB, flops in 10¹², collectives as kind, count and GB received."""
     if found.error:
         return [found.program, "", "", f"{found.beside / GIB:.2f}", found.error, "no", *[""] * (len(COLUMNS) - 6)]
     moved = [f"{kind} {e['count']:.0f} × {e['bytes'] / e['count'] / 1e9:.3g}" for kind, e in found.collectives.items()]
@@ -204,7 +216,7 @@ SHORT = (
 
 
 def short_row(found: Report, run: Abstract, chip: Chip) -> list[str]:
-    """As `row`; arguments with what lies beside them, collectives of all kinds together."""
+    """Return a line of the short table: arguments and other memory in one sum, collectives of all kinds too."""
     model = run.config.model.shape or Path(run.config.model.path).name
     head = [f"{model}, {count(run.params) / 1e9:.2f} B", f"{run.mesh.size} {chip.name}", found.program]
     if found.error:

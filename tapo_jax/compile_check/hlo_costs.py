@@ -1,10 +1,10 @@
-"""What a compiled program does on one device, by its optimised HLO: arithmetic, memory traffic and collectives, with
-the bodies of loops multiplied by their turns.
+"""Count what a compiled program does on one device, from its optimised HLO: arithmetic, memory traffic, collectives.
 
-flops: of matrix products and convolutions, 2 for each multiplication with its addition; kernels by `KERNELS`.
-traffic: bytes between main memory and the core, as every instruction that is not part of a fusion reads its operands
-and writes its value once; slices and in-place updates count what they touch. collectives: bytes that a device
-receives over the interconnect.
+The body of a loop counts as often as the loop iterates.
+flops: matrix products and convolutions, 2 for each multiplication with its addition; kernels by the caller's count.
+traffic: bytes between main memory and the core; every instruction that is not part of a fusion reads its operands and
+writes its value once, and slices and in-place updates count only what they touch.
+collectives: bytes that a device receives over the interconnect.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from tapo_jax.compile_check.hlo_text import Computation, Instruction, Module, Shape, read
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-# These move nothing by themselves.
+# Operations that move no data by themselves.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id",
     "opt-barrier", "domain", "add-dependency", "async-done", "async-update", "call-done", "copy-done", "slice-done",
@@ -28,13 +28,15 @@ FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one call. seconds: each instruction at the speed of what limits it, arithmetic or memory, one after another.
-    collectives: kind -> (how many, bytes)."""
+    """The costs of one call."""
 
     flops: float = 0.0
     traffic: float = 0.0
+    """Bytes."""
     seconds: float = 0.0
+    """Sum over the instructions, each at the speed of its bottleneck, arithmetic or memory."""
     collectives: tuple[tuple[str, float, float], ...] = ()
+    """(kind, count, bytes received)."""
 
     def __add__(self, other: "Costs") -> "Costs":
         sums = {kind: (count, size) for kind, count, size in self.collectives}
@@ -58,11 +60,14 @@ def costs(
     kernel_flops: Callable | None = None,
     kernel_numbers: Callable | None = None,
 ) -> Costs:
-    """Of the module in `text` (`compiled.as_text()`). loops: turns of loops whose number of turns only the data decide.
+    """Return the costs of the module in `text` (`compiled.as_text()`).
 
-    kernel_flops(op_name, dims of its operands) -> flops of a Pallas kernel; None counts kernels as 0.
-    kernel_numbers(the same) -> numbers, of the kind of its first result, that a kernel moves; None where it moves
-    all of its operands and results.
+    text: the optimised HLO.
+    flops_per_s, bytes_per_s: the chip's peak arithmetic and memory bandwidth.
+    loops: iterations of a loop whose length depends on data.
+    kernel_flops: maps (op_name, dims of the operands) to the flops of a Pallas kernel; None counts kernels as 0.
+    kernel_numbers: maps the same to how many numbers of its first result's dtype a kernel moves; its result is None if
+        the kernel moves all of its operands and results.
     """
     reader = _Reader(read(text), flops_per_s, bytes_per_s, loops, kernel_flops, kernel_numbers)
     return reader.computation(reader.module.entry)
@@ -85,21 +90,21 @@ class _Reader:
         self.inside = functools.cache(self._inside)
 
     def _computation(self, name: str) -> Costs:
-        """Of a computation whose instructions run one by one."""
+        """Return the costs of a computation whose instructions run one by one."""
         computation = self.module.computations[name]
         seen: set[str] = set()
         total = Costs()
         for i in computation.instructions:
             costs = self._instruction(computation, i)
             channels = self._channels(i) if costs.collectives else set()
-            # A collective that the compiler spreads over several fusions, to hide it, has the same channel in all of
-            # them.
+            # A collective that the compiler spreads over several fusions, to overlap it with arithmetic, has the same
+            # channel in all of them.
             total += dataclasses.replace(costs, collectives=()) if channels and channels <= seen else costs
             seen |= channels
         return total
 
     def _channels(self, i: Instruction) -> set[str]:
-        """The channels of the collectives of an instruction and of its fusion."""
+        """Return the channels of the collectives of an instruction and of its fusion."""
         inner = i.called("calls") if i.opcode in ("fusion", "async-start") else None
         if inner:
             return set().union(*(self._channels(j) for j in self.module.computations[inner].instructions))
@@ -107,7 +112,7 @@ class _Reader:
         return {found.group(1)} if found else set()
 
     def _inside(self, name: str) -> Costs:
-        """Arithmetic and collectives of a fusion's computation, which touches no memory on its own."""
+        """Return the arithmetic and collectives of a fusion's computation, which touches no memory by itself."""
         computation = self.module.computations[name]
         total = Costs()
         for i in computation.instructions:
@@ -144,8 +149,10 @@ class _Reader:
         return dataclasses.replace(work, traffic=traffic, seconds=seconds)
 
     def _turns(self, i: Instruction) -> int:
-        """As the compiler wrote it down; or from a condition "counter < constant" (counters begin at 0 and go up by
-        1); or `loops`."""
+        """Return the iterations of a loop.
+
+        The number is the compiler's own note, or the constant of a condition "counter < constant" (counters begin at 0
+        and increase by 1), or `loops`."""
         found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.rest)
         if found:
             return int(found.group(1))
@@ -248,7 +255,7 @@ def _through_bitcasts(inner: Computation, i: Instruction) -> Instruction:
 
 
 def _read_bytes(inner: Computation, parameter: Instruction) -> float:
-    """What a fusion reads of one parameter: slices of it, nothing where it only updates it in place, or all of it."""
+    """Return the bytes that a fusion reads of a parameter: slices of it, 0 if it is only updated in place, or all."""
     total, waiting = 0.0, [parameter]
     while waiting:
         value = waiting.pop()
@@ -270,7 +277,7 @@ def _written_bytes(inner: Computation, leaf: Instruction) -> float:
 
 
 def _group_size(rest: str) -> int:
-    """Devices that take part in a collective together."""
+    """Return the number of devices that take part in a collective together."""
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
     if iota:
         return int(iota.group(2))
@@ -283,7 +290,9 @@ def _group_size(rest: str) -> int:
 
 
 def _convolution(i: Instruction, left: Shape, right: Shape) -> float:
-    """The compiler writes matrix products as convolutions; batch dimensions may be spatial ones with dilation."""
+    """Return the flops of a convolution.
+
+    The compiler writes matrix products as convolutions; batch dimensions may be spatial ones with dilation."""
     labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", i.rest)
     lhs, rhs, out = labels.groups()
     groups = int(found.group(1)) if (found := re.search(r"feature_group_count=(\d+)", i.rest)) else 1
@@ -308,8 +317,7 @@ def _convolution(i: Instruction, left: Shape, right: Shape) -> float:
 
 @functools.cache
 def _valid_pairs(size: int, kernel: int, out: int, *, stride: int, low: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """Pairs of an output place and a kernel place that meet an input value, neither padding nor a hole of the
-    dilation."""
+    """Count pairs of an output and a kernel position that meet an input value, not padding or a hole of dilation."""
     pairs, starts = 0, np.arange(out, dtype=np.int64) * stride - low
     for k in range(kernel):
         place = starts + k * rhs_dilate

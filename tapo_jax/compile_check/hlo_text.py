@@ -1,4 +1,4 @@
-"""Reads the text of an optimised HLO module (`compiled.as_text()`) into computations and instructions."""
+"""Read the text of an optimised HLO module (`compiled.as_text()`) into computations and instructions."""
 
 import dataclasses
 import functools
@@ -17,11 +17,12 @@ _SPACE = re.compile(r"S\((\d+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array. main: it lies in the chip's main memory, not in a scratch memory that the compiler manages."""
+    """One array."""
 
     dtype: str
     dims: tuple[int, ...]
     main: bool
+    """Whether it is in the chip's main memory, not in a scratch memory that the compiler manages."""
 
     @property
     def size(self) -> int:
@@ -29,31 +30,33 @@ class Shape:
 
     @property
     def bytes(self) -> float:
-        # Narrow floats such as f8e4m3fn are one byte; tokens and opaque values are none.
+        # Narrow floats such as f8e4m3fn take one byte; tokens and opaque values take none.
         return self.size * BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 0) / 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """shapes: the leaves of its value. operands: names of instructions of the same computation. rest: what follows
-    the operands."""
+    """One instruction of a computation."""
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
+    """The leaves of its value."""
     operands: tuple[str, ...]
+    """Names of instructions of the same computation."""
     literal: str
     rest: str
+    """The text after the operands."""
     root: bool
 
     def called(self, key: str) -> str | None:
-        """The computation of an attribute such as calls=%name."""
+        """Return the computation that an attribute such as calls=%name gives."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
         return found.group(1) if found else None
 
     @property
     def op_name(self) -> str:
-        """Where it came from: the path of scopes and functions in the traced program."""
+        """Return where it came from: the path of scopes and functions in the traced program."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else ""
 
@@ -94,7 +97,7 @@ class Module:
 
 
 def read(text: str) -> Module:
-    """Raises ValueError for a text without an entry computation."""
+    """Return the module in a text. Raises ValueError for a text without an entry computation."""
     computations, entry, name, lines = {}, None, None, []
     for line in text.splitlines():
         if name is None:
@@ -107,7 +110,7 @@ def read(text: str) -> Module:
             name = None
         elif line.startswith("  "):
             lines.append(line.strip())
-        else:  # an attribute that goes on in the next line
+        else:  # an attribute that continues on the next line
             lines[-1] += line
     if entry is None:
         raise ValueError("the text has no entry computation")
@@ -115,7 +118,7 @@ def read(text: str) -> Module:
 
 
 def shapes_of(text: str) -> tuple[Shape, ...]:
-    """The arrays in the text of a type, in order."""
+    """Return the arrays in the text of a type, in order."""
     return tuple(
         Shape(dtype, tuple(int(d) for d in dims.split(",") if d), _SPACE.search(layout) is None)
         for dtype, dims, layout in _SHAPE.findall(text)
@@ -142,7 +145,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place of the bracket that closes the one at `start`."""
+    """Return the index of the bracket that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)

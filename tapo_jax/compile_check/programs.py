@@ -38,23 +38,21 @@ from tapo_jax.rollout.schedule import Shapes
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function of the run with abstract arguments.
-
-    model_flops: of one call on all chips.
-    beside: bytes on one chip of other memory in use, which is no argument.
-    loops: iterations of a loop whose length depends on data (decoding ends early when all turns have ended).
-    """
+    """A jitted function of the run with abstract arguments."""
 
     name: str
     lower: Callable[[], Any]
     model_flops: float
+    """Flops of one call on all chips."""
     beside: float = 0.0
+    """Bytes of other memory in use on one chip, which are not arguments."""
     loops: int = 1
+    """Iterations of a loop whose length depends on data (decoding ends early when all turns have ended)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Abstract:
-    """A run made of shapes, which carry the shardings of the mesh."""
+    """A run with shapes in place of arrays; the shapes carry the shardings of the mesh."""
 
     config: ConfigDict
     model_config: Qwen3VLConfig
@@ -67,7 +65,7 @@ class Abstract:
 
 
 def model_shapes(model: ConfigDict) -> Qwen3VLConfig:
-    """The shapes of model.path, or of the published model that model.shape names."""
+    """Return the shapes of model.path, or of the published model that model.shape names."""
     if model.path:
         return Qwen3VLConfig.from_hf(json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8")))
     check_choice("model.shape", model.shape, tuple(MODELS))
@@ -75,7 +73,7 @@ def model_shapes(model: ConfigDict) -> Qwen3VLConfig:
 
 
 def abstract_run(config: ConfigDict, devices: list) -> Abstract:
-    """The model of a config laid out over the devices. Raises UserError for a config that could not train there."""
+    """Lay the model of a config out over the devices. Raises UserError for a config that could not train there."""
     check(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_rows(
@@ -96,7 +94,7 @@ def abstract_run(config: ConfigDict, devices: list) -> Abstract:
 
 
 def abstract_model(model_config: Qwen3VLConfig, model: ConfigDict) -> Qwen3VL:
-    """Make the model of shapes, with low-rank parameters where the config has them."""
+    """Make the model of shapes, with low-rank parameters if the config has them."""
 
     def make() -> Qwen3VL:
         dtypes = {"param_dtype": jnp.dtype(model.param_dtype), "dtype": jnp.dtype(model.dtype)}
@@ -109,7 +107,7 @@ def abstract_model(model_config: Qwen3VLConfig, model: ConfigDict) -> Qwen3VL:
 
 
 def image_patches(config: ConfigDict, model_config: Qwen3VLConfig) -> int:
-    """Patches of the largest image that the image processor lets through."""
+    """Return the number of patches of the largest image that the image processor allows."""
     processor = ImageProcessor.from_dir(config.model.path) if config.model.path else ImageProcessor()
     if config.rollout.max_pixels:
         processor = processor.limited(config.rollout.max_pixels)
@@ -117,22 +115,22 @@ def image_patches(config: ConfigDict, model_config: Qwen3VLConfig) -> int:
 
 
 def placed(tree: Any, shardings: Any) -> Any:
-    """The same shapes with these shardings."""
+    """Return the same shapes with these shardings."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def bytes_of_one(tree: Any) -> float:
-    """What the arrays of a tree take on one chip."""
+    """Return the bytes that the arrays of a tree take on one chip."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def has_reference(config: ConfigDict) -> bool:
-    """Return whether the weights that a KL term pulls towards stay on the chips."""
+    """Return whether the reference weights of a KL term stay on the chips."""
     return config.algorithm.kl_coef != 0
 
 
 def reference_bytes(run: Abstract) -> float:
-    """Return what the reference weights take on one chip."""
+    """Return the bytes that the reference weights take on one chip."""
     return bytes_of_one(run.params) if has_reference(run.config) else 0.0
 
 
@@ -151,7 +149,7 @@ def largest_batch(run: Abstract) -> TrainBatch:
 
 
 def train_program(run: Abstract) -> Program:
-    """One update on the largest batch."""
+    """Return the program of one update on the largest batch."""
     config = run.config
     scalar = _array((), jnp.int32, sharding.replicated(run.mesh))
     state = TrainState(scalar, run.params, run.opt_state, scalar, scalar)
@@ -169,7 +167,7 @@ def train_program(run: Abstract) -> Program:
 
 
 def log_probs_program(run: Abstract) -> Program:
-    """The reference's log-probabilities of the largest batch."""
+    """Return the program of the reference model's log-probabilities of the largest batch."""
     config = run.config
     sizes = buckets(config, run.model_config)
     log_probs = train_step.make_log_probs(policy_of(run), make_objective(config), buckets=sizes)
@@ -227,7 +225,7 @@ def abstract_slots(run: Abstract) -> Slots:
 
 
 def decode_program(run: Abstract) -> Program:
-    """A chunk of decoding steps in all slots, each as long as it can be."""
+    """Return the program of a chunk of decoding steps in all slots, each at its max length."""
     found = abstract_slots(run)
     chunk, capacity, R, vocab = found.shapes.chunk, found.shapes.capacity, found.shapes.slots, run.model_config.vocab
     rows, everywhere = sharding.rows(run.mesh), sharding.replicated(run.mesh)
@@ -253,7 +251,7 @@ def decode_program(run: Abstract) -> Program:
 
 
 def extend_program(run: Abstract) -> Program:
-    """The extension of slots (a prompt, a tool's response) that needs most memory."""
+    """Return the program of the extension of slots (a prompt, a tool's response) that needs most memory."""
     found = abstract_slots(run)
     piece = max(found.shapes.extend_calls(), key=lambda p: (p.rows * p.length, p.rows * p.patches, p.window))
     rows = sharding.rows(run.mesh)

@@ -19,6 +19,7 @@ import PIL.ImageOps
 
 from tapo_jax.config import BadImage
 from tapo_jax.models.image_processor import MAX_ASPECT
+from tapo_jax.tools.pixels import to_rgb
 
 PIL.Image.init()
 # No EPS or PDF: those run an interpreter.
@@ -122,29 +123,6 @@ def check_shape(height: int, width: int, name: str) -> None:
         raise bad(name, f"{width} x {height} has no pixels")
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise bad(name, f"{width} x {height} is more than {MAX_ASPECT} times as long as wide")
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image of any mode as RGB: alpha on white, 16 bit scaled. Raises ValueError for numbers that are no picture."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return PIL.Image.fromarray(_eight_bit(np.asarray(image))).convert("RGB")
-    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
-
-
-def _eight_bit(value_HxW: np.ndarray) -> np.ndarray:
-    """16-bit integers by their high byte, numbers in 0..1 times 255, numbers up to 255 as they are."""
-    low, high = float(value_HxW.min()), float(value_HxW.max())
-    if np.issubdtype(value_HxW.dtype, np.integer):
-        if low < 0 or high > 65535:
-            raise ValueError(f"integers from {low:g} to {high:g} are no picture")
-        wide = value_HxW.dtype.itemsize == 2 or high > 255
-        return (value_HxW >> 8 if wide else value_HxW).astype(np.uint8)
-    if not (low >= 0 and high <= 255):
-        raise ValueError(f"numbers from {low:g} to {high:g} are no picture")
-    return np.round(value_HxW * (255 if high <= 1 else 1)).astype(np.uint8)
 
 
 def from_base64(text: str) -> bytes:

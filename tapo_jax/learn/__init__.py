@@ -1,6 +1,6 @@
-"""From episodes to an update: advantages, losses, log-probabilities, the train step, checkpoints.
+"""Turn episodes into an update: advantages, losses, log-probabilities, the train step, checkpoints.
 
-What is public is listed in `__init__.pyi` and imported when it is first used. Never imports `tapo_jax.rollout`.
+Public names are listed in `__init__.pyi` and imported on first use. Never imports `tapo_jax.rollout`.
 """
 
 import lazy_loader

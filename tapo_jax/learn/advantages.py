@@ -1,4 +1,4 @@
-"""Rewards of a group to advantages of its trajectories, and the two reward rules that need a whole batch.
+"""Turn the rewards of a group into advantages of its trajectories; and the two reward rules that need a whole batch.
 
 Axes: P prompts, G rollouts of each, B rows.
 """

@@ -1,4 +1,4 @@
-"""From rewards and tool calls to the advantage of every token, for the whole batch, on the device.
+"""Turn rewards and tool calls into the advantage of every token, for the whole batch, on the device.
 
 This is where TAPO runs in training: the step between rollout and update. The mathematics is in `advantages.py`,
 `gigpo.py` and `tapo_jax.tapo`.
@@ -24,12 +24,12 @@ from tapo_jax.tapo.adaptive import Settings as AdaptiveSettings
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How advantages are made. Raises ValueError for an unknown name."""
+    """How advantages are computed. Raises ValueError for an unknown name."""
 
     max_length: int
-    """Tokens of a conversation at most."""
+    """Max tokens of a conversation."""
     credit: str = "tapo"
-    """Who gets the credit of a trajectory, a name of `CREDIT`."""
+    """How the tokens of a trajectory share its credit, a name of `CREDIT`."""
     estimator: str = "grpo"
     """The base algorithm's advantage (`advantages.ESTIMATORS`)."""
     dynamic_sampling: bool = False
@@ -38,7 +38,7 @@ class Settings:
     """Tokens before max_length in which a penalty grows to 1."""
     tapo: TapoSettings = tapo.PUBLISHED
     adaptive: AdaptiveSettings | None = None
-    """How TAPO's thresholds follow the data; None: they do not."""
+    """How TAPO's thresholds follow the data; None keeps them fixed."""
     gigpo: GigpoSettings = GigpoSettings()
 
     def __post_init__(self) -> None:
@@ -49,19 +49,17 @@ class Settings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Credit:
-    """What every trajectory and step got.
-
-    advantage_PxG: of the base algorithm.
-    transfer: without TAPO it says what resembles what (with the published settings), and nothing is corrected.
-    """
+    """The credit of every trajectory and step."""
 
     advantage_PxG: jax.Array
+    """The base algorithm's advantage of every trajectory."""
     transfer: CreditTransfer
+    """What TAPO decided. Without TAPO it has the similarities under the published settings, and corrects nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What the three ways of assigning credit choose from."""
+    """The inputs of the functions of `CREDIT`."""
 
     batch: TrainBatch
     encoded: EncodedBatch
@@ -77,7 +75,7 @@ def trajectory_credit(evidence: Evidence, settings: Settings) -> jax.Array:
 
 
 def tapo_credit(evidence: Evidence, settings: Settings) -> jax.Array:
-    """Give the tokens of a tool step what TAPO left of its punishment."""
+    """Give the tokens of a tool step the advantage that TAPO leaves it."""
     step_BxT = evidence.batch.step_BxT
     return tapo.token_advantages(evidence.advantage_PxG, evidence.transfer.advantage_PxS, step_BxT)
 
@@ -99,11 +97,12 @@ WITHOUT_EFFECT = dataclasses.replace(tapo.PUBLISHED, beta=0.0)
 
 
 def make_assign_credit(mesh: Mesh, settings: Settings) -> Callable:
-    """Return the jitted (batch, encoded, thresholds, seed_step_2) -> (advantage_BxT, mask_BxT, Credit, thresholds,
-    metrics).
+    """Return the jitted function that assigns credit.
 
-    thresholds: TAPO's where they adapt, else None. seed_step_2: int32, what the control that shuffles draws from.
-    TAPO's diagnostics are logged whoever gets the credit; without TAPO with the published settings.
+    It maps (batch, encoded, thresholds, seed_step_2) to (advantage_BxT, mask_BxT, Credit, thresholds, metrics).
+    thresholds are TAPO's if they adapt, else None; seed_step_2 is int32 (seed, step), from which the shuffling control
+    draws. TAPO's diagnostics are among the metrics whichever credit is chosen, with the published settings if it is
+    not TAPO's.
     """
 
     def assign_credit(
@@ -183,7 +182,7 @@ def transferred(
 ) -> tuple[CreditTransfer, AdaptiveTheta | None, dict[str, jax.Array]]:
     """Return (what TAPO decided about the G rollouts, thresholds for the next batch, diagnostics).
 
-    Remembered rollouts join as further members of their group; thresholds are used before they move.
+    Remembered rollouts join as further members of their group; thresholds are used before they are updated.
     """
     numbers = settings.tapo if settings.credit == "tapo" else WITHOUT_EFFECT
     steps, G = encoded.steps, advantage_PxG.shape[1]

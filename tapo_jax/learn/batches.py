@@ -1,4 +1,4 @@
-"""Episodes -> the arrays that the train step reads."""
+"""Pack episodes into the arrays that the train step reads."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from tapo_jax.types import Episode, Turn
 
 
 def tool_steps(episode: Episode, steps: int) -> list[Turn]:
-    """The executed calls of an episode in order, at most `steps`: slot k of TAPO is the k-th of this list."""
+    """Return the executed calls of an episode in order, at most `steps`: TAPO's slot k is the k-th of this list."""
     return [turn for turn in episode.turns if turn.is_step][:steps]
 
 
@@ -24,10 +24,16 @@ def pack(
     patches: int,
     steps: int,
 ) -> TrainBatch:
-    """Episodes (B of them, row b is episodes[b]) -> TrainBatch of numpy arrays of `length` tokens and `patches` patches
-    a row (0: without image fields), without old_logp and advantage.
+    """Pack B episodes into a TrainBatch of numpy arrays, without old_logp and advantage.
 
-    Raises ValueError where a row does not fit, or where an episode's ids, mask and log-probabilities do not line up.
+    episodes: row b is episodes[b].
+    config: the model's config.
+    pixels: where the images' patches come from.
+    length: tokens of a row, padding included.
+    patches: patches of a row, padding included; 0 leaves the image fields out.
+    steps: max tool steps of a rollout.
+
+    Raises ValueError if a row does not fit, or if an episode's ids, mask and log-probabilities do not line up.
     """
     B = len(episodes)
     mask_BxT = np.zeros((B, length), bool)
@@ -49,7 +55,7 @@ def pack(
 
 
 def check_episode(episode: Episode, config: Qwen3VLConfig) -> None:
-    """Raises ValueError unless ids, mask, log-probabilities, turns and images of an episode line up."""
+    """Raise ValueError unless ids, mask, log-probabilities, turns and images of an episode line up."""
     count = len(episode.token_T)
     written_T = np.zeros(count, bool)
     for turn in episode.turns:

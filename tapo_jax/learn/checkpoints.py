@@ -1,17 +1,17 @@
-"""Checkpoints of a run with orbax: {state, data iterator, run}, each written whole or not at all.
+"""Checkpoints of a run with orbax: {state, data, run}, each written whole or not at all.
 
-What is saved after step n (`WORKDIR/checkpoints/n/`): `state`, the TrainState with its layout over the mesh; `data`,
-the positions of what the host keeps (data iterator, memory of witnesses); `run`, the step, the seed and a fingerprint
+A checkpoint after step n (`WORKDIR/checkpoints/n/`) has `state`, the TrainState with its layout over the mesh; `data`,
+the host's state (position of the data iterator, memory of witnesses); `run`, the step, the seed and a fingerprint
 of the state. There is no generator state: all random numbers are folded from (seed, step, prompt, sample, turn).
 
 The order of resuming, which `train.py` follows:
 1. build mesh, model and optimizer from the config, so that shapes and layouts are known;
 2. find the newest complete checkpoint (a folder that a kill left half-written has a temporary name and is removed);
 3. restore the state into the layout and compare its fingerprint;
-4. put the data iterator and the memory of witnesses at their positions;
+4. restore the data iterator and the memory of witnesses;
 5. cut metrics.jsonl after step n;
-6. go on with step n + 1, whose keys are folded from n + 1.
-So a run that was killed after any step, and started again, writes what the run would have written.
+6. continue with step n + 1, whose keys are folded from n + 1.
+So a run that was killed after any step and resumed writes what the uninterrupted run would have written.
 """
 
 import gc
@@ -31,14 +31,15 @@ from tapo_jax.learn.state import TrainState
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-    """A uint32 of the bits of every leaf: changes when any bit of the state does (short of a coincidence of 1 in 4
-    billion)."""
+    """Return a uint32 hash of the bits of every leaf.
+
+    It changes when any bit of the state does, except by a coincidence of 1 in 4 billion."""
 
     def leaf(array: jax.Array) -> jax.Array:
         kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
         bits = jax.lax.bitcast_convert_type(array, kinds[array.dtype.itemsize]).astype(jnp.uint32)
         weight = jnp.ones(array.shape, jnp.uint32)
-        for axis in range(array.ndim):  # an odd weight for each place, so that swapped values are seen
+        for axis in range(array.ndim):  # an odd weight for each index, so that swapped values change the hash
             place = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
             weight *= place * jnp.uint32(2 * (40503 + 2 * axis)) + jnp.uint32(1)
         return jnp.sum(bits * weight, dtype=jnp.uint32)
@@ -61,13 +62,13 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint, None in a fresh folder."""
+        """Return the step of the newest complete checkpoint, None in a fresh folder."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, *, data: dict[str, Any], seed: int) -> None:
-        """Starts writing; the state may be donated as soon as this returns. Raises UserError where the disk refuses.
+        """Start writing; the state may be donated as soon as this returns. Raises UserError if it cannot be written.
 
-        The fingerprint of the parameters alone is for programs that read only them.
+        A fingerprint of only the parameters is saved too, for programs that read nothing else.
         """
         state_mark, params_mark = jax.device_get((fingerprint(state), fingerprint(state.params)))
         run = {"step": step, "seed": seed, "fingerprint": int(state_mark), "params_fingerprint": int(params_mark)}
@@ -81,7 +82,7 @@ class Checkpoints:
             raise self._unwritten(error) from error
 
     def wait(self) -> None:
-        """Returns when everything saved is on the disk. Raises UserError where it could not be written."""
+        """Wait until everything saved is on the disk. Raises UserError if it could not be written."""
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -89,8 +90,11 @@ class Checkpoints:
             raise self._unwritten(error) from error
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """-> (state, data, run). `like`: a state of the same shapes, whose layout is taken. Raises UserError where it
-        cannot be read."""
+        """Return (state, data, run) of a step.
+
+        like: a state of the same shapes; the restored one gets its layout.
+
+        Raises UserError if the checkpoint cannot be read."""
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore()
@@ -130,7 +134,7 @@ class Checkpoints:
 def read_params(checkpoint: Path, like: Any) -> Any:
     """Read the weights of one checkpoint of a run (WORKDIR/checkpoints/N), laid out like `like`, and nothing else.
 
-    Raises UserError where they cannot be read, do not fit, or are not those that were saved.
+    Raises UserError if they cannot be read, do not fit, or are not those that were saved.
     """
     wanted = {"params": jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)}
     arguments = ocp.args.PyTreeRestore(
@@ -159,8 +163,9 @@ def _unfit(checkpoint: Path, reason: str) -> UserError:
 
 
 def _forget_failed_reads() -> None:
-    """A failed read leaves half-run coroutines, each of which prints a page when it is collected: the sentence would
-    drown."""
+    """Silence the half-run coroutines that a failed read leaves.
+
+    Each prints a page of warnings when it is collected, in which the error's sentence would be lost."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     gc.collect()
     sys.unraisablehook = hook

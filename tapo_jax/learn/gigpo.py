@@ -1,7 +1,7 @@
 """GiGPO, the step-level comparator (Feng et al. 2025, arXiv 2505.10978): equal states, where TAPO has similar actions.
 
-Steps of a group that start from the same state form a step-level group: each is compared with what else was tried
-there. A step here is every turn of the policy, the answer and calls that went wrong included, unlike TAPO's.
+Steps of a group that start from the same state form a step-level group: each is compared with the others that were
+tried in that state. Unlike in TAPO, every turn of the policy is a step, the answer and failed calls included.
 Axes: P prompts, G rollouts, K steps of a rollout, S = G·K slots (slot = g·K + k); B rows, T tokens.
 """
 
@@ -22,7 +22,7 @@ class Settings:
 
 
 def turns(mask_BxT: jax.Array) -> jax.Array:
-    """Return turn_BxT: int32, the number of the turn that a token was written in, -1 where the policy did not write it.
+    """Return turn_BxT: int32, the turn in which the policy wrote a token, -1 for tokens that it did not write.
 
     Between two turns there is always a token that it did not write.
     """
@@ -31,7 +31,7 @@ def turns(mask_BxT: jax.Array) -> jax.Array:
 
 
 def step_returns(reward_PxG: jax.Array, valid_PxS: jax.Array, discount: float = 0.95) -> jax.Array:
-    """Return return_PxS = discount^(steps of the rollout that follow) · its reward, which comes at the end only."""
+    """Return return_PxS = discount^(later steps of the rollout) · its reward, which comes only at the end."""
     P, G = reward_PxG.shape
     valid_PxGxK = valid_PxS.reshape(P, G, -1)
     following_PxGxK = jnp.flip(jnp.cumsum(jnp.flip(valid_PxGxK, axis=2), axis=2), axis=2) - valid_PxGxK
@@ -50,9 +50,14 @@ def step_advantages(
 ) -> jax.Array:
     """Return the trajectory's advantage + omega · (return - mean) / std over the steps with the same anchor state.
 
-    anchor_PxS: int32 hash of the state that the step was taken in (for a tool agent: the conversation's last
-    observation). The standard deviation has ddof 1. A state that only one step saw, and one whose returns are all
-    equal, adds exactly 0. A slot without a step gets 0.
+    The standard deviation has ddof 1. A state with only one step, or with equal returns, adds exactly 0.
+
+    return_PxS: see `step_returns`.
+    anchor_PxS: int32 hash of the state in which the step was taken (for a tool agent, the last observation).
+    valid_PxS: bool, False for a slot without a step, which gets 0.
+    advantage_PxG: the trajectory's advantage.
+    omega: the weight of the step-level advantage.
+    epsilon: added to the standard deviation.
     """
     G = advantage_PxG.shape[1]
     same_PxSxS = (anchor_PxS[:, :, None] == anchor_PxS[:, None, :]) & valid_PxS[:, :, None] & valid_PxS[:, None, :]
@@ -69,7 +74,13 @@ def step_advantages(
 def turn_advantages(
     anchor_PxV: jax.Array, reward_PxG: jax.Array, advantage_PxG: jax.Array, settings: Settings
 ) -> jax.Array:
-    """Return the advantage of every turn, [P, V]. anchor_PxV: 0 where there is no turn."""
+    """Return the advantage of every turn, [P, V].
+
+    anchor_PxV: hash of the state before each turn; 0 means no turn.
+    reward_PxG: the trajectories' rewards.
+    advantage_PxG: the trajectories' advantages.
+    settings: weight and discount.
+    """
     valid_PxV = anchor_PxV != 0
     return_PxV = step_returns(reward_PxG, valid_PxV, settings.discount)
     return step_advantages(return_PxV, anchor_PxV, valid_PxV, advantage_PxG, omega=settings.omega)

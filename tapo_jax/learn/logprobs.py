@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of given tokens, never with a whole [B, T, V] array of logits.
+"""Log-probabilities and entropies of given tokens, without ever holding the whole [B, T, V] array of logits.
 
 Axes: B rows, T tokens, D width, V vocabulary, C positions of a chunk.
 """
@@ -24,7 +24,13 @@ def token_logp(
 
     The distribution is softmax(logits / temperature) without the forbidden tokens, as the sampler draws from it; the
     entropy is that distribution's. Position 0 has no history: both are 0 there.
-    chunk: positions of every row whose logits exist at one time. The backward pass recomputes them.
+
+    model: its embedding or output table gives the logits.
+    hidden_BxTxD: hidden states after the final norm.
+    token_BxT: ids.
+    temperature: that of the sampler.
+    forbidden_V: bool, tokens that are never drawn.
+    chunk: positions of every row whose logits exist at one time; the backward pass recomputes them.
     """
     T = token_BxT.shape[1]
     if T == 1:
@@ -32,7 +38,7 @@ def token_logp(
     steps = -(-(T - 1) // chunk)
     chunk = -(-(T - 1) // steps)
     spare = steps * chunk - (T - 1)
-    # Place t is predicted from place t - 1.
+    # Position t is predicted from position t - 1.
     history = jnp.pad(hidden_BxTxD[:, :-1], ((0, 0), (0, spare), (0, 0)))
     target = jnp.pad(token_BxT[:, 1:], ((0, 0), (0, spare)))
 
@@ -53,7 +59,7 @@ def token_logp(
         _, out = jax.lax.scan(lambda _, xs: (None, one(table_VxD, *xs)), None, (split(history), split(target)))
         return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], steps * chunk) for x in out)
 
-    # The table in its own precision: its gradient is summed over chunks and devices in that.
+    # The table keeps its own precision, in which its gradient is summed over chunks and devices.
     out = sharding.on_rows(all_places, qwen3_vl.output_table(model), history, target)
     logp_BxT, entropy_BxT = (jnp.pad(x[:, : T - 1], ((0, 0), (1, 0))) for x in out)
     return logp_BxT, entropy_BxT

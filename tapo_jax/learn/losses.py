@@ -156,7 +156,7 @@ def _metrics(
     count = mask_BxT.sum()
     positive_BxT, negative_BxT = advantage_BxT > 0, advantage_BxT < 0
 
-    def mean(value_BxT):
+    def mean(value_BxT: jax.Array) -> jax.Array:
         return jnp.where(mask_BxT, value_BxT, 0).sum(dtype=ratio_BxT.dtype) / jnp.maximum(count, 1)
 
     square = mean(ratio_BxT**2)
@@ -218,7 +218,9 @@ def kl(logp_BxT: ArrayLike, ref_logp_BxT: ArrayLike, estimator: str = "k3") -> j
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"KL estimator is {estimator!r}; known: {', '.join(KL_ESTIMATORS)}")
-    difference_BxT = jnp.clip(jax.lax.stop_gradient(ref_logp_BxT) - logp_BxT, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    difference_BxT = jnp.clip(
+        jax.lax.stop_gradient(jnp.asarray(ref_logp_BxT)) - logp_BxT, -MAX_LOG_RATIO, MAX_LOG_RATIO
+    )
     if estimator == "k1":
         return -difference_BxT
     if estimator == "k2":

@@ -1,8 +1,7 @@
-"""How a batch is cut: into mini-batches by a stride, into micro-batches by length, each no wider than it must be.
+"""Cut a batch into mini-batches by a stride and into micro-batches by length, each no wider than its rows need.
 
-Every device keeps the rows that it holds. S shards of the mesh hold n rows of a mini-batch each, k of them in a
-micro-batch. A bucket is a size that rows may be cropped to, (tokens, patches); buckets are ascending, the last one
-holds any row.
+Rows never move between devices. S shards of the mesh hold n rows of a mini-batch each, k of them in a micro-batch. A
+bucket is a size (tokens, patches) to which rows may be cropped; buckets are ascending, the last one holds any row.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs
 
 Buckets = Sequence[tuple[int, int]]
-MICRO_BATCHES = 8  # micro-batches of a mini-batch where there are widths to choose from, if its rows allow it
+MICRO_BATCHES = 8  # max micro-batches of a mini-batch if there are several widths
 
 
 def strided_part(tree: Any, parts: int, index: jax.Array | int) -> Any:
@@ -34,7 +33,7 @@ def strided_part(tree: Any, parts: int, index: jax.Array | int) -> Any:
 def by_length(inputs: ModelInputs, mesh: Mesh, buckets: Buckets) -> jax.Array | None:
     """Return order_Sxn: every shard's own rows, shortest first (rows of equal length in their order).
 
-    None where all micro-batches have the same width, so that their order does not matter.
+    None if all micro-batches have the same width, so that their order does not matter.
     """
     if len(buckets) == 1:
         return None
@@ -52,7 +51,7 @@ def micro_batch_count(order_Sxn: jax.Array | None, least: int) -> int:
 
 
 def take_rows(tree: Any, row_Sxk: jax.Array) -> Any:
-    """Take from every array the rows that each shard names among its own: [S·n, …] -> [S·k, …]."""
+    """Take from every array the rows that row_Sxk selects among each shard's own: [S·n, …] -> [S·k, …]."""
     shards = row_Sxk.shape[0]
     take = jax.vmap(lambda rows, row_k: rows.at[row_k].get(mode="promise_in_bounds"))
 
@@ -64,7 +63,7 @@ def take_rows(tree: Any, row_Sxk: jax.Array) -> Any:
 
 
 def micro_batch(rows: Any, order_Sxn: jax.Array | None, count: int, index: jax.Array) -> Any:
-    """Take micro-batch `index` of `count`: the ordered rows in equal parts; without an order, every count-th row."""
+    """Take micro-batch `index` of `count`: an equal part of the ordered rows; without an order, every count-th row."""
     if order_Sxn is None:
         return strided_part(rows, count, index)
     size = order_Sxn.shape[1] // count
@@ -74,9 +73,10 @@ def micro_batch(rows: Any, order_Sxn: jax.Array | None, count: int, index: jax.A
 def in_smallest_bucket(function: Callable, buckets: Buckets, inputs: ModelInputs, rows: Any) -> Any:
     """Apply a function to rows cropped to the smallest bucket that holds all of them.
 
-    function: its results must have the same shapes whatever the bucket.
+    function: its results must have the same shapes for every bucket.
     buckets: ascending (tokens, patches); the last one holds any row.
-    inputs: those of `rows`.
+    inputs: the ModelInputs of `rows`, which decide the bucket.
+    rows: what the function gets, cropped.
     """
     cropped = [lambda rows, bucket=bucket: function(crop(rows, *bucket)) for bucket in buckets]
     if len(buckets) == 1:
@@ -89,7 +89,7 @@ def in_smallest_bucket(function: Callable, buckets: Buckets, inputs: ModelInputs
 
 
 def crop(rows: Any, tokens: int, patches: int) -> Any:
-    """Keep the first tokens and patches of every row. Arrays with a patch axis are those of `ModelInputs` named so."""
+    """Keep the first tokens and patches of every row; a field's name tells whether it has a patch axis."""
 
     def leaf(path: tuple, array: jax.Array) -> jax.Array:
         return array[:, : patches if "_BxN" in sharding.path_name(path) else tokens]

@@ -25,15 +25,21 @@ class Settings:
     b2: float = 0.95
     weight_decay: float = 0.0
     grad_clip: float = 1.0
-    """The bound of the gradient's global norm; 0: none."""
+    """Max global norm of the gradient; 0 means no bound."""
     vision_lr_multiplier: float = 1.0
 
 
 def make_schedule(lr: float, kind: str, warmup: int, total: int) -> optax.Schedule:
-    """Return update number -> learning rate: a line from 0 to lr over `warmup` updates, then by `kind`.
+    """Return the map from update number to learning rate: a line from 0 to lr, then a curve of the given kind.
 
-    "constant": lr; "cosine": half a cosine from lr to 0 at `total`; "linear": a line from lr to 0 at `total`.
-    The first update uses lr / warmup (not 0, which would waste it). Raises UserError for another kind.
+    The first update uses lr / warmup (not 0, which would waste it).
+
+    lr: the peak rate.
+    kind: "constant" stays at lr, "cosine" is half a cosine from lr to 0, "linear" is a line from lr to 0.
+    warmup: updates of the first line.
+    total: the update at which "cosine" and "linear" reach 0.
+
+    Raises UserError for another kind.
     """
     check_choice("optimizer.schedule", kind, SCHEDULES)
     rest = max(1, total - warmup)
@@ -61,7 +67,7 @@ def is_trained(name: str, *, train_vision: bool, lora: bool) -> bool:
 
 
 def is_decayed(name: str) -> bool:
-    """Return whether a parameter decays: a matrix, no scale of a norm, no bias (stacked layers make both 2-D)."""
+    """Return whether a parameter decays: a matrix does, a norm's scale or a bias (2-D when stacked) does not."""
     last = name.rsplit("/", 1)[-1]
     return "norm" not in last and "bias" not in last
 

@@ -1,4 +1,4 @@
-"""How a batch of episodes ended, as arrays: rewards, successes, encoded calls, witnesses from earlier steps."""
+"""Outcomes of a batch of episodes as arrays: rewards, successes, encoded calls, witnesses from earlier steps."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,39 +18,38 @@ from tapo_jax.types import Episode
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EncodedBatch:
-    """How one batch ended. The steps are those of G + M rollouts of each prompt; the last M are remembered ones.
-
-    reward_PxG: float32, total rewards.
-    success_PxG: bool.
-    steps: the calls. M successful rollouts that the same question had in earlier steps follow those of the batch.
-    anchor_PxV: int32, a hash of what had last been seen before each of the at most V / G turns of the G rollouts, 0
-        where there is no turn; None where nobody asks.
-    remembered_success_PxM: bool, False where there is no remembered rollout.
-    remembered_advantage_PxM: the advantage that it had then.
-    remembered_weight_PxM: what is left of its weight.
-    judged_PxG: bool, False where nobody could say whether the answer is right; None where all of them are judged.
-    """
+    """Outcomes of one batch: G rollouts of each prompt, and M successful ones of earlier steps of the run."""
 
     reward_PxG: Any
+    """float32, total rewards."""
     success_PxG: Any
+    """bool."""
     steps: Steps
+    """The calls of the G rollouts of each prompt, followed by those of the M remembered ones."""
     anchor_PxV: Any
+    """int32, a hash of the last observation before each turn, V / G turns for a rollout; 0 means no turn.
+
+    None if GiGPO is not used."""
     remembered_success_PxM: Any
+    """bool, False where a prompt has fewer remembered rollouts."""
     remembered_advantage_PxM: Any
+    """The advantage that the remembered rollout had in its own batch."""
     remembered_weight_PxM: Any
+    """Its weight after decay."""
     judged_PxG: Any = None
+    """bool, False where nobody could say whether the answer is right; None if all of them are judged."""
 
 
 class CallEncoder:
-    """Encodes batches and keeps the memory of witnesses.
+    """Encoder of batches, with the memory of witnesses.
 
-    steps: K, tool steps of a rollout at most.
+    steps: K, max tool steps of a rollout.
     slots: `tapo.parameter_slots` of the tools.
     features: F of a hashed text, or the length of embed's vectors.
-    embed: text -> vector; None: hashed words and trigrams.
+    embed: maps a text to a vector; None hashes words and trigrams.
     memory: how long successful rollouts stay witnesses.
-    anchor_turns: turns of a rollout whose states are hashed, for GiGPO; 0: none.
-    may_fail: whether a judgement may fail; False: the program gets no judged_PxG.
+    anchor_turns: turns of a rollout whose states are hashed, for GiGPO; 0 hashes none.
+    may_fail: whether a judgement may fail; False gives the program no judged_PxG.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class CallEncoder:
 
     @property
     def remembered(self) -> int:
-        """M, the remembered rollouts of every group."""
+        """Return M, the number of remembered rollouts of every group."""
         return self._settings.rollouts
 
     def encode(self, groups: Sequence[Sequence[Episode]], step: int) -> EncodedBatch:
@@ -112,14 +111,14 @@ class CallEncoder:
         self._memory = kept
 
     def get_state(self) -> tapo_memory.Memory:
-        """JSON-able; the same in every process."""
+        """Return the memory as JSON-able values, the same in every process."""
         return self._memory
 
     def set_state(self, state: tapo_memory.Memory) -> None:
         self._memory = state
 
     def _anchors(self, groups: Sequence[Sequence[Episode]]) -> np.ndarray:
-        """Return int32 [P, G · turns]."""
+        """Return the anchors of all turns, int32 [P, G · turns]."""
         rows = [[anchor for e in group for anchor in turn_anchors(e, self._anchor_turns)] for group in groups]
         return np.array(rows, np.int32)
 
@@ -131,7 +130,7 @@ class CallEncoder:
 
 
 def turn_anchors(episode: Episode, turns: int) -> list[int]:
-    """Hash what was last seen before each turn: at first the question, then the newest tool response."""
+    """Hash the last observation before each turn: the question at first, then the newest tool response."""
     anchors, seen = [], "question"
     for turn in episode.turns:
         anchors.append(name_hash(seen))

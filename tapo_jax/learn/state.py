@@ -1,4 +1,4 @@
-"""What an update changes: parameters, the optimizer's moments, counters; and one optimizer step on it."""
+"""The train state (parameters, the optimizer's moments, counters) and one optimizer step on it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,24 +18,26 @@ from tapo_jax.tapo.adaptive import AdaptiveTheta
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that an update changes; with the data iterator and the seed, all that a run needs to go on.
-
-    update: int32, updates tried. params, opt_state: pytrees (nested dicts of arrays).
-    skipped, skipped_in_a_row: int32, updates left out because loss or gradient was not finite.
-    thresholds: TAPO's similarity thresholds of each tool where they adapt, else None.
-    """
+    """All that an update changes; with the data iterator and the seed, all that a run needs to resume."""
 
     update: jax.Array
+    """int32, updates tried."""
     params: Any
+    """Nested dicts of arrays."""
     opt_state: Any
+    """The optimizer's state."""
     skipped: jax.Array
+    """int32, updates skipped because the loss or the gradient was not finite."""
     skipped_in_a_row: jax.Array
+    """int32, how many of the latest updates were skipped in a row."""
     thresholds: AdaptiveTheta | None = None
+    """TAPO's similarity thresholds of each tool if they adapt, else None."""
 
 
 def split_model(model: nnx.Module) -> tuple[Any, Any]:
-    """-> (graphdef, params): the static structure and a nested dict of arrays; `nnx.merge(graphdef, params)` puts them
-    together."""
+    """Return (graphdef, params): the static structure and a nested dict of arrays.
+
+    `nnx.merge(graphdef, params)` makes the model of them again."""
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 
@@ -47,8 +49,14 @@ def init_state(
     mesh: Mesh,
     thresholds: AdaptiveTheta | None = None,
 ) -> TrainState:
-    """A fresh state laid out over the mesh; axes: the parameters' logical axes by path. The parameters are not copied
-    where they already lie as they should."""
+    """Return a fresh state laid out over the mesh.
+
+    params: not copied if they already have their layout.
+    axes: the parameters' logical axes by path.
+    optimizer: makes the moments.
+    mesh: the devices.
+    thresholds: TAPO's, if they adapt.
+    """
     params = jax.device_put(params, sharding.parameters(params, axes, mesh))
     layout = sharding.parameters(jax.eval_shape(optimizer.init, params), axes, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
@@ -62,7 +70,7 @@ def init_state(
 def apply_gradients(
     state: TrainState, optimizer: optax.GradientTransformation, loss: jax.Array, gradient: Any
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer update, or none where the loss or a gradient is not finite (then only the counters change)."""
+    """Apply one optimizer update; if the loss or a gradient is not finite, only the counters change."""
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -87,5 +95,5 @@ def apply_gradients(
 
 
 def updates_made(state: TrainState) -> jax.Array:
-    """The updates that were made: the optimizer's own count, from which a skipped update is left out."""
+    """Return the number of updates made: the optimizer's own count, which leaves out skipped updates."""
     return state.update - state.skipped

@@ -1,8 +1,9 @@
-"""The device side of learning: model -> log-probabilities -> loss -> gradients -> update, jitted over the mesh.
+"""Device side of learning: model -> log-probabilities -> loss -> gradients -> update, jitted over the mesh.
 
 Rows are cut into mini-batches with a stride (row i·U + u belongs to update u), so that the samples of one group are
-spread over the updates, and into micro-batches of like length (`micro_batches.py`), all in one compiled program. Every
-micro-batch divides by the token count of the whole mini-batch, so that their sum is exactly the loss of the mini-batch.
+spread over the updates, and into micro-batches of similar length (`micro_batches.py`), all in one compiled program.
+The loss of every micro-batch is divided by the token count of the whole mini-batch, so that their sum is exactly the
+loss of the mini-batch.
 """
 
 import dataclasses
@@ -28,16 +29,14 @@ from tapo_jax.models import qwen3_vl
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What stays the same of the trained model.
-
-    graphdef: its structure; `nnx.merge(graphdef, params)` is the model.
-    forbidden_V: bool, tokens that the policy may not write.
-    mesh: where its programs run.
-    """
+    """The parts of the trained model that do not change."""
 
     graphdef: Any
+    """The model's structure; `nnx.merge(graphdef, params)` is the model."""
     forbidden_V: Any
+    """bool, tokens that the policy may not write."""
     mesh: Mesh
+    """Where its programs run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Objective:
     """The weight of the KL term towards the reference model."""
     kl_estimator: str = "k3"
     importance_cap: float | None = 2.0
-    """The bound of trainer / sampler probability (`losses.importance_weight`); None: no correction."""
+    """Max ratio of trainer to sampler probability (`losses.importance_weight`); None means no correction."""
     temperature: float = 1.0
-    """The temperature that the sampler drew at."""
+    """The sampler's temperature."""
     updates_per_batch: int = 1
     micro_batches: int = 1
     remat: str = "none"
@@ -63,10 +62,17 @@ class Objective:
 def accumulate(
     loss_fn: Callable, params: Any, inputs: Callable, rows: Callable, count: int, buckets: micro_batches.Buckets
 ) -> tuple[jax.Array, dict, Any]:
-    """-> (loss, metrics, gradient) of `loss_fn(params, rows) -> (loss, metrics)` over `count` micro-batches.
+    """Return (loss, metrics, gradient) over `count` micro-batches.
 
-    rows(index) -> a micro-batch; inputs(micro-batch) -> its ModelInputs. Loss and gradient are sums over the
-    micro-batches, so loss_fn divides by counts of the mini-batch; metrics are stacked, [count].
+    Loss and gradient are sums over the micro-batches, so loss_fn must divide by counts of the mini-batch; metrics are
+    stacked, [count].
+
+    loss_fn: maps (params, a micro-batch) to (loss, metrics).
+    params: what the gradient is taken of.
+    inputs: maps a micro-batch to its ModelInputs.
+    rows: maps an index to a micro-batch.
+    count: number of micro-batches.
+    buckets: ascending (tokens, patches) to which a micro-batch may be cropped.
     """
     value_and_gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -82,7 +88,7 @@ def accumulate(
 
 
 def freeze(params: Any, *, train_vision: bool, lora: bool) -> Any:
-    """The same parameters with no gradient through those that are not trained, so that it is not even compiled."""
+    """Stop the gradient of parameters that are not trained, so that it is not even compiled."""
 
     def leaf(path: tuple, array: jax.Array) -> jax.Array:
         trained = is_trained(sharding.path_name(path), train_vision=train_vision, lora=lora)
@@ -110,7 +116,7 @@ def row_logp(
         return token_logp(model, hidden_BxTxD, inputs.token_BxT, **options)
 
 
-# Programs: each is made once for a run and compiled once for a shape.
+# Programs: each is made once for a run and compiled once for every shape.
 
 
 def make_log_probs(
@@ -122,9 +128,11 @@ def make_log_probs(
 ) -> Callable:
     """Return the jitted (params, inputs) -> logp_BxT of the whole batch, in the micro-batches that the updates use.
 
+    policy: the model.
+    objective: how the updates compute log-probabilities.
     buckets: as for `make_update`.
-    later_updates: only of the rows of the second update and those after it, 0 elsewhere: the first update of a batch
-        finds the old log-probabilities among its own.
+    later_updates: compute only the rows of the second and later updates, and return 0 for the others. The first update
+        of a batch needs no old log-probabilities: they equal the ones that it computes.
     """
     updates = objective.updates_per_batch
     options = {"temperature": objective.temperature, "chunk": objective.logp_chunk}
@@ -152,7 +160,7 @@ def make_log_probs(
 def _in_micro_batches(
     compute: Callable, rows: ModelInputs, mesh: Mesh, buckets: micro_batches.Buckets, least: int
 ) -> jax.Array:
-    """Compute [rows, T] in micro-batches of like length, and put the rows back in their order."""
+    """Compute [rows, T] in micro-batches of similar length, and restore the order of the rows."""
     order_Sxn = micro_batches.by_length(rows, mesh, buckets)
     count = micro_batches.micro_batch_count(order_Sxn, least)
 
@@ -177,14 +185,18 @@ def make_update(
     *,
     buckets: micro_batches.Buckets | None = None,
 ) -> Callable:
-    """Return the jitted (state, batch, ref_logp_BxT or None, index) -> (state, metrics): one update on mini-batch
-    `index` of the batch.
+    """Return the jitted (state, batch, ref_logp_BxT or None, index) -> (state, metrics), one update.
 
-    The state is donated and keeps the layout of `state`. batch.advantage_BxT is filled; batch.old_logp_BxT where there
-    is more than one update a batch, for the second and later ones: in the first (index 0) the old log-probabilities are
-    the current ones without their gradient, and no extra pass is made.
-    buckets: ascending (tokens, patches) that a micro-batch may be cropped to, the last one the batch's own; None: only
-        the batch's own.
+    The update uses mini-batch `index` of the batch; the state is donated. batch.advantage_BxT must be filled, and
+    batch.old_logp_BxT too if a batch has more than one update. Only the later updates read it: in the first (index 0)
+    the old log-probabilities are the current ones without their gradient, which costs no extra pass.
+
+    policy: the model.
+    optimizer, schedule: as from `make_optimizer`.
+    objective: what the update minimises.
+    state: its layout is kept.
+    buckets: ascending (tokens, patches) to which a micro-batch may be cropped, the last one the batch's own size; None
+        means only the batch's own size.
     """
 
     def update(
@@ -226,9 +238,14 @@ def micro_batch_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the loss of one micro-batch, divided by the count of its mini-batch, and its metrics.
 
-    first: bool, whether nothing was updated since the batch was played.
-    denominator: `losses.count` of the mini-batch.
     The metrics are means over the micro-batch's tokens.
+
+    policy, params: the model.
+    batch: the micro-batch.
+    ref_logp_BxT: the reference model's log-probabilities, for the KL term.
+    first: bool, whether no update was made since the batch was played.
+    objective: what the update minimises.
+    denominator: `losses.count` of the mini-batch.
     """
     mask_BxT = batch.mask_BxT
     logp_BxT, entropy_BxT = row_logp(
@@ -268,10 +285,9 @@ def micro_batch_loss(
 
 
 def combine(metrics_M: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Metrics of the micro-batches as one: means weighted by their tokens, `_max` the largest, `_sum` and tokens the
-    sum.
+    """Combine the metrics of micro-batches: means weighted by tokens, the max of `_max`, the sum of `_sum` and tokens.
 
-    The largest of a NaN and a number is the NaN.
+    The max of a NaN and a number is NaN.
     """
     tokens_M = metrics_M["loss/tokens"]
     share_M = tokens_M / jnp.maximum(tokens_M.sum(), 1)
@@ -287,7 +303,7 @@ def combine(metrics_M: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def over_updates(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of the updates on one batch as one: `_max` the largest, counters the last, the rest the mean."""
+    """Combine the metrics of the updates on one batch: max of `_max`, last value of counters, mean of the rest."""
     merged = {}
     for name in each[0]:
         values = [float(one[name]) for one in each]

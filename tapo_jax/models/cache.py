@@ -54,7 +54,7 @@ def init_cache(config: Qwen3VLConfig, slots: int, capacity: int, dtype: jnp.dtyp
 def write_all(
     x_LxBxKxSxA: jax.Array, new_BxKxTxA: jax.Array, layer: int | jax.Array, active_B: jax.Array, place_B: jax.Array
 ) -> jax.Array:
-    """Do what `write` does with one row for every slot, in order; rows that are not active are skipped.
+    """Write as `write` does, with one row for every slot, in order; rows that are not active are skipped.
 
     On a mesh every device writes its own slots: for a scatter by slot index the compiler would gather the rows of all
     devices."""

@@ -16,7 +16,8 @@ from tapo_jax.config import UserError
 from tapo_jax.models import chat_template
 from tapo_jax.models.chat_template import ChatTemplate
 from tapo_jax.models.model_files import check_no_pointer
-from tapo_jax.rollout.turns import SURROGATE, ParsedTurn, parse_turn
+from tapo_jax.rollout.turns import ParsedTurn, parse_turn
+from tapo_jax.tools.values import whole_text
 from tapo_jax.types import Image
 
 __all__ = ["IMAGE_MARK", "Chat", "ParsedTurn", "parse_turn"]
@@ -117,8 +118,7 @@ class Chat:
 
     def clean(self, text: str) -> str:
         """The same text with every control token broken by a space, and halves of surrogate pairs replaced."""
-        whole = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
-        return self._control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", whole)
+        return self._control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", whole_text(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -5,11 +5,9 @@ import json
 import re
 from typing import Any
 
+from tapo_jax.tools.values import MAX_DEPTH, MAX_DIGITS, too_deep, whole_text
 from tapo_jax.types import ToolCall
 
-MAX_DEPTH = 32  # of the arguments of a call; deeper ones break what records and compares them
-MAX_DIGITS = 300  # of a number; a float holds 308
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: no character, and no encoder takes it
 _TAG = re.compile(r"<(think|tool_call|answer)>")
 _WHOLE = re.compile(
     r"\s*<think>(?:(?!</?think>).)*</think>\s*(?:<tool_call>(?:(?!<tool_call>).)*</tool_call>|<answer>(?:(?!<answer>).)*</answer>)\s*",
@@ -36,7 +34,7 @@ def parse_turn(text: str, opening: str | None = None) -> ParsedTurn:
     thought there. None: not known, then a turn whose first tag closes a thought had it opened.
     Calls and answers inside of a thought are only mentioned: they count for nothing.
     """
-    text = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+    text = whole_text(text)
     if opening is None:
         opening = "<think>" if _closes_first(text) else ""
     text = opening + text
@@ -92,7 +90,7 @@ def _closes_first(text: str) -> bool:
 def _parse_call(body: str) -> tuple[ToolCall | None, str | None]:
     try:
         value = json.loads(body, parse_constant=_refuse, parse_int=_integer, parse_float=_float)
-        if _deep(value):
+        if too_deep(value):
             return None, f"The tool call is nested deeper than {MAX_DEPTH} levels."
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -122,18 +120,3 @@ def _float(digits: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError("a number is too large")
     return value
-
-
-def _deep(value: Any) -> bool:
-    """Whether lists and objects lie deeper in each other than MAX_DEPTH. No recursion: the depth is the policy's."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, list | dict)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return False
-    return True

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from tapo_jax.tapo.clusters import membership
-from tapo_jax.tapo.encode import Steps, name_hash
+from tapo_jax.tapo.encode import Array, Steps, name_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +68,18 @@ def thresholds(state: AdaptiveTheta, steps: Steps, theta: float) -> jax.Array:
 
 
 def update(
-    state: AdaptiveTheta, steps: Steps, sim_PxSxS: jax.Array, success_PxG: jax.Array, settings: Settings
+    state: AdaptiveTheta, steps: Steps, sim_PxSxS: jax.Array, success_PxG: Array, settings: Settings
 ) -> AdaptiveTheta:
-    """Return the state after one batch; sim_PxSxS from `pairwise_similarity`.
+    """Return the state after one batch.
 
     It sums over P, so it runs sharded over prompts.
+
+    Args:
+        state: before the batch.
+        steps: the batch's, from `encode_steps`.
+        sim_PxSxS: from `pairwise_similarity`.
+        success_PxG: bool.
+        settings: the quantile, the rate and the bounds.
     """
     own_PxSxG = membership(steps.trajectory_PxS, success_PxG.shape[1])
     witness_PxS = (own_PxSxG & success_PxG.astype(bool)[:, None, :]).any(axis=2) & steps.valid_PxS
@@ -80,7 +87,7 @@ def update(
     pair_PxSxS = witness_PxS[:, :, None] & witness_PxS[:, None, :] & other_PxSxS
     pair_PxSxS &= steps.tool_PxS[:, :, None] == steps.tool_PxS[:, None, :]
 
-    def count(tool, theta):
+    def count(tool: jax.Array, theta: jax.Array) -> tuple[jax.Array, jax.Array]:
         mine_PxSxS = pair_PxSxS & (steps.tool_PxS == tool)[:, :, None]
         return mine_PxSxS.sum(dtype=jnp.float32) / 2, (mine_PxSxS & (sim_PxSxS <= theta)).sum(dtype=jnp.float32) / 2
 

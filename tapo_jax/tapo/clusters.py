@@ -1,27 +1,37 @@
-"""Witnesses to clusters of parameter-equivalent calls. Axes: P prompts, S step slots of a group.
+"""Cluster the witnesses into parameter-equivalent calls. Axes: P prompts, S step slots of a group.
 
-Both functions return label_PxS int32: the lowest slot of the witness's cluster, S where the slot holds no witness.
+`components` and `leaders` return label_PxS int32: the lowest slot of the witness's cluster, S where the slot holds no
+witness.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tapo_jax.tapo.encode import Array
 
-def membership(trajectory_PxS, group: int):
-    """own_PxSxG bool: whether slot s belongs to trajectory g. A slot with a number outside 0..G-1 belongs to none."""
+
+def membership(trajectory_PxS: Array, group: int) -> jax.Array:
+    """Return own_PxSxG, bool: whether slot s belongs to trajectory g.
+
+    A slot with a number outside 0..G-1 belongs to none.
+    """
     return trajectory_PxS[:, :, None] == jnp.arange(group, dtype=jnp.int32)[None, None, :]
 
 
-def narrow_slots(S: int):
-    """(0 .. S-1 as [1, S], S itself) in the narrowest unsigned type: reductions over pairs of slots are bound by the
-    bytes they read, and a byte holds a slot of most groups."""
+def narrow_slots(S: int) -> tuple[np.ndarray, np.unsignedinteger]:
+    """Return (0 .. S-1 as [1, S], S itself) in the narrowest unsigned type.
+
+    Reductions over pairs of slots are bound by the bytes they read, and a byte holds a slot of most groups.
+    """
     dtype = np.min_scalar_type(S)
     return np.arange(S, dtype=dtype)[None, :], dtype.type(S)
 
 
-def components(sim_PxSxS, witness_PxS, theta_Px1x1):
-    """Connected components of sim ≥ theta among the witnesses: a partition that does not depend on their order.
+def components(sim_PxSxS: jax.Array, witness_PxS: jax.Array, theta_PxSx1: jax.Array) -> jax.Array:
+    """Label the connected components of sim ≥ theta among the witnesses.
+
+    The partition does not depend on the order of the witnesses. theta_PxSx1: broadcast to [P, S, S].
 
     Every witness takes the smallest label of its neighbours, then its label's label, until nothing changes: a few
     rounds for what rollouts give, and always right, since labels only fall and a component's labels end equal. A
@@ -30,10 +40,10 @@ def components(sim_PxSxS, witness_PxS, theta_Px1x1):
     S = sim_PxSxS.shape[1]
     slot_1xS, none = narrow_slots(S)
     both_PxSxS = witness_PxS[:, :, None] & witness_PxS[:, None, :]
-    link_PxSxS = both_PxSxS & (sim_PxSxS >= theta_Px1x1) & (sim_PxSxS > 0)
+    link_PxSxS = both_PxSxS & (sim_PxSxS >= theta_PxSx1) & (sim_PxSxS > 0)
     start_PxS = jnp.where(witness_PxS, slot_1xS, none)
 
-    def spread(carry):
+    def spread(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         label_PxS, _ = carry
         near_PxS = jnp.where(link_PxSxS, label_PxS[:, None, :], none).min(axis=2)
         new_PxS = jnp.minimum(label_PxS, near_PxS)
@@ -45,14 +55,17 @@ def components(sim_PxSxS, witness_PxS, theta_Px1x1):
     return label_PxS.astype(jnp.int32)
 
 
-def leaders(sim_PxSxS, witness_PxS, theta_Px1x1):
-    """Greedy clusters in slot order: a witness joins the earlier leader most similar to it (the first of equals)
-    where that similarity is ≥ theta and above 0, else it leads a new cluster."""
+def leaders(sim_PxSxS: jax.Array, witness_PxS: jax.Array, theta_PxSx1: jax.Array) -> jax.Array:
+    """Label greedy clusters in slot order.
+
+    A witness joins the earlier leader most similar to it (the first of equals) where that similarity is ≥ theta and
+    above 0, else it leads a new cluster. theta_PxSx1: broadcast to [P, S, 1].
+    """
     P, S = witness_PxS.shape
     slot_1xS = jnp.arange(S, dtype=jnp.int32)[None, :]
-    theta_PxS = jnp.broadcast_to(theta_Px1x1, (P, S, 1))[:, :, 0]
+    theta_PxS = jnp.broadcast_to(theta_PxSx1, (P, S, 1))[:, :, 0]
 
-    def visit(s, label_PxS):
+    def visit(s: jax.Array, label_PxS: jax.Array) -> jax.Array:
         sim_PxS = jax.lax.dynamic_index_in_dim(sim_PxSxS, s, axis=1, keepdims=False)
         leading_PxS = (label_PxS == slot_1xS) & (slot_1xS < s)
         sim_PxS = jnp.where(leading_PxS, sim_PxS, -1)

@@ -1,40 +1,57 @@
-"""What TAPO found and did in a batch, as scalars. Counts first: those of parts of a batch add up, fractions do not."""
+"""Summarise what TAPO found and did in a batch, as scalars.
 
+Counts come first: those of parts of a batch add up, fractions do not.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from tapo_jax.tapo.clusters import membership
 from tapo_jax.tapo.controls import failing_steps
+from tapo_jax.tapo.encode import Array
+from tapo_jax.tapo.result import CreditTransfer
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def diagnostic_counts(
-    transfer,
-    trajectory_PxS,
-    valid_PxS,
-    success_PxG,
-    advantage_PxG,
-    thresholds=THRESHOLDS,
-    judged_PxG=None,
-):
-    """dict of float32 sums over the batch; those of several batches may be added before `diagnostics_from_counts`.
+    transfer: CreditTransfer,
+    trajectory_PxS: Array,
+    valid_PxS: Array,
+    success_PxG: ArrayLike,
+    advantage_PxG: Array,
+    thresholds: Sequence[float] = THRESHOLDS,
+    judged_PxG: ArrayLike | None = None,
+) -> dict[str, jax.Array]:
+    """Return float32 sums over the batch; those of several batches may be added before `diagnostics_from_counts`.
 
-    transfer: CreditTransfer of the same arrays. A failing step is a valid step of a trajectory without success.
-    judged_PxG: False for a trajectory of which nobody knows whether it succeeded (None: all are known). It is no
-        failing trajectory; its steps must be invalid.
+    A failing step is a valid step of a trajectory without success.
+
+    Args:
+        transfer: what `transfer` gave for the same arrays.
+        trajectory_PxS: int, the slot's rollout.
+        valid_PxS: bool, whether the slot holds a step.
+        success_PxG: bool.
+        advantage_PxG: the base algorithm's.
+        thresholds: similarities at which correctable steps are counted too.
+        judged_PxG: bool, False if nobody knows whether the rollout succeeded (None: all are known). It is no failing
+            rollout; its steps must be invalid.
     """
     success_PxG = jnp.asarray(success_PxG).astype(bool)
     own_PxSxG = membership(trajectory_PxS, success_PxG.shape[1])
     adv_PxS = jnp.where(own_PxSxG, advantage_PxG[:, None, :], 0).sum(axis=2)
     failing_PxS = failing_steps(trajectory_PxS, valid_PxS, success_PxG)
-    witness_PxS = valid_PxS & own_PxSxG.any(axis=2) & ~failing_PxS
+    witness_PxS = jnp.asarray(valid_PxS) & own_PxSxG.any(axis=2) & ~failing_PxS
     witnessed_P = witness_PxS.any(axis=1)
     failed_PxG = ~success_PxG if judged_PxG is None else ~success_PxG & judged_PxG
 
-    def total(x):
+    def total(x: jax.Array) -> jax.Array:
         return x.sum(dtype=jnp.float32)
 
-    def trajectories(flag_PxS):
+    def trajectories(flag_PxS: jax.Array) -> jax.Array:
         return total((own_PxSxG & flag_PxS[:, :, None]).any(axis=1) & ~success_PxG)
 
     counts = {
@@ -56,16 +73,20 @@ def diagnostic_counts(
     return counts
 
 
-def diagnostics_from_counts(counts):
-    """dict of scalars named tapo/…; a fraction of nothing is 0.
+def diagnostics_from_counts(counts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return scalars named tapo/…; a fraction of nothing is 0.
 
-    correctable_actions: failing steps with sim ≥ theta / failing steps; correctable_trajectories: failing trajectories
-    with one / failing trajectories; …_at_t: the same at threshold t. corrected_actions: failing steps that passed both
-    gates / failing steps. mean_compensation: mean of A(O) - adv over them. witness_clusters: mean number of clusters of
-    a group that has a witness. groups_without_witness: groups without a valid step of a successful trajectory / groups.
+    correctable_actions: failing steps with sim ≥ theta / failing steps.
+    correctable_trajectories: failing trajectories with such a step / failing trajectories.
+    correctable_…_at_t: the same at threshold t.
+    corrected_actions: failing steps that passed both gates / failing steps.
+    mean_compensation: mean of A(O) - adv over the corrected steps.
+    witness_clusters: mean number of clusters of a group that has a witness.
+    groups_without_witness: groups without a valid step of a successful trajectory / groups.
+    failing_actions, failing_trajectories, witnesses: the counts themselves.
     """
 
-    def ratio(part, whole):
+    def ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
         return part / jnp.maximum(whole, 1)
 
     out = {
@@ -85,14 +106,14 @@ def diagnostics_from_counts(counts):
 
 
 def diagnostics(
-    transfer,
-    trajectory_PxS,
-    valid_PxS,
-    success_PxG,
-    advantage_PxG,
-    thresholds=THRESHOLDS,
-    judged_PxG=None,
-):
-    """`diagnostics_from_counts` of `diagnostic_counts`: the metrics of one batch."""
+    transfer: CreditTransfer,
+    trajectory_PxS: Array,
+    valid_PxS: Array,
+    success_PxG: ArrayLike,
+    advantage_PxG: Array,
+    thresholds: Sequence[float] = THRESHOLDS,
+    judged_PxG: ArrayLike | None = None,
+) -> dict[str, jax.Array]:
+    """Return the metrics of one batch: `diagnostics_from_counts` of `diagnostic_counts`, with its arguments."""
     counts = diagnostic_counts(transfer, trajectory_PxS, valid_PxS, success_PxG, advantage_PxG, thresholds, judged_PxG)
     return diagnostics_from_counts(counts)

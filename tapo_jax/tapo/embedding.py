@@ -8,17 +8,18 @@ mean is taken off because it is common to all tokens and would make every pair o
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jax.typing import ArrayLike
 
 
-def mean_of_table(table_VxD) -> Callable[[Sequence[int]], np.ndarray]:
-    """ids -> float32 [D], the mean of the ids' rows; zeros for no ids."""
-    table_VxD = np.asarray(table_VxD, np.float32)
-    centre_D = table_VxD.mean(axis=0)
+def mean_of_table(table_VxD: ArrayLike) -> Callable[[Sequence[int]], np.ndarray]:
+    """Return ids -> float32 [D]: the mean of the ids' rows minus the table's mean; zeros for no ids."""
+    row_VxD = np.asarray(table_VxD, np.float32)
+    centre_D = row_VxD.mean(axis=0)
 
     def vector(ids: Sequence[int]) -> np.ndarray:
         if len(ids) == 0:
             return np.zeros_like(centre_D)
-        return table_VxD[np.asarray(ids)].mean(axis=0) - centre_D
+        return row_VxD[np.asarray(ids)].mean(axis=0) - centre_D
 
     return vector
 
@@ -26,5 +27,8 @@ def mean_of_table(table_VxD) -> Callable[[Sequence[int]], np.ndarray]:
 def text_embedding(
     tokenize: Callable[[str], Sequence[int]], vector: Callable[[Sequence[int]], np.ndarray]
 ) -> Callable[[str], np.ndarray]:
-    """text -> vector, for `encode_steps(…, embed=text_embedding(tokenize, vector), features=D)` and text="cosine"."""
+    """Return text -> vector.
+
+    For `encode_steps(…, embed=text_embedding(tokenize, vector), features=D)` and text="cosine".
+    """
     return lambda text: vector(tokenize(text))

@@ -11,13 +11,14 @@ The memory lives on the host and is plain data, a dict that goes into a checkpoi
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from tapo_jax.tapo.encode import Call
-from tapo_jax.tapo.transfer import CreditTransfer
-from tapo_jax.types import Identity, Number, Region, Text
+from tapo_jax.tapo.encode import Call, Groups
+from tapo_jax.tapo.result import CreditTransfer
+from tapo_jax.types import Identity, Number, Parameter, Region, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +34,12 @@ class Settings:
 
     @property
     def rollouts(self) -> int:
-        """M, the rollouts that join every group."""
+        """Return M, the rollouts that join every group."""
         return self.size if self.steps else 0
 
 
 # {question id: [{"step": int, "advantage": float, "calls": [[tool, [[kind, fields…], …]], …]}, …]}, newest last
-Memory = dict[str, list[dict]]
-Groups = Sequence[Sequence[Sequence[Call | None]]]
-KINDS = {"region": Region, "text": Text, "identity": Identity, "number": Number}
+Memory = dict[str, list[dict[str, Any]]]
 
 
 def remember(
@@ -54,7 +53,16 @@ def remember(
 ) -> Memory:
     """Add the successful trajectories of this training step, and forget those that are too old.
 
-    Trajectories without a call count in the support of others. groups: as for `encode_steps`.
+    Trajectories without a call count in the support of others.
+
+    Args:
+        memory: before this step; it is not changed.
+        step: the number of this training step.
+        ids: of the P questions.
+        groups: their rollouts' calls, as for `encode_steps`.
+        success_PxG: bool.
+        advantage_PxG: of the trajectories.
+        settings: how long and how many are remembered.
     """
     fresh = lambda entry: step - entry["step"] < settings.steps  # noqa: E731
     kept = {name: list(filter(fresh, entries)) for name, entries in memory.items()}
@@ -72,10 +80,17 @@ def remember(
 
 def recall(
     memory: Memory, step: int, ids: Sequence[str], groups: Groups, settings: Settings
-) -> tuple[list, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[list[list[Sequence[Call | None]]], np.ndarray, np.ndarray, np.ndarray]:
     """Return (groups with M more rollouts each, success_PxM, advantage_PxM, weight_PxM), numpy.
 
     Always M more, empty and failing where memory has less, so that shapes stay the same. Only earlier steps count.
+
+    Args:
+        memory: from `remember`.
+        step: the number of this training step.
+        ids: of the P questions.
+        groups: their rollouts' calls, as for `encode_steps`.
+        settings: how long and how many are remembered, and the discount.
     """
     size = settings.rollouts
     extended = []
@@ -103,23 +118,27 @@ def drop_remembered(result: CreditTransfer, width: int) -> CreditTransfer:
     return jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, result)
 
 
-def _pack(call: Call) -> list:
+def _pack(call: Call) -> list[Any]:
+    """Return a call as plain lists, for JSON."""
     name, parameters = call
-    packed = []
-    for parameter in parameters:
-        kind = next(kind for kind, cls in KINDS.items() if type(parameter) is cls)
-        if kind == "region":
-            packed.append([kind, int(parameter.root), [float(x) for x in parameter.box]])
-        elif kind == "number":
-            packed.append([kind, float(parameter.value), float(parameter.low), float(parameter.high)])
-        else:
-            packed.append([kind, parameter.value])
-    return [name, packed]
+    return [name, [_pack_parameter(parameter) for parameter in parameters]]
 
 
-def _unpack(call: list) -> Call:
+def _pack_parameter(parameter: Parameter) -> list[Any]:
+    if isinstance(parameter, Region):
+        return ["region", int(parameter.root), [float(x) for x in parameter.box]]
+    if isinstance(parameter, Number):
+        return ["number", float(parameter.value), float(parameter.low), float(parameter.high)]
+    return ["text" if isinstance(parameter, Text) else "identity", parameter.value]
+
+
+def _unpack(call: list[Any]) -> Call:
+    """Return the call that `_pack` made plain."""
     name, packed = call
-    parameters = []
-    for kind, *fields in packed:
-        parameters.append(Region(fields[0], tuple(fields[1])) if kind == "region" else KINDS[kind](*fields))
-    return name, tuple(parameters)
+    return name, tuple(_unpack_parameter(*fields) for fields in packed)
+
+
+def _unpack_parameter(kind: str, *fields: Any) -> Parameter:
+    if kind == "region":
+        return Region(fields[0], tuple(fields[1]))
+    return {"text": Text, "identity": Identity, "number": Number}[kind](*fields)

@@ -1,4 +1,4 @@
-"""TAPO's numbers and choices as one frozen object."""
+"""Hold TAPO's numbers and choices in one frozen object."""
 
 import dataclasses
 from typing import Any

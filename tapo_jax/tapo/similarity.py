@@ -1,4 +1,4 @@
-"""Similarity of all pairs of tool steps of a group, on the device. Axes as in `tapo_encode`; axis O is a second S.
+"""Compare all pairs of tool steps of a group, on the device. Axes as in `encode`; axis O is a second S, W words.
 
 [same tool] · [equal identities] · mean over the other parameters, and each kind of parameter has its own measure:
 
@@ -11,13 +11,14 @@ A parameter that only one of two calls has counts as similarity 0, one that neit
 import jax
 import jax.numpy as jnp
 
-from tapo_jax.tapo.encode import MAX_COUNT, Steps
+from tapo_jax.tapo.encode import MAX_COUNT, Array, Steps
 
 TEXT_MEASURES = ("dice", "jaccard", "cosine", "exact")
+Levels = tuple[jax.Array, tuple[jax.Array, ...], jax.Array]  # level, the bits of each word at it, the sum below it
 
 
-def pairwise_similarity(steps: Steps, text: str = "dice"):
-    """sim_PxSxS in 0..1, float32, symmetric; exactly 1 for equal calls, 0 where either slot has no valid step.
+def pairwise_similarity(steps: Steps, text: str = "dice") -> jax.Array:
+    """Return sim_PxSxS in 0..1: float32, symmetric; exactly 1 for equal calls, 0 where either slot has no valid step.
 
     text: "dice", "jaccard" (of uint8 counts), "cosine" (of counts or embeddings), "exact" (equal after normalising).
     Raises ValueError for another measure and for dice or jaccard of another type.
@@ -39,15 +40,16 @@ def pairwise_similarity(steps: Steps, text: str = "dice"):
     return jnp.where(same_PxSxS, jnp.minimum(mean_PxSxS, 1), 0)
 
 
-def _equal(value_PxS):
+def _equal(value_PxS: Array) -> Array:
     return value_PxS[:, :, None] == value_PxS[:, None, :]
 
 
-def _both(flag_PxS):
+def _both(flag_PxS: Array) -> Array:
     return flag_PxS[:, :, None] & flag_PxS[:, None, :]
 
 
-def _region(steps: Steps, i: int):
+def _region(steps: Steps, i: int) -> tuple[jax.Array, Array]:
+    """Return (similarity of the i-th regions of all pairs, whether each step has one)."""
     box_PxSx4 = steps.box_PxSxRx4[:, :, i]
     x1, y1, x2, y2 = jax.lax.optimization_barrier(tuple(box_PxSx4[..., c] for c in range(4)))
     area_PxS = jnp.maximum(x2 - x1, 0) * jnp.maximum(y2 - y1, 0)
@@ -62,13 +64,15 @@ def _region(steps: Steps, i: int):
     return sim_PxSxS, steps.has_region_PxSxR[:, :, i]
 
 
-def _number(steps: Steps, i: int):
+def _number(steps: Steps, i: int) -> tuple[jax.Array, Array]:
+    """Return (similarity of the i-th numbers of all pairs, whether each step has one)."""
     number_PxS = steps.number_PxSxN[:, :, i]
     distance_PxSxS = jnp.abs(number_PxS[:, :, None] - number_PxS[:, None, :])
     return jnp.maximum(1 - distance_PxSxS, 0), steps.has_number_PxSxN[:, :, i]
 
 
-def _text(steps: Steps, i: int, measure: str):
+def _text(steps: Steps, i: int, measure: str) -> tuple[Array, Array]:
+    """Return (similarity of the i-th texts of all pairs, whether each step has one)."""
     text_PxSxF = steps.text_PxSxXxF[:, :, i]
     P, S = text_PxSxF.shape[:2]
     equal_PxSxS = _equal(steps.text_hash_PxSxX[:, :, i])
@@ -90,7 +94,7 @@ def _text(steps: Steps, i: int, measure: str):
     return jnp.where(equal_PxSxS, 1, sim_PxSxS), steps.has_text_PxSxX[:, :, i]
 
 
-def _cosine(text_PxSxF):
+def _cosine(text_PxSxF: Array) -> jax.Array:
     text_PxSxF = text_PxSxF.astype(jnp.float32)
     # HIGHEST: a TPU's default product rounds its inputs to bfloat16, which is coarser than the thresholds deserve.
     dot_PxSxS = jnp.einsum("psf,pof->pso", text_PxSxF, text_PxSxF, precision=jax.lax.Precision.HIGHEST)
@@ -99,8 +103,8 @@ def _cosine(text_PxSxF):
     return jnp.clip(dot_PxSxS / jnp.where(scale_PxSxS > 0, scale_PxSxS, 1), 0, 1)
 
 
-def shared_counts(count_PxSxF):
-    """Σ_f min(a_f, b_f) of all pairs, int32 [P, S, S], exact. count_PxSxF: uint8.
+def shared_counts(count_PxSxF: Array) -> jax.Array:
+    """Return Σ_f min(a_f, b_f) of all pairs, int32 [P, S, S], exact. count_PxSxF: uint8.
 
     min(a, b) = Σ_{t ≥ 1} [a ≥ t]·[b ≥ t], so each level t is an AND of bit rows and a population count: 32 features an
     instruction, and no [P, S, S, F] array. Levels run as long as any count reaches them (a handful in search queries).
@@ -112,13 +116,13 @@ def shared_counts(count_PxSxF):
     four_PxSx8xW = jax.lax.bitcast_convert_type(count_PxSxF.reshape(P, S, 8, words, 4), jnp.uint32)
     shift_1x1x8x1 = jnp.arange(8, dtype=jnp.uint32).reshape(1, 1, 8, 1)
 
-    def bits(level):
-        """A uint32 [P, S] for each word: in one array XLA keeps the words side by side and reads pairs in strides."""
+    def bits(level: jax.Array) -> tuple[jax.Array, ...]:
+        """Return a uint32 [P, S] for each word: in one array XLA interleaves the words and reads pairs in strides."""
         reached_PxSx8xW = _bytes_at_least(four_PxSx8xW, level.astype(jnp.uint32)) >> 7
         bits_PxSxW = (reached_PxSx8xW << shift_1x1x8x1).sum(axis=2, dtype=jnp.uint32)
         return tuple(bits_PxSxW[:, :, w] for w in range(words))
 
-    def add_level(carry):
+    def add_level(carry: Levels) -> Levels:
         level, bits_of_words, shared_PxSxS = carry
         for bits_PxS in bits_of_words:
             both_PxSxS = bits_PxS[:, :, None] & bits_PxS[:, None, :]
@@ -126,7 +130,7 @@ def shared_counts(count_PxSxF):
         # The next level's bits travel in the carry: computed where they are used, they are computed for every pair.
         return level + 1, bits(level + 1), shared_PxSxS
 
-    def any_left(carry):
+    def any_left(carry: Levels) -> jax.Array:
         level, bits_of_words, _ = carry
         return (level <= MAX_COUNT) & jnp.stack([bits_PxS.max(initial=0) for bits_PxS in bits_of_words]).any()
 
@@ -134,8 +138,8 @@ def shared_counts(count_PxSxF):
     return jax.lax.while_loop(any_left, add_level, start)[2]
 
 
-def _bytes_at_least(four, level):
-    """The top bit of each byte of four tells whether that byte is ≥ level (1..255).
+def _bytes_at_least(four: jax.Array, level: jax.Array) -> jax.Array:
+    """Set the top bit of each byte of `four` where that byte is ≥ level (1..255); clear all other bits.
 
     With its top bit set, a byte minus the level's low seven bits cannot borrow from its neighbour, and keeps the bit
     exactly where its own low seven bits are not smaller.

@@ -1,4 +1,4 @@
-"""TAPO: tool steps of failing trajectories that match what successful ones did get part of their punishment back.
+"""Transfer credit: tool steps of failing trajectories that match successful ones' get part of their punishment back.
 
 From Dong et al., "TAPO: Tool-Aware Policy Optimization via Credit Transfer for Multimodal Search Agents", arXiv
 2606.05784.
@@ -8,49 +8,32 @@ of a group (slot = g·K + k), T tokens.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from tapo_jax.tapo import clusters, controls
-from tapo_jax.tapo.encode import Steps
+from tapo_jax.tapo.encode import Array, Steps
+from tapo_jax.tapo.result import CreditTransfer
 from tapo_jax.tapo.settings import CLUSTERINGS, PUBLISHED, Settings
 from tapo_jax.tapo.similarity import pairwise_similarity
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CreditTransfer:
-    """What TAPO decided about every step slot O, C* being the cluster of witnesses that it is most similar to.
-
-    advantage_PxS: corrected; the trajectory's own advantage where not corrected, 0 where the slot has no trajectory.
-    corrected_PxS: bool, both gates passed. correctable_PxS: bool, valid step of a failing trajectory with sim ≥ theta.
-    sim_PxS, support_PxS: sim(O, C*) and sup(C*), 0 where there is no witness.
-    cluster_PxS: int32, C* named by the lowest slot of its members, -1 where there is no witness. A witness's C* is its
-        own cluster. witness_PxS: int32, the slot of the member of C* that O is most similar to, -1 likewise.
-    clusters_P: int32, the number of clusters of the group.
-    """
-
-    advantage_PxS: jax.Array
-    corrected_PxS: jax.Array
-    correctable_PxS: jax.Array
-    sim_PxS: jax.Array
-    support_PxS: jax.Array
-    cluster_PxS: jax.Array
-    witness_PxS: jax.Array
-    clusters_P: jax.Array
+# The arguments of `transfer`: steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS, key_P.
+Part = tuple[Steps, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def transfer_from_similarity(
-    sim_PxSxS: jax.typing.ArrayLike,
-    trajectory_PxS: jax.typing.ArrayLike,
-    valid_PxS: jax.typing.ArrayLike,
-    success_PxG: jax.typing.ArrayLike,
-    advantage_PxG: jax.typing.ArrayLike,
+    sim_PxSxS: ArrayLike,
+    trajectory_PxS: ArrayLike,
+    valid_PxS: ArrayLike,
+    success_PxG: ArrayLike,
+    advantage_PxG: ArrayLike,
     settings: Settings = PUBLISHED,
     *,
-    theta_PxS: jax.typing.ArrayLike | None = None,
-    weight_PxG: jax.typing.ArrayLike | None = None,
+    theta_PxS: ArrayLike | None = None,
+    weight_PxG: ArrayLike | None = None,
 ) -> CreditTransfer:
     """Transfer credit between steps whose pairwise similarities are known.
 
@@ -84,23 +67,23 @@ def transfer_from_similarity(
         jnp.asarray(advantage_PxG),
         settings,
         theta_PxS,
-        weight_PxG,
+        None if weight_PxG is None else jnp.asarray(weight_PxG),
         questions=1,
     )
 
 
 def _transfer(
-    sim_PxSxS,
-    trajectory_PxS,
-    valid_PxS,
-    success_PxG,
-    advantage_PxG,
+    sim_PxSxS: jax.Array,
+    trajectory_PxS: jax.Array,
+    valid_PxS: jax.Array,
+    success_PxG: jax.Array,
+    advantage_PxG: jax.Array,
     settings: Settings,
-    theta_PxS,
-    weight_PxG,
+    theta_PxS: ArrayLike | None,
+    weight_PxG: jax.Array | None,
     questions: int,
 ) -> CreditTransfer:
-    """As `transfer_from_similarity`.
+    """Transfer credit, as `transfer_from_similarity`, where G may hold several questions.
 
     questions: G holds the trajectories of this many questions, one after another (scope "batch"): sup(C) then divides
         by the successful trajectories of the questions represented in C.
@@ -149,21 +132,28 @@ def _transfer(
     )
 
 
-def _per_step(theta, sim_PxSxS):
-    """A threshold for each step, in the type of the similarities."""
+def _per_step(theta: ArrayLike, sim_PxSxS: jax.Array) -> jax.Array:
+    """Return a threshold for each step, in the type of the similarities."""
     return jnp.broadcast_to(jnp.asarray(theta, sim_PxSxS.dtype), sim_PxSxS.shape[:2])
 
 
-def _trajectories_of_clusters(label_PxS, witness_PxS, own_PxSxG):
-    """in_cluster_PxSxG: for every witness, the trajectories that have a member in its cluster."""
+def _trajectories_of_clusters(label_PxS: jax.Array, witness_PxS: jax.Array, own_PxSxG: jax.Array) -> jax.Array:
+    """Return in_cluster_PxSxG, bool: for every witness, the trajectories that have a member in its cluster."""
     same_PxSxS = (label_PxS[:, :, None] == label_PxS[:, None, :]) & witness_PxS[:, :, None] & witness_PxS[:, None, :]
     # Products of 0 and 1 are exact in any precision; the sum is at most S.
     members_PxSxG = jnp.einsum("pso,pog->psg", same_PxSxS.astype(jnp.float32), own_PxSxG.astype(jnp.float32))
     return members_PxSxG > 0
 
 
-def _support_and_advantage(in_cluster_PxSxG, success_PxG, advantage_PxG, weight_PxG, aggregate, questions):
-    """sup(C) and Adv(C) of the cluster of every witness; 0 at the other slots."""
+def _support_and_advantage(
+    in_cluster_PxSxG: jax.Array,
+    success_PxG: jax.Array,
+    advantage_PxG: jax.Array,
+    weight_PxG: jax.Array | None,
+    aggregate: str,
+    questions: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Return sup(C) and Adv(C) of the cluster of every witness; 0 at the other slots."""
     P, S, G = in_cluster_PxSxG.shape
     weight_PxG = jnp.ones_like(advantage_PxG) if weight_PxG is None else weight_PxG.astype(advantage_PxG.dtype)
     credit_Px1xG = (advantage_PxG * weight_PxG)[:, None, :]
@@ -185,8 +175,10 @@ def _support_and_advantage(in_cluster_PxSxG, success_PxG, advantage_PxG, weight_
     return sup_PxS, jnp.where(in_cluster_PxSxG.any(axis=2), credit_PxS, 0)
 
 
-def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
-    """(sim, slot) of the best witness of every slot: largest sim, largest sup, lowest label, lowest slot.
+def _nearest_cluster(
+    sim_PxSxS: jax.Array, witness_PxS: jax.Array, sup_PxS: jax.Array, label_PxS: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return (sim, slot) of the best witness of every slot: largest sim, largest sup, lowest label, lowest slot.
 
     sim is -1 where there is no witness. The barrier makes both reductions read the same array: recomputed inside each
     of two fused loops, a similarity may round differently, and then no slot equals the maximum.
@@ -208,13 +200,13 @@ def _nearest_cluster(sim_PxSxS, witness_PxS, sup_PxS, label_PxS):
 
 def transfer(
     steps: Steps,
-    success_PxG: jax.typing.ArrayLike,
-    advantage_PxG: jax.typing.ArrayLike,
+    success_PxG: ArrayLike,
+    advantage_PxG: ArrayLike,
     settings: Settings = PUBLISHED,
     *,
     key: jax.Array | None = None,
-    theta_PxS: jax.typing.ArrayLike | None = None,
-    weight_PxG: jax.typing.ArrayLike | None = None,
+    theta_PxS: ArrayLike | None = None,
+    weight_PxG: ArrayLike | None = None,
 ) -> CreditTransfer:
     """Compare the encoded calls of every group and transfer credit: the whole of TAPO.
 
@@ -224,7 +216,8 @@ def transfer(
         advantage_PxG: the base algorithm's.
         settings: with scope "batch", C* and its witness are numbered p·S + slot.
         key: PRNG key; needed by the control "shuffled".
-        theta_PxS, weight_PxG: as in `transfer_from_similarity`.
+        theta_PxS: as in `transfer_from_similarity`.
+        weight_PxG: as in `transfer_from_similarity`.
 
     Raises ValueError for the control "shuffled" without a key.
     """
@@ -234,11 +227,11 @@ def transfer(
     P, G = success_PxG.shape
     theta_PxS = settings.theta if theta_PxS is None else theta_PxS
     theta_PxS = jnp.broadcast_to(jnp.asarray(theta_PxS, jnp.float32), steps.valid_PxS.shape)
-    weight_PxG = jnp.ones((P, G), advantage_PxG.dtype) if weight_PxG is None else weight_PxG
+    weight_PxG = jnp.ones((P, G), advantage_PxG.dtype) if weight_PxG is None else jnp.asarray(weight_PxG)
     key_P = jax.random.split(jax.random.key(0) if key is None else key, P)
     questions = P if settings.scope == "batch" else 1
 
-    def work(part):
+    def work(part: Part) -> CreditTransfer:
         steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS, key_P = part
         sim_PxSxS = pairwise_similarity(steps, settings.text)
         if settings.control == "shuffled":
@@ -264,20 +257,23 @@ def transfer(
     return work(part) if settings.chunks == 1 else _chunked(work, part, settings.chunks)
 
 
-def _chunked(work, tree, chunks: int):
-    """work over prompts p = c, c + chunks, c + 2·chunks, … for c = 0, 1, …: a shard of prompts stays on its device."""
+def _chunked(work: Callable[[Part], CreditTransfer], part: Part, chunks: int) -> CreditTransfer:
+    """Run work over prompts p = c, c + chunks, c + 2·chunks, … for c = 0, 1, …
 
-    def split(x):
+    So a shard of prompts stays on its device.
+    """
+
+    def split(x: Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0] // chunks, chunks, *x.shape[1:]), 1, 0)
 
-    def join(x):
+    def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-    return jax.tree.map(join, jax.lax.map(work, jax.tree.map(split, tree)))
+    return jax.tree.map(join, jax.lax.map(work, jax.tree.map(split, part)))
 
 
-def _pool(part):
-    """One group of all prompts: trajectory p·G + g, slot p·S + s."""
+def _pool(part: Part) -> Part:
+    """Make one group of all prompts: trajectory p·G + g, slot p·S + s."""
     steps, success_PxG, advantage_PxG, weight_PxG, theta_PxS, key_P = part
     P, G = success_PxG.shape
     trajectory_PxS = steps.trajectory_PxS + G * jnp.arange(P, dtype=jnp.int32)[:, None]
@@ -288,6 +284,7 @@ def _pool(part):
 
 
 def _unpool(result: CreditTransfer, prompts: int) -> CreditTransfer:
+    """Split the result of `_pool`'s one group into those of its prompts."""
     # The clusters are the batch's: all of them are counted at prompt 0, so that the sum over P is right.
     clusters_P = jnp.zeros(prompts, jnp.int32).at[0].set(result.clusters_P[0])
     split = {
@@ -298,8 +295,8 @@ def _unpool(result: CreditTransfer, prompts: int) -> CreditTransfer:
     return CreditTransfer(**split, clusters_P=clusters_P)
 
 
-def token_advantages(advantage_PxG, step_advantage_PxS, step_BxT):
-    """advantage_BxT: the step's where step_BxT ≥ 0 (the slot k of the token's tool step), the trajectory's elsewhere.
+def token_advantages(advantage_PxG: Array, step_advantage_PxS: Array, step_BxT: Array) -> jax.Array:
+    """Return advantage_BxT: the step's where step_BxT ≥ 0 (the slot k of the token's step), the trajectory's elsewhere.
 
     S = G·K, row b = p·G + g. A chain of K selects, since a gather of B·T elements is slow on every accelerator.
     """

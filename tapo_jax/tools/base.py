@@ -1,22 +1,30 @@
 """What a tool is, and how calls are run: checked, on threads, with time-outs, retries and a cache. An error is a
 result.
 
-A tool declares its parameters once, in the JSON schema that the policy sees. Each property also carries "x-kind", which
-is how TAPO compares two calls: "region" (a box in an image), "image" (a whole image), "text", "identity", "number".
+A tool declares its parameters once, in the JSON schema that the policy sees. How TAPO compares each of them is its kind
+(`schemas.kinds`).
 """
 
 import collections
 import concurrent.futures
+import copy
 import dataclasses
+import inspect
 import json
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from tapo_jax.types import Identity, Image, Number, Parameter, Prompt, Region, Text, ToolCall, ToolResult
+from tapo_jax.config import UserError
+from tapo_jax.tools import schemas, values
+from tapo_jax.tools.arguments import BadCall, call_parameters, check_arguments, check_schema, compose
+from tapo_jax.tools.results import error_word, settle
+from tapo_jax.tools.schemas import function_schema
+from tapo_jax.types import Identity, Image, Prompt, ToolCall, ToolResult
 
-_TYPES = {"string": str, "integer": int, "number": (int, float), "array": list, "boolean": bool, "object": dict}
+__all__ = ["BadCall", "Tool", "ToolRunner", "call_parameters", "compose", "function_schema", "needs_prompt"]
 
 
 class Tool(Protocol):
@@ -29,89 +37,21 @@ class Tool(Protocol):
     def __call__(self, arguments: dict[str, Any], images: Sequence[Image]) -> ToolResult: ...
 
 
-class BadCall(Exception):
-    """The call cannot run. `kind` is one word for the metrics; the message is what the policy reads."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
-
-
 def needs_prompt(tool: Tool) -> bool:
     return "needs_prompt" in dir(tool) and bool(tool.needs_prompt)
 
 
-def function_schema(
-    name: str, description: str, properties: dict[str, dict], required: Sequence[str]
-) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": properties, "required": list(required)}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
-
-
-def check_arguments(schema: dict[str, Any], arguments: dict[str, Any], images: Sequence[Image]) -> None:
-    """Raises BadCall where the arguments do not fit the schema, a box is no box, or an image does not exist."""
-    parameters = schema["function"]["parameters"]
-    for name in parameters["required"]:
-        if name not in arguments:
-            raise BadCall("bad_arguments", f"The argument '{name}' is missing.")
-    for name, value in arguments.items():
-        if name not in parameters["properties"]:
-            raise BadCall("bad_arguments", f"There is no argument '{name}': use {', '.join(parameters['properties'])}.")
-        wanted = parameters["properties"][name]
-        if not isinstance(value, _TYPES[wanted["type"]]) or (isinstance(value, bool) and wanted["type"] != "boolean"):
-            raise BadCall("bad_arguments", f"The argument '{name}' must be of type {wanted['type']}.")
-        if wanted["x-kind"] == "region":
-            _check_box(name, value)
-        if wanted["x-kind"] == "image" and not 0 <= value < len(images):
-            held = f"images 0 to {len(images) - 1}" if images else "no image"
-            raise BadCall("bad_image", f"There is no image {value}: the conversation has {held}.")
-
-
-def _check_box(name: str, box: list) -> None:
-    numbers = len(box) == 4 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box)
-    if not numbers or not all(0 <= v <= 1000 for v in box):
-        raise BadCall("bad_box", f"'{name}' must be [x1, y1, x2, y2] with numbers from 0 to 1000.")
-    if box[0] >= box[2] or box[1] >= box[3]:
-        raise BadCall("bad_box", f"'{name}' is empty: x1 must be less than x2, and y1 less than y2.")
-
-
-def compose(box: Sequence[float], image: Image) -> tuple[float, float, float, float]:
-    """A box relative to `image` (0..1) as a box in the image's root."""
-    x1, y1, x2, y2 = image.box
-    w, h = x2 - x1, y2 - y1
-    return (x1 + box[0] * w, y1 + box[1] * h, x1 + box[2] * w, y1 + box[3] * h)
-
-
-def call_parameters(
-    schema: dict[str, Any], arguments: dict[str, Any], images: Sequence[Image]
-) -> tuple[Parameter, ...]:
-    """The arguments as TAPO compares them. A box is composed with its image into root coordinates, and then stands for
-    both; labels and other properties with "x-kind": "none" are left out."""
-    properties = schema["function"]["parameters"]["properties"]
-    kinds = {name: properties[name]["x-kind"] for name in properties if name in arguments}
-    region = next((name for name, kind in kinds.items() if kind == "region"), None)
-    found: list[Parameter] = []
-    for name, kind in kinds.items():
-        value = arguments[name]
-        if kind == "image":
-            image = images[value]
-            box = image.box if region is None else compose([v / 1000 for v in arguments[region]], image)
-            found.append(Region(image.root, box))
-        elif kind == "text":
-            found.append(Text(value))
-        elif kind == "identity":
-            found.append(Identity(json.dumps(value)))
-        elif kind == "number":
-            found.append(Number(float(value), float(properties[name]["minimum"]), float(properties[name]["maximum"])))
-    return tuple(found)
-
-
 class ToolRunner:
-    """Runs calls on a bounded pool of threads. `submit` never raises and its future always holds a result.
+    """Runs calls on a bounded pool of threads. `submit` never raises and its future always holds a result, whatever the
+    policy wrote and whatever a tool does: raises, calls sys.exit, gives something that is no result.
 
+    schemas: as the policy reads them. resolved: with the kind of each property, for `tapo.parameter_slots`.
     timeout_s: seconds that one try may take. retries: further tries after an exception of the tool itself (not after a
     bad call). threaded=False runs a call in its caller's thread, without a time-out (for tools that are known). Equal
-    calls on equal images are answered from a cache of `cache` results; errors are not kept.
+    calls on equal images are answered from a cache of `cache` results; errors are not kept. A tool gets a copy of the
+    arguments and pixels that it cannot write to: both belong to the conversation.
+
+    Raises UserError for a tool whose name or schema cannot be understood.
     """
 
     def __init__(
@@ -124,8 +64,13 @@ class ToolRunner:
         cache: int = 4096,
         threaded: bool = True,
     ):
-        self.tools = {tool.name: tool for tool in tools}
-        self.schemas = [tool.schema for tool in tools]
+        self.tools = {_checked_name(tool): tool for tool in tools}
+        if len(self.tools) < len(tools):
+            raise UserError(f"Two tools have the same name: {', '.join(tool.name for tool in tools)}.")
+        self.resolved = [schemas.resolved(tool.schema, tool.name) for tool in tools]
+        self.schemas = [schemas.shown(schema) for schema in self.resolved]
+        self._schema = dict(zip(self.tools, self.resolved, strict=True))
+        self._validator = {name: schemas.validator(schema) for name, schema in self._schema.items()}
         self._timeout_s, self._retries, self._threaded = timeout_s, retries, threaded
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tool")
         self._cache: collections.OrderedDict[str, ToolResult] = collections.OrderedDict()
@@ -144,21 +89,28 @@ class ToolRunner:
         """
         start = time.monotonic()
         try:
-            tool = self._tool(call.name)
-            check_arguments(tool.schema, call.arguments, images)
-            parameters, seen = call_parameters(tool.schema, call.arguments, images), {}
-            if needs_prompt(tool):
-                if prompt is None:
-                    raise BadCall("no_prompt", f"{call.name} works inside of a question only.")
-                parameters, seen = (*parameters, Identity(prompt.id)), {"prompt": prompt}
-            call = ToolCall(call.name, call.arguments, parameters)
-            result = self._cached(tool, call, images, seen)
+            ran, result = self._run(call, images, prompt)
         except BadCall as error:
-            result = ToolResult(text=f"Error: {error}", error=error.kind)
-        return call, dataclasses.replace(result, seconds=time.monotonic() - start)
+            ran, result = call, ToolResult(text=values.whole_text(f"Error: {error}"), error=error_word(error.kind))
+        except Exception:  # a fault of this project: the run goes on, and the log says where it is
+            logging.getLogger(__name__).exception("a call could not be run")
+            ran, result = call, ToolResult(text="Error: The call could not be run.", error="internal")
+        return _recordable(ran), dataclasses.replace(result, seconds=time.monotonic() - start)
+
+    def _run(self, call: ToolCall, images: Sequence[Image], prompt: Prompt | None) -> tuple[ToolCall, ToolResult]:
+        tool, schema = self._tool(call.name), self._schema[call.name]
+        check_arguments(schema, call.arguments, images)
+        check_schema(self._validator[call.name], call.arguments)
+        parameters, seen = call_parameters(schema, call.arguments, images), {}
+        if needs_prompt(tool):
+            if prompt is None:
+                raise BadCall("no_prompt", f"{call.name} works inside of a question only.")
+            parameters, seen = (*parameters, Identity(prompt.id)), {"prompt": prompt}
+        call = ToolCall(call.name, call.arguments, parameters)
+        return call, self._cached(tool, call, images, seen)
 
     def _tool(self, name: str) -> Tool:
-        if name not in self.tools:
+        if not isinstance(name, str) or name not in self.tools:
             raise BadCall("unknown_tool", f"There is no tool of this name: use {', '.join(self.tools)}.")
         return self.tools[name]
 
@@ -179,33 +131,69 @@ class ToolRunner:
         return result
 
     def _tries(self, tool: Tool, call: ToolCall, images: Sequence[Image], seen: dict[str, Prompt]) -> ToolResult:
+        def once() -> ToolResult:
+            return settle(tool(copy.deepcopy(call.arguments), tuple(map(_read_only, images)), **seen))
+
         for last in [False] * self._retries + [True]:
-            try:
-                if not self._threaded:
-                    return tool(call.arguments, images, **seen)
-                return _with_timeout(lambda: tool(call.arguments, images, **seen), self._timeout_s)
-            except BadCall:
-                raise
-            except TimeoutError:
-                if last:
-                    raise BadCall("timeout", f"{call.name} gave no result in {self._timeout_s:g} seconds.") from None
-            except (
-                Exception
-            ) as error:  # a tool is foreign code: whatever it raises is an observation, not the end of a run
-                if last:
-                    raise BadCall("exception", f"{call.name} failed: {type(error).__name__}.") from error
+            result, error = _with_timeout(once, self._timeout_s) if self._threaded else _caught(once)
+            if error is None:
+                return result
+            if isinstance(error, BadCall):
+                raise error
+            if isinstance(error, KeyboardInterrupt) and not self._threaded:
+                raise error  # somebody's Ctrl-C: this is the caller's own thread
+            if last and isinstance(error, TimeoutError):
+                raise BadCall("timeout", f"{call.name} gave no result in {self._timeout_s:g} seconds.") from None
+            if last:
+                raise BadCall("exception", f"{call.name} failed: {type(error).__name__[:100]}.") from error
         raise AssertionError("unreachable")
 
 
-def _with_timeout(function, timeout_s: float) -> ToolResult:
-    """Runs on a daemon thread of its own, so that a call that hangs holds neither a worker nor the program's exit."""
+def _checked_name(tool: Tool) -> str:
+    """The tool's name. Raises UserError for what is no tool."""
+    if isinstance(tool, type):
+        raise UserError(f"The tool {tool.__name__} is a class: give one of its objects, {tool.__name__}().")
+    kind = type(tool).__name__
+    missing = [word for word in ("name", "schema", "__call__") if word not in dir(tool)]
+    if missing:
+        raise UserError(f"A tool of type {kind} has no {missing[0]}: docs/extend.md shows what a tool is.")
+    if not isinstance(tool.name, str) or not tool.name or values.SURROGATE.search(tool.name):
+        raise UserError(f"A tool of type {kind} has the name {tool.name!r}: give it a text.")
+    if inspect.iscoroutinefunction(tool.__call__):
+        raise UserError(f"The tool '{tool.name}' has an async __call__: tools run on threads, so make it a plain one.")
+    return tool.name
+
+
+def _recordable(call: ToolCall) -> ToolCall:
+    """The call as it is, or without what no recording could hold. Only a refused call has such arguments."""
+    plain = isinstance(call.arguments, dict) and values.problem(call.arguments) is None
+    if plain and isinstance(call.name, str) and not values.SURROGATE.search(call.name):
+        return call
+    name = values.whole_text(call.name) if isinstance(call.name, str) else type(call.name).__name__
+    return ToolCall(name, values.recordable(call.arguments) if isinstance(call.arguments, dict) else {})
+
+
+def _read_only(image: Image) -> Image:
+    pixels_HxWx3 = image.pixels.view()
+    pixels_HxWx3.flags.writeable = False
+    return dataclasses.replace(image, pixels=pixels_HxWx3)
+
+
+def _caught(function: Callable[[], ToolResult]) -> tuple[ToolResult | None, BaseException | None]:
+    """What the function gives, or what it raises: a tool is foreign code, and sys.exit in it is no end of a run."""
+    try:
+        return function(), None
+    except BaseException as error:
+        return None, error
+
+
+def _with_timeout(
+    function: Callable[[], ToolResult], timeout_s: float
+) -> tuple[ToolResult | None, BaseException | None]:
+    """Run `_caught` on a daemon thread of its own: a call that hangs holds neither a worker nor the program's exit."""
     done: concurrent.futures.Future = concurrent.futures.Future()
-
-    def work() -> None:
-        try:
-            done.set_result(function())
-        except BaseException as error:  # handed to the waiting thread
-            done.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return done.result(timeout=timeout_s)
+    try:
+        threading.Thread(target=lambda: done.set_result(_caught(function)), daemon=True).start()
+        return done.result(timeout=timeout_s)
+    except (TimeoutError, RuntimeError) as error:  # RuntimeError: no more threads can be started
+        return None, error

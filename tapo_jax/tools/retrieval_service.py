@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -70,7 +71,8 @@ class Batcher:
             try:
                 found: list[Any] = await loop.run_in_executor(self._thread, self._index.search, queries, top_k)
             except Exception as error:  # the service goes on; the requests of this batch get a 500
-                found = [error] * len(futures)
+                logging.exception("A search failed.")
+                found = [BadRequest(500, f"The search failed: {type(error).__name__}.")] * len(futures)
             for future, hits in zip(futures, found, strict=True):
                 if future.done():
                     continue

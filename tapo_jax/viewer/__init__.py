@@ -1,4 +1,4 @@
-"""Recorded episodes as one self-contained page. Imports no jax."""
+"""Show recorded episodes as one self-contained page. Imports no jax."""
 
 from tapo_jax.viewer.page import MAX_GROUPS, write_page
 

@@ -1,6 +1,7 @@
-"""The credit map of one question: a row for every sample, a cell for every turn coloured by its advantage before and
-after TAPO, and an arrow from each witness to the steps that borrowed from it. Geometry only; `page.html` draws it
-as SVG."""
+"""Compute the credit map of one question.
+
+It has a row for every sample, a cell for every turn coloured by its advantage before and after TAPO, and an arrow from
+each witness to the steps that borrowed from it. Geometry only; `page.html` draws it as SVG."""
 
 import itertools
 import math
@@ -20,10 +21,9 @@ LEFT, TOP, ROW, COLUMN, CELL_WIDTH, CELL_HEIGHT = 62, 26, 31, 82, 58, 20
 
 
 def shade(value: float, scale: float) -> int:
-    """The level of `SHADES` for an advantage, -LEVELS..LEVELS: red below 0, blue above, ±scale and beyond the darkest.
+    """Return the level of `SHADES` for an advantage, -LEVELS..LEVELS: red below 0, blue above, darkest from ±scale on.
 
-    The level grows with the square root, so that small advantages can be told apart; only 0 itself (and what is no
-    number) is grey.
+    The level grows with the square root, so that small advantages can be told apart; only 0 itself and NaN are grey.
     """
     if not abs(value) > 0:
         return 0
@@ -32,7 +32,7 @@ def shade(value: float, scale: float) -> int:
 
 
 def _colours() -> list[dict[str, Any]]:
-    """level, fill (#rrggbb) and ink (a readable text colour) of every shade."""
+    """Return level, fill (#rrggbb) and ink (a readable text colour) of every shade."""
     colours = []
     for level in range(-LEVELS, LEVELS + 1):
         at = level / LEVELS
@@ -49,7 +49,7 @@ SHADES = _colours()
 
 
 def credit_map(episodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Places of rows, cells and arrows, from the views of one question's episodes (`viewer.py`), in the order given."""
+    """Return the coordinates of rows, cells and arrows, from the views of one question's episodes (`views.py`)."""
     columns = max((len(episode["turns"]) for episode in episodes), default=0)
     middle: dict[str, tuple[float, float]] = {}
     rows = []
@@ -79,7 +79,7 @@ def credit_map(episodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _curve(start: tuple[float, float], stop: tuple[float, float]) -> str:
-    """From the witness's right side around to the right side of the step that borrowed."""
+    """Return an SVG path from the witness's right side around to the right side of the step that borrowed."""
     edge = CELL_WIDTH / 2
     (x0, y0), (x1, y1) = start, stop
     bulge = 8 + min(abs(y1 - y0) / ROW, 4) * 3

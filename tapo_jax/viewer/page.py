@@ -1,4 +1,4 @@
-"""Recorded episodes -> one self-contained HTML page: what the policy did turn by turn, and what TAPO made of it.
+"""Write recorded episodes as one self-contained HTML page: what the policy did turn by turn, and what TAPO changed.
 
 The page (`page.html`) loads nothing: images are data URIs, each kept once, and its Content-Security-Policy allows
 only its own style and script, named by their hashes. What the policy, a tool or a data set wrote reaches the page as
@@ -20,16 +20,16 @@ from tapo_jax.records import RecordedEpisode, write_whole
 from tapo_jax.viewer.credit_map import SHADES
 from tapo_jax.viewer.views import Group, Views
 
-MAX_GROUPS = 48  # questions on a page
+MAX_GROUPS = 48  # max questions on a page
 
 
 def write_page(
     paths: Sequence[Path], out: Path, *, max_groups: int = MAX_GROUPS, told: Callable[[str], None] | None = None
 ) -> None:
-    """Writes the page of these recorded steps (`records.save`), grouped by step and question.
+    """Write the page of these recorded steps (`records.save`), grouped by step and question.
 
-    Where they hold more than max_groups questions, each step shows an equal share: those with the most corrected steps.
-    A file that is no recording is left out, and `told` gets the sentence about it; without `told`, UserError is raised.
+    If they hold more than max_groups questions, each step shows an equal share: those with the most corrected steps.
+    A file that is no recording is left out, and `told` gets the sentence about it; without `told`, it raises UserError.
     """
     share = max(1, max_groups // max(len(paths), 1))
     groups: list[Group] = []
@@ -49,8 +49,12 @@ def write_page(
 
 
 def render(groups: Sequence[Group], *, title: str, total: int) -> str:
-    """The page as text. groups: the episodes of one question at one step each; total: the number of groups there were
-    to choose from."""
+    """Return the page as text.
+
+    groups: the episodes of one question at one step each.
+    title: heading of the page.
+    total: number of groups from which these were chosen.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -86,7 +90,7 @@ def _grouped(episodes: Sequence[RecordedEpisode]) -> list[Group]:
 
 
 def _open_one(views: Sequence[dict[str, Any]]) -> None:
-    """Opens the first corrected episode and the one that it borrowed from, so that the page begins with an example."""
+    """Open the first corrected episode and the one that it borrowed from, so that the page begins with an example."""
     for view in views:
         for episode in view["episodes"]:
             borrowed = [turn["witness"]["anchor"] for turn in episode["turns"] if turn["corrected"] and turn["witness"]]

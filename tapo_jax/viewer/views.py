@@ -1,4 +1,4 @@
-"""Recorded episodes as the page's template takes them: plain dicts of text, numbers, places and colours."""
+"""Describe recorded episodes for the page's template: plain dicts of text, numbers, coordinates and colours."""
 
 import base64
 import dataclasses
@@ -13,7 +13,7 @@ from tapo_jax.records import RecordedEpisode, RecordedTurn
 from tapo_jax.rollout.chat import parse_turn
 from tapo_jax.viewer.credit_map import credit_map, shade
 
-MAX_SIDE = 512  # pixels; a larger image is made smaller on the page
+MAX_SIDE = 512  # pixels; larger images are scaled down on the page
 _ICONS = {"image_zoom_in_tool": "Z", "image_search_tool": "I", "text_search_tool": "T"}
 
 Group = Sequence[RecordedEpisode]
@@ -21,17 +21,22 @@ Group = Sequence[RecordedEpisode]
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image of the page: the number of its element, its width and height in pixels, its bytes as a data URI."""
+    """An image of the page."""
 
     number: int
+    """Index of its element in the page."""
     width: int
+    """Pixels."""
     height: int
+    """Pixels."""
     uri: str
+    """Its bytes as a data URI."""
 
 
 class Views:
-    """Describes episodes for the template. All parts of a page share its images, the scale of its colours, and the
-    steps that there are to point to."""
+    """Descriptions of episodes for the template.
+
+    All parts of a page share its images, its colour scale and the anchors of its steps, to which others link."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -41,7 +46,7 @@ class Views:
         self._borrowers: dict[str, list[dict[str, str]]] = {}
 
     def learn(self, episodes: Sequence[RecordedEpisode]) -> None:
-        """Collects the steps and who borrowed from them, before anything is described."""
+        """Collect the steps and who borrowed from them, before anything is described."""
         for episode in episodes:
             for turn in episode.turns:
                 if turn.slot < 0:
@@ -72,8 +77,9 @@ class Views:
         return self._picture[data]
 
     def group(self, group: Group) -> dict[str, Any]:
-        """One question at one step: its images with everybody's boxes, the credit map, and the episodes, successful
-        ones first."""
+        """Describe one question at one step: its images with the boxes of all calls, the credit map, and the episodes.
+
+        Successful episodes come first."""
         first = group[0]
         episodes = [self._episode(e) for e in sorted(group, key=lambda e: (not e.success, e.sample))]
         images = [{"picture": self.picture(data), "boxes": []} for data in first.images[: first.prompt_images]]
@@ -117,7 +123,7 @@ class Views:
         }
 
     def _turn(self, episode: RecordedEpisode, number: int, turn: RecordedTurn, seen: int) -> dict[str, Any]:
-        """seen: images of the conversation before the turn."""
+        """Describe a turn. seen: number of images of the conversation before it."""
         parsed = parse_turn(turn.text)
         arguments = turn.call_arguments or {}
         target = _image_number(arguments.get("img_idx"), min(seen, len(episode.images)))
@@ -155,8 +161,9 @@ class Views:
         }
 
     def _witness(self, episode: RecordedEpisode, turn: RecordedTurn) -> dict[str, str] | None:
-        """Where to find the step that this one is most similar to; "" where it is not on the page. None for a witness
-        itself and where there is none."""
+        """Return where to find the step that this one is most similar to; "" if that is not on the page.
+
+        None for a witness itself, and if there is no such step."""
         if episode.success or not episode.judged or (turn.witness is None and turn.sim == 0):
             return None
         if turn.witness is None:
@@ -174,7 +181,7 @@ def _anchor(step: int, prompt: int, sample: int, slot: int) -> str:
 
 
 def _label(prompt: int, here: int, sample: int, slot: int) -> str:
-    """A step as it is called in the group of prompt `here`."""
+    """Return the name of a step in the group of prompt `here`."""
     return f"g{sample} k{slot}" if prompt == here else f"question {prompt}, g{sample} k{slot}"
 
 
@@ -201,12 +208,12 @@ def _status(episode: RecordedEpisode, turn: RecordedTurn) -> str:
 
 
 def _image_number(value: Any, count: int) -> int | None:
-    """The policy's img_idx where it is the number of an image that it had seen."""
+    """Return the policy's img_idx if it is the index of an image that it had seen, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count else None
 
 
 def _box(value: Any) -> tuple[float, float, float, float] | None:
-    """The policy's [x1, y1, x2, y2] in thousandths where that is a box."""
+    """Return the policy's [x1, y1, x2, y2], given in thousandths, if that is a box, else None."""
     if not isinstance(value, list | tuple) or len(value) != 4:
         return None
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1000 for v in value):
