@@ -2,13 +2,18 @@
 
 import dataclasses
 import threading
+import time
 from types import SimpleNamespace
 
 import jax
+import pytest
 
 from configs import tapo_grpo
 from tapo_jax import agent, sharding
+from tapo_jax.data import sources
 from tapo_jax.models import shipped
+from tapo_jax.rewards.judged import Scored
+from tapo_jax.rewards.pool import ScorePool
 from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.types import Prompt
 
@@ -66,3 +71,28 @@ def test_an_episode_is_scored_while_others_still_play(monkeypatch):
     episodes, metrics = made.play(None, [], 2, Sampling())
     assert [episode.reward for episode in episodes] == [1.0, 0.0]
     assert 0.0 <= metrics["time/reward"] < 10
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_reward_of_ones_own_is_on_as_many_threads_as_the_config_says(workers):
+    config = tapo_grpo.get_config("test")
+    config.reward.update(source="tests.test_agent:my_score", workers=workers)
+    lock, running, most = threading.Lock(), 0, 0
+
+    def score(episode):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        return Scored({"accuracy": 1.0, "format": 0.0}, judged=False)
+
+    episodes = [SimpleNamespace(judged=True) for _ in range(6)]
+    pool = ScorePool(score, sources.score_workers(config))
+    for episode in episodes:
+        pool.submit(episode)
+    pool.wait(episodes)
+    pool.close()
+    assert most == workers and not any(episode.judged for episode in episodes)

@@ -1,17 +1,20 @@
 """Whole runs with a judge on this machine that is late and wrong-headed for a third of its calls."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
 import pytest
+import recorded
 import rollout_world as world
 import tiny_run
 from test_judge import said, served
 
-from tapo_jax import records
+from tapo_jax import records, viewer
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
+from tapo_jax.report import misplaced
 from tapo_jax.rewards.judged import Scored
 from tapo_jax.rollout import episode
 from tapo_jax.train import train
@@ -121,3 +124,23 @@ def test_a_reward_of_ones_own_may_say_that_nobody_knows():
     config.reward.judge.update(endpoint="http://a/v1", model="m")
     with pytest.raises(UserError, match="your own function asks its own judge"):
         sources.score(config)
+
+
+def test_recordings_of_before_load_and_an_unjudged_episode_is_no_failure(tmp_path):
+    """One step as it was written before there was the field; then one whose failing episodes are not judged."""
+    episodes = recorded.recorded(4, 4)
+    path = tmp_path / "step_000001.npz"
+    records.save(path, episodes)
+    with np.load(path) as arrays:
+        kept = dict(arrays)
+    items = json.loads(kept["episodes"].tobytes())
+    assert all(item.pop("judged") for item in items)
+    np.savez(path, **kept | {"episodes": np.frombuffer(json.dumps(items).encode(), np.uint8)})
+    assert records.load(path) == episodes
+    failing = sum(not one.success for one in episodes)
+    assert 0 < failing < len(episodes)
+    records.save(path, [dataclasses.replace(one, judged=one.success) for one in episodes])
+    text = misplaced.write_credit([path], tmp_path)
+    assert text.startswith(f"{len(episodes) - failing} episodes of 1 recorded steps, {len(episodes) - failing} of them")
+    viewer.write_page([path], tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count(">not judged</span>") == failing

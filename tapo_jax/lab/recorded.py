@@ -85,7 +85,7 @@ def read(run: Path, least: int) -> list[RecordedEpisode]:
     for path in paths:
         if len(episodes) < least:
             try:
-                episodes += records.load(path)
+                episodes += [episode for episode in records.load(path) if episode.judged]
             except (ValueError, KeyError, TypeError, OSError) as error:
                 raise UserError(f"{path} cannot be read ({error}): remove the damaged file.") from error
     if not any(turn.slot >= 0 for episode in episodes for turn in episode.turns):

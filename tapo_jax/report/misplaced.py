@@ -25,7 +25,8 @@ def write_credit(paths: Sequence[Path], out: Path) -> str:
     by_step: dict[int, list[RecordedEpisode]] = {}
     for path in paths:
         for episode in records.load(path):
-            by_step.setdefault(episode.step, []).append(episode)
+            if episode.judged:
+                by_step.setdefault(episode.step, []).append(episode)
     everything = [episode for episodes in by_step.values() for episode in episodes]
     rows = table(everything)
     each = {step: table(episodes) for step, episodes in sorted(by_step.items())}

@@ -102,7 +102,7 @@ def _open_one(views: Sequence[dict[str, Any]]) -> None:
 
 
 def _summary(episodes: Sequence[RecordedEpisode]) -> dict[str, Any]:
-    failing = [turn for e in episodes if not e.success for turn in e.turns if turn.slot >= 0]
+    failing = [turn for e in episodes if e.judged and not e.success for turn in e.turns if turn.slot >= 0]
     return {
         "episodes": len(episodes),
         "right": sum(e.success for e in episodes),

@@ -111,6 +111,7 @@ class Views:
             "step": episode.step,
             "sample": episode.sample,
             "success": episode.success,
+            "judged": episode.judged,
             "answer": episode.answer,
             "finish": episode.finish,
             "rewards": [(name, f"{value:g}") for name, value in episode.rewards.items()],
@@ -164,7 +165,7 @@ class Views:
         """Return where to find the step that this one is most similar to; "" if that is not on the page.
 
         None for a witness itself, and if there is no such step."""
-        if episode.success or (turn.witness is None and turn.sim == 0):
+        if episode.success or not episode.judged or (turn.witness is None and turn.sim == 0):
             return None
         if turn.witness is None:
             return {"anchor": "", "label": "a sample of an earlier step"}  # from the witness memory
@@ -196,6 +197,8 @@ def _icon(turn: RecordedTurn, answer: str | None) -> str:
 def _status(episode: RecordedEpisode, turn: RecordedTurn) -> str:
     if turn.slot < 0:
         return f"error: {turn.error}" if turn.error else ""
+    if not episode.judged:
+        return "left out: not judged"
     if turn.corrected:
         return "corrected"
     if episode.success:
