@@ -17,6 +17,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from tapo_jax import processes
 from tapo_jax.models import flops
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.inputs import PixelStore
@@ -148,3 +149,16 @@ def summary(values: Mapping[str, float]) -> str:
 def _json_number(value: Any) -> float | int | None:
     number = value.item() if isinstance(value, np.generic | np.ndarray) else value
     return number if math.isfinite(number) else None
+
+
+def reward_means(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Return the means of the named rewards over the judged episodes of all processes, and the share of the others.
+
+    Every process must call this.
+    """
+    judged = [episode for episode in episodes if episode.judged]
+    sums = {name: float(np.sum([e.rewards[name] for e in judged])) for name in episodes[0].rewards}
+    sums = processes.mean_over(sums | {"": len(judged)})
+    count = sums.pop("")
+    means = {f"reward/{name}": value / count if count else np.nan for name, value in sums.items()}
+    return means | {"reward/unjudged": 1 - count / len(episodes)}

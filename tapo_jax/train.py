@@ -30,7 +30,7 @@ from tapo_jax.learn.batches import pack
 from tapo_jax.learn.checkpoints import Checkpoints
 from tapo_jax.learn.outcomes import CallEncoder, EncodedBatch
 from tapo_jax.learn.state import TrainState, init_state, split_model
-from tapo_jax.metrics import Clock, MetricWriter, compile_count, throughput
+from tapo_jax.metrics import Clock, MetricWriter, compile_count, reward_means, throughput
 from tapo_jax.models import hf, lora, safetensors_files
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.shipped import model_directory
@@ -311,17 +311,6 @@ def with_log_probs(run: Run, state: TrainState, batch: TrainBatch) -> tuple[Trai
     return batch, reference_BxT
 
 
-def reward_means(episodes: Sequence[Episode]) -> dict[str, float]:
-    """The means of the named rewards over the judged episodes of all processes, and the share of the others. Every
-    process must call this."""
-    judged = [episode for episode in episodes if episode.judged]
-    sums = {name: float(np.sum([e.rewards[name] for e in judged])) for name in episodes[0].rewards}
-    sums = processes.mean_over(sums | {"": len(judged)})
-    count = sums.pop("")
-    means = {f"reward/{name}": value / count if count else np.nan for name, value in sums.items()}
-    return means | {"reward/unjudged": 1 - count / len(episodes)}
-
-
 def remember(run: Run, episodes: Sequence[Episode], credit: Credit, step: int) -> None:
     """Successful rollouts become witnesses for later steps, where the config has such a memory."""
     if run.encoder.remembered:
@@ -350,23 +339,21 @@ def record_episodes(run: Run, episodes: Sequence[Episode], credit: Credit, step:
 
 
 def evaluated(run: Run, state: TrainState, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """The evaluation's numbers as eval/…"""
+    """Return the evaluation's numbers as eval/…"""
     with run.clock("eval"):
-        found = dict(
-            evaluate.evaluate(
-                run.examiner,
-                state.params,
-                prompts,
-                temperature=run.config.eval.temperature,
-                top_p=run.config.eval.top_p,
-                seed=run.config.seed,
-            )
+        found = evaluate.evaluate(
+            run.examiner,
+            state.params,
+            prompts,
+            temperature=run.config.eval.temperature,
+            top_p=run.config.eval.top_p,
+            seed=run.config.seed,
         )
     return {f"eval/{name}": value for name, value in found.items()} | run.clock.take()
 
 
 def raise_if_broken(metrics: dict[str, float], step: int, config: ConfigDict, workdir: Path) -> None:
-    """Raises UserError after train.max_nonfinite updates in a row without a finite loss and gradient."""
+    """Raise UserError after train.max_nonfinite updates in a row without a finite loss and gradient."""
     skipped = int(metrics["optimizer/skipped_in_a_row"])
     if skipped >= config.train.max_nonfinite:
         raise UserError(
