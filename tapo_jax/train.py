@@ -349,7 +349,8 @@ def evaluated(run: Run, state: TrainState, prompts: Sequence[Prompt]) -> dict[st
             top_p=run.config.eval.top_p,
             seed=run.config.seed,
         )
-    return {f"eval/{name}": value for name, value in found.items()} | run.clock.take()
+        numbers = {f"eval/{name}": value for name, value in found}
+    return numbers | run.clock.take()
 
 
 def raise_if_broken(metrics: dict[str, float], step: int, config: ConfigDict, workdir: Path) -> None:
