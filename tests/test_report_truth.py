@@ -50,7 +50,7 @@ def session():
 
 def test_every_step_of_a_perfect_player_is_right(session):
     for _, steps in judged(session=session):
-        assert [name for name, _ in steps[:3]] == [truth.ZOOM, truth.IMAGE, truth.TEXT]
+        assert [name for name, _ in steps[:3]] == [truth.ZOOM, truth.IMAGE_SEARCH, truth.TEXT_SEARCH]
         assert all(right for _, right in steps)
 
 
@@ -72,7 +72,7 @@ def test_a_question_asked_one_hop_too_early_is_wrong(session):
 def test_a_zoom_that_nobody_searched_is_not_known(session):
     steps = [step for _, steps in judged(session=session, wrong_image=1.0) for step in steps]
     assert {right for name, right in steps if name == truth.ZOOM} == {None}
-    assert not all(right for name, right in steps if name == truth.IMAGE)  # of the whole scene
+    assert not all(right for name, right in steps if name == truth.IMAGE_SEARCH)  # of the whole scene
 
 
 def test_table_by_hand():
@@ -83,7 +83,7 @@ def test_table_by_hand():
         turns = tuple(
             records.RecordedTurn(
                 "",
-                truth.TEXT,
+                truth.TEXT_SEARCH,
                 {},
                 f"1. {title}\n…",
                 slot=k,
@@ -108,10 +108,10 @@ def test_table_by_hand():
             episode(1.0, True, (right, True)),
         ]
     )
-    assert [row["tool"] for row in rows] == ["all", truth.ZOOM, truth.IMAGE, truth.TEXT]
-    assert rows[0] | {"tool": truth.TEXT} == rows[3]
+    assert [row["tool"] for row in rows] == ["all", truth.ZOOM, truth.IMAGE_SEARCH, truth.TEXT_SEARCH]
+    assert rows[0] | {"tool": truth.TEXT_SEARCH} == rows[3]
     assert rows[3] == {
-        "tool": truth.TEXT, "punished": 4, "undeserved": 0.5, "found": 0.5, "precision": 0.5,
+        "tool": truth.TEXT_SEARCH, "punished": 4, "undeserved": 0.5, "found": 0.5, "precision": 0.5,
         "right": [0.0, 0.25 / 3], "wrong": [-0.5, -0.375],
     }  # fmt: skip
     nothing = {"undeserved": None, "found": None, "precision": None, "right": [None, None], "wrong": [None, None]}
