@@ -40,7 +40,7 @@ class Client:
         self._lock = threading.Lock()
 
     def post(self, path: str, body: Any) -> Any:
-        """Give the JSON value of the reply. Raises BadCall."""
+        """Return the JSON value of the reply. Raises BadCall."""
         deadline, key = time.monotonic() + self._timeout_s, json.dumps([path, body], sort_keys=True)
         with self._lock:
             other = self._flying.get(key)
@@ -113,7 +113,7 @@ class Client:
 
 
 def checked(endpoint: str) -> str:
-    """Give the address without a slash at its end. Raises UserError for no http address, or one with a password."""
+    """Return the address without a slash at its end. Raises UserError for no http address, or one with a password."""
     try:
         url = httpx.URL(endpoint)
     except (httpx.InvalidURL, TypeError) as error:
@@ -126,7 +126,7 @@ def checked(endpoint: str) -> str:
 
 
 def retry_after(value: str) -> float:
-    """Give the seconds that a Retry-After header asks for, which holds a number or a date; 0 for anything else."""
+    """Return the seconds that a Retry-After header asks for, which holds a number or a date; 0 for anything else."""
     try:
         seconds = float(value)
     except ValueError:

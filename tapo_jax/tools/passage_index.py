@@ -32,7 +32,7 @@ class PassageIndex:
         return self._text[self._offset[number] : self._offset[number + 1]].tobytes().decode()
 
     def search(self, queries: Sequence[str], top_k: Sequence[int]) -> list[list[tuple[str, float]]]:
-        """Give the best top_k[i] passages of queries[i] with positive scores, best first.
+        """Return the best top_k[i] passages of queries[i] with positive scores, best first.
 
         Ties go to the earlier passage. Equal queries are scored once.
         """

@@ -83,7 +83,7 @@ class Batcher:
 
 
 def make_app(index: PassageIndex) -> Starlette:
-    """Give the ASGI app; `app.state.batcher` counts its calls while it runs."""
+    """Return the ASGI app; `app.state.batcher` counts its calls while it runs."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -128,7 +128,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def parse(body: bytes) -> tuple[list[str], int, bool]:
-    """Give queries, top_k and return_scores of a request. Raises BadRequest."""
+    """Return queries, top_k and return_scores of a request. Raises BadRequest."""
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError) as error:

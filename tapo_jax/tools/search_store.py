@@ -91,7 +91,7 @@ class Kept:
         self._replay = Store(Path(replay) / FILE, field="tools.replay", read_only=True) if replay else None
 
     def text(self, asked: Asked, search: Callable[[], str]) -> str:
-        """Give the text of a search. Raises BadCall, "replay_miss" for a search that was not recorded."""
+        """Return the text of a search. Raises BadCall, "replay_miss" for a search that was not recorded."""
         if self._replay is not None:
             return replayed(self._replay, nameless(asked))
         live = search if self._cache is None else lambda: cached(self._cache, asked.written(), search)
@@ -104,7 +104,7 @@ def nameless(asked: Asked) -> str:
 
 
 def cached(store: Store, asked: str, search: Callable[[], str]) -> str:
-    """Give what the store has for `asked`, or what the search gives, which is kept then. A failure is not kept."""
+    """Return what the store has for `asked`, or what the search gives, which is kept then. A failure is not kept."""
     key = key_of(asked)
     if (found := store.get(key)) is not None:
         return found[1]
@@ -114,7 +114,7 @@ def cached(store: Store, asked: str, search: Callable[[], str]) -> str:
 
 
 def recorded(store: Store, asked: str, search: Callable[[], str]) -> str:
-    """Give the first outcome of `asked`, a failure too: what is recorded is what the run saw, every time.
+    """Return the first outcome of `asked`, a failure too: what is recorded is what the run saw, every time.
 
     Two processes that ask at one time both get what was kept.
     """
@@ -131,7 +131,7 @@ def recorded(store: Store, asked: str, search: Callable[[], str]) -> str:
 
 
 def replayed(store: Store, asked: str) -> str:
-    """Give the recorded outcome of `asked`. Raises BadCall "replay_miss" where there is none."""
+    """Return the recorded outcome of `asked`. Raises BadCall "replay_miss" where there is none."""
     found = store.get(key_of(asked))
     if found is None:
         raise BadCall("replay_miss", "This search was not recorded.")
