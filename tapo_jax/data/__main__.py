@@ -1,6 +1,6 @@
 """Checks data sets before a run.
 
-    python -m tapo_jax.data check NAME DIR --split=SPLIT         decodes every image; code 1 for a bad one
+    python -m tapo_jax.data check NAME DIR --split=SPLIT         decodes every image; exit code 1 if one is bad
     python -m tapo_jax.data describe NAME DIR --split=SPLIT      rows, images, sizes, answers, three examples
     python -m tapo_jax.data convert-cache FILE OUT               a published cache of image searches -> JSON lines
 

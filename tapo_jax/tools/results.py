@@ -131,7 +131,7 @@ def _image(value: Any) -> Image:
     box = _box(value.box)
     if box is None or not isinstance(value.root, int | np.integer) or isinstance(value.root, bool):
         return root_image(pixels_HxWx3)  # it is not known where it was cut from
-    root = (int(value.root) + 2**31) % 2**32 - 2**31  # longer hashes are reduced to int32
+    root = (int(value.root) + 2**31) % 2**32 - 2**31  # hashes of other lengths are wrapped to int32
     if pixels_HxWx3 is value.pixels and root == value.root and box == value.box:
         return value
     return Image(pixels_HxWx3, root, box)
