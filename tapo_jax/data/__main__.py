@@ -1,6 +1,6 @@
-"""Looks at data sets before a run does.
+"""Checks data sets before a run.
 
-    python -m tapo_jax.data check NAME DIR --split=SPLIT         decodes every image; code 1 for a bad one
+    python -m tapo_jax.data check NAME DIR --split=SPLIT         decodes every image; exit code 1 if one is bad
     python -m tapo_jax.data describe NAME DIR --split=SPLIT      rows, images, sizes, answers, three examples
     python -m tapo_jax.data convert-cache FILE OUT               a published cache of image searches -> JSON lines
 
@@ -18,7 +18,7 @@ from tapo_jax.data.readers import BENCHMARK_SPLIT, READERS, read
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 1 where something cannot be read or shown."""
+    """Return the exit code: 0, or 1 if something cannot be read or shown."""
     parser = argparse.ArgumentParser(
         prog="python -m tapo_jax.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -20,7 +20,7 @@ def read(
     seed: int = 0,
     sizes: tuple[int, int] = SIZES,
 ) -> Sequence[Prompt]:
-    """The questions of a split, made in `directory` where they are not there yet. Raises UserError."""
+    """Return the questions of a split, made in `directory` if they do not exist yet. Raises UserError."""
     if split not in SPLITS:
         raise UserError(f"The split '{split}' does not exist: Atlas has {', '.join(SPLITS)}.")
     return AtlasPrompts(prepare(directory, settings=settings or Settings(), seed=seed, sizes=sizes), split)

@@ -1,4 +1,4 @@
-"""The published caches of recorded image searches -> JSON lines and image files (`recordings.py` reads them).
+"""Convert published caches of recorded image searches to JSON lines and image files (`recordings.py` reads them).
 
 MMSearch-R1's pickle: {data_id: {"tool_returned_web_title_list": [text], "tool_returned_images_urls": [URL or picture]}}
 DeepEyesV2's JSON:    {data_id: {"tool_returned_web_title": [text], "cached_images_path": [path or null]}}
@@ -27,10 +27,12 @@ _PICTURES = ("tool_returned_images_urls", "cached_images_path")
 
 
 def convert(source: Path, out: Path) -> collections.Counter:
-    """Writes OUT/image_search.jsonl and OUT/thumbnails/. Returns counts of questions, titles, thumbnails, and of what
-    was skipped: "addresses" (nothing is downloaded), "unreadable" pictures, "odd" entries.
+    """Write OUT/image_search.jsonl and OUT/thumbnails/.
 
-    Raises UserError for a file that is no such cache; a pickle that asks for anything but plain values is refused.
+    Returns counts of questions, titles, thumbnails, and of what was skipped: "addresses" (nothing is downloaded),
+    "unreadable" pictures, "odd" entries.
+
+    Raises UserError if the file is not such a cache; a pickle that asks for anything but plain values is refused.
     """
     if not source.is_file():
         raise UserError(f"{source} does not exist: give a .pkl or .json file of recorded image searches.")
@@ -53,7 +55,7 @@ def convert(source: Path, out: Path) -> collections.Counter:
 
 
 def _row(name: Any, entry: Any, folder: Path, out: Path, counts: collections.Counter) -> dict[str, Any] | None:
-    """One line, or None for an entry of another form."""
+    """Return one line, or None for an entry of another form."""
     fits = isinstance(name, (str, int)) and isinstance(entry, dict) and any(field in entry for field in _TITLES)
     titles, pictures = (_first(entry, fields) for fields in (_TITLES, _PICTURES)) if fits else ((), ())
     if not fits or not isinstance(titles, list) or not isinstance(pictures, list) or not _encodable(str(name)):
@@ -70,7 +72,7 @@ def _first(entry: dict, fields: tuple[str, ...]) -> Any:
 
 
 def _thumbnail(value: Any, folder: Path, out: Path, counts: collections.Counter) -> str | None:
-    """The file's name in OUT, None where there is no picture to keep."""
+    """Return the file's name in OUT, None if there is no picture to keep."""
     if value is None:
         return None
     if isinstance(value, str) and "://" in value[:12]:
@@ -81,7 +83,7 @@ def _thumbnail(value: Any, folder: Path, out: Path, counts: collections.Counter)
     except (BadImage, ValueError, OSError):
         counts["unreadable"] += 1
         return None
-    # Named by its content: nothing that the cache says becomes a path.
+    # Named by its content: no text of the cache becomes a path.
     name = f"thumbnails/{hashlib.blake2b(data, digest_size=12).hexdigest()}.{ending}"
     path = out / name
     if not path.exists():
@@ -90,7 +92,7 @@ def _thumbnail(value: Any, folder: Path, out: Path, counts: collections.Counter)
 
 
 def _encoded(value: Any, folder: Path) -> tuple[bytes, str]:
-    """A picture's bytes and the ending of its format. Raises BadImage or ValueError."""
+    """Return a picture's bytes and its format's file ending. Raises BadImage or ValueError."""
     if isinstance(value, str):
         path = find_file(folder, value, tails=True)
         if path is None:

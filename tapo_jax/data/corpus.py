@@ -1,4 +1,7 @@
-"""The passages of a text search, as Search-R1 has them: "contents" ("Title\\ntext"), or "title" and "text", a row."""
+"""Read the passages of a text search in Search-R1's format.
+
+Each row has "contents" ("Title\\ntext"), or "title" and "text".
+"""
 
 import hashlib
 import re
@@ -16,7 +19,7 @@ FIELDS = ("contents", "title", "text")
 def read_corpus(path: str) -> list[str]:
     """Read the passages of a .jsonl, .jsonl.gz or .parquet file.
 
-    Raises UserError naming the row that has none, or for a corpus without a word.
+    Raises UserError if a row has none (it is named), or the corpus has no word.
     """
     file = _file(path)
     passages = [_passage(row) for row in (_parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file))]
@@ -26,9 +29,9 @@ def read_corpus(path: str) -> list[str]:
 
 
 def open_index(path: str, folder: str) -> passage_index.PassageIndex:
-    """Load the index of a corpus from a folder; make it, and save it there, where the folder is new or empty.
+    """Load the index of a corpus from a folder; build it and save it there if the folder is new or empty.
 
-    folder: "" keeps the index in memory alone. Raises UserError for a folder that holds the index of another corpus.
+    folder: "" keeps the index only in memory. Raises UserError if it holds the index of another corpus.
     """
     if not folder:
         return passage_index.build(read_corpus(path))
@@ -40,7 +43,7 @@ def open_index(path: str, folder: str) -> passage_index.PassageIndex:
 
 
 def fingerprint(path: str) -> str:
-    """Hash the bytes of a corpus: about a second for a gigabyte, which is faster than to read the passages."""
+    """Hash the bytes of a corpus: about a second per gigabyte, which is faster than reading the passages."""
     with open(_file(path), "rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 

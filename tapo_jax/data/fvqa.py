@@ -1,7 +1,7 @@
-"""FVQA (lmms-lab/FVQA) and the InfoSeek subset beside it: fvqa_train.parquet, fvqa_test.parquet,
-mmsearch_r1_infoseek_sub_2k.parquet.
+"""FVQA (lmms-lab/FVQA) and the InfoSeek subset published with it.
 
-Splits: train, test, or the rest of a file's name (infoseek_sub_2k).
+Files: fvqa_train.parquet, fvqa_test.parquet, mmsearch_r1_infoseek_sub_2k.parquet. Splits: train, test, or the rest of a
+file's name (infoseek_sub_2k).
 """
 
 import os
@@ -13,7 +13,7 @@ from tapo_jax.types import Prompt
 
 
 def read(directory: str | os.PathLike, split: str = "train") -> list[Prompt]:
-    """The questions of a split. Accepted are ground_truth and candidate_answers. Raises UserError."""
+    """Return the questions of a split. Accepted are ground_truth and candidate_answers. Raises UserError."""
     folder = data_folder(directory)
     rows = parquet.rows(folder, split, pictures=("images",))
     return unique_ids([_prompt(row, f"{split}_{n}", folder) for n, row in enumerate(rows)])

@@ -1,4 +1,4 @@
-"""HR-MMSearch (sensenova/HR-MMSearch): data/train-*.parquet, 305 questions about pictures of 4K. Split: train."""
+"""HR-MMSearch (sensenova/HR-MMSearch): data/train-*.parquet, 305 questions about 4K pictures. Split: train."""
 
 import os
 
@@ -9,7 +9,7 @@ from tapo_jax.types import Prompt
 
 
 def read(directory: str | os.PathLike, split: str = "train") -> list[Prompt]:
-    """The questions of the split. Raises UserError."""
+    """Return the questions of the split. Raises UserError."""
     folder = data_folder(directory)
     rows = parquet.rows(folder, split, pictures=("query_image",))
     return unique_ids([_prompt(row, f"{split}_{n}", folder) for n, row in enumerate(rows)])

@@ -1,7 +1,7 @@
-"""Encoded images to pixels, as transformers shows them: turned as EXIF says, alpha on white, 16 bit scaled to 8.
+"""Decode images to pixels, as transformers does: rotated as EXIF says, alpha on white, 16 bit scaled to 8.
 
-Files come from anywhere: only formats without code in them are opened, the size is checked before anything is decoded,
-and whatever goes wrong is a `BadImage` that names the image.
+Files are untrusted: only formats that contain no code are opened, the size is checked before anything is decoded, and
+every failure is a `BadImage` that names the image.
 """
 
 import base64
@@ -25,35 +25,36 @@ PIL.Image.init()
 # No EPS or PDF: those run an interpreter.
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in PIL.Image.OPEN)
 MAX_PIXELS = 200_000_000  # of an image that is decoded
-FULL_PIXELS = 1 << 25  # what a decoded image keeps for zooming; a larger photograph is reduced by 2, 4, …
+FULL_PIXELS = 1 << 25  # max pixels of a decoded image, kept for zooming; a larger photograph is reduced by 2, 4, …
 MAX_BYTES = 1 << 28  # of an encoded image
 PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow's own guard raises at twice this number
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredImage:
-    """An image that is read and decoded when it is called. name: as sentences about it call it."""
+    """An image that is read and decoded when it is called."""
 
     name: str
+    """The name in messages."""
     read: Callable[[], bytes]
 
     def __call__(self) -> np.ndarray:
         return decode(self.data(), self.name)
 
     def data(self) -> bytes:
-        """The encoded bytes. Raises BadImage where they cannot be read."""
+        """Return the encoded bytes. Raises BadImage if they cannot be read."""
         try:
             return self.read()
         except OSError as error:
             raise bad(self.name, f"it cannot be read ({error.strerror or error})") from error
 
     def size(self) -> tuple[int, int]:
-        """Width and height as the file's head says, without decoding. Raises BadImage."""
+        """Return width and height from the file's header, without decoding. Raises BadImage."""
         return opened(self.data(), self.name).size
 
 
 def stored_file(path: Path) -> StoredImage:
-    """An image file."""
+    """Return an image file as a `StoredImage`."""
 
     def read() -> bytes:
         if os.path.getsize(path) > MAX_BYTES:
@@ -66,16 +67,15 @@ def stored_file(path: Path) -> StoredImage:
 def decode(data: bytes, name: str) -> np.ndarray:
     """Decode to uint8 [H, W, 3].
 
-    A photograph of more than FULL_PIXELS is reduced by a power of two while it is decoded. Raises BadImage, before
-    anything is decoded for what is no picture, has more than MAX_PIXELS or is more than MAX_ASPECT times as long as
-    wide.
+    A photograph of more than FULL_PIXELS is reduced by a power of two while it is decoded. Raises BadImage: before
+    anything is decoded if it is no picture, has more than MAX_PIXELS or is more than MAX_ASPECT times as long as wide.
     """
     image = opened(data, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata; what matters raises
             if (factor := reduction(image)) > 1:
-                image.draft("RGB", (image.width // factor, image.height // factor))  # JPEG alone heeds this
+                image.draft("RGB", (image.width // factor, image.height // factor))  # only JPEG supports this
             image.load()
             shown = to_rgb(PIL.ImageOps.exif_transpose(image))
             return np.array(shown.reduce(factor) if (factor := reduction(shown)) > 1 else shown)
@@ -84,7 +84,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
 
 
 def reduction(image: PIL.Image.Image) -> int:
-    """The smallest power of two by which both sides have to shrink for FULL_PIXELS."""
+    """Return the smallest power of two by which both sides have to shrink for FULL_PIXELS."""
     factor = 1
     while image.width * image.height > FULL_PIXELS * factor**2:
         factor *= 2
@@ -92,7 +92,7 @@ def reduction(image: PIL.Image.Image) -> int:
 
 
 def opened(data: bytes, name: str) -> PIL.Image.Image:
-    """The image with its head read and nothing decoded. Raises BadImage."""
+    """Return the image with its header read and nothing decoded. Raises BadImage."""
     head = data[:512].lstrip().lower()
     if not data:
         raise bad(name, "the file is empty")
@@ -108,7 +108,7 @@ def opened(data: bytes, name: str) -> PIL.Image.Image:
         raise bad(name, f"it has more than {MAX_PIXELS // 10**6} megapixels") from error
     except PIL.UnidentifiedImageError as error:
         raise bad(name, f"it is none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # a head that is cut or lies
+    except Exception as error:  # a header that is truncated or wrong
         raise bad(name, f"it is damaged ({_one_line(error)})") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -118,7 +118,7 @@ def opened(data: bytes, name: str) -> PIL.Image.Image:
 
 
 def check_shape(height: int, width: int, name: str) -> None:
-    """Raises BadImage for an image that the model cannot be shown."""
+    """Check the shape of an image. Raises BadImage if the model cannot be shown it."""
     if min(height, width) < 1:
         raise bad(name, f"{width} x {height} has no pixels")
     if max(height, width) > MAX_ASPECT * min(height, width):
@@ -126,7 +126,7 @@ def check_shape(height: int, width: int, name: str) -> None:
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of base64 text or of a data: URL. Raises ValueError."""
+    """Decode base64 text or a data: URL to bytes. Raises ValueError."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:

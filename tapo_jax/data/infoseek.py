@@ -1,6 +1,6 @@
 """InfoSeek's own files: JSON lines (infoseek_val.jsonl) and OVEN pictures, found by the stems of their names.
 
-Splits: the rest of a file's name, like val. A numeric question is right where the answer's number lies in a range:
+Splits: the rest of a file's name, like val. The answer to a numeric question is right if its number is in a range:
 `Prompt.meta["ranges"]` holds [low, high] pairs, which `rewards.in_range` reads.
 """
 
@@ -18,7 +18,7 @@ _NAMES = ("infoseek_{split}.jsonl", "{split}.jsonl", "data/infoseek_{split}.json
 
 
 def read(directory: str | os.PathLike, split: str = "val") -> list[Prompt]:
-    """The questions of a split. Raises UserError."""
+    """Return the questions of a split. Raises UserError."""
     folder = data_folder(directory)
     path = split_file(folder, split, _NAMES)
     stems = functools.cache(lambda: _stems(folder))
@@ -42,7 +42,7 @@ def _prompt(row: Row, otherwise: str, folder: Path, stems) -> Prompt:
 
 
 def _evaluated(row: Row) -> tuple[list[str], list[list[float]]]:
-    """The texts and the ranges among answer_eval."""
+    """Return the texts and the ranges of answer_eval."""
     values = row.optional("answer_eval") or []
     values = values if isinstance(values, list) else [values]
     texts = [row.encodable("answer_eval", value) for value in values if isinstance(value, str)]
@@ -59,7 +59,7 @@ def _evaluated(row: Row) -> tuple[list[str], list[list[float]]]:
 
 
 def _image(stem: str, folder: Path, stems, where: str) -> StoredImage:
-    """The picture of a stem, looked for when it is read."""
+    """Return the picture of a stem; the file is looked up when it is read."""
     label = f"{stem} ({where})"
 
     def read() -> bytes:
@@ -72,7 +72,7 @@ def _image(stem: str, folder: Path, stems, where: str) -> StoredImage:
 
 
 def _stems(folder: Path) -> dict[str, Path]:
-    """Every picture below the folder by its stem."""
+    """Return every picture below the folder by its stem."""
     endings = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
     found: dict[str, Path] = {}
     seen: set[str] = set()

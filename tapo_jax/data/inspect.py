@@ -1,4 +1,4 @@
-"""What `python -m tapo_jax.data` says about a set of questions."""
+"""Check and describe a set of questions, for `python -m tapo_jax.data`."""
 
 import statistics
 import sys
@@ -18,8 +18,11 @@ EXAMPLES = 3
 
 
 def check(prompts: Sequence[Prompt]) -> int:
-    """Decodes every image, one after another, and prints each that cannot be shown. Returns how many questions a
-    training run would skip. Thumbnails of recorded searches are looked at too; without one a question stays."""
+    """Decode every image, one after another, and print each that cannot be shown.
+
+    Returns how many questions a training run would skip. Thumbnails of recorded searches are checked too; a bad one
+    does not skip its question.
+    """
     skipped = thumbnails = images = 0
     bar = tqdm(range(len(prompts)), desc="questions", unit="", dynamic_ncols=True)
     for index in bar:
@@ -46,7 +49,7 @@ def check(prompts: Sequence[Prompt]) -> int:
 
 
 def describe(prompts: Sequence[Prompt], *, title: str) -> str:
-    """Rows, images, sizes, answers and three examples, as text. Reads the heads of the images and decodes none."""
+    """Return rows, images, sizes, answers and three examples, as text. Reads only the headers of images."""
     images, answers, sizes, broken, recorded, fields = [], [], [], 0, 0, {}
     for index in tqdm(range(len(prompts)), desc="questions", unit="", dynamic_ncols=True, leave=False):
         prompt = prompts[index]
@@ -79,7 +82,7 @@ def describe(prompts: Sequence[Prompt], *, title: str) -> str:
 
 
 def _sizes(prompt: Prompt) -> Iterator[tuple[int, int] | None]:
-    """Width and height of each image; None for one without a readable head."""
+    """Yield width and height of each image; None for one without a readable header."""
     for source in prompt.images.sources if isinstance(prompt.images, Images) else prompt.images:
         try:
             if isinstance(source, StoredImage):

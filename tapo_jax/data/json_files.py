@@ -1,5 +1,7 @@
-"""JSON and JSON-lines files as people write them: a byte-order mark, blank lines and CRLF are fine; what cannot be read
-is one sentence with the file and the line."""
+"""Read JSON and JSON-lines files as people write them: a byte-order mark, blank lines and CRLF are fine.
+
+What cannot be read is a UserError, one sentence with the file and the line.
+"""
 
 import gzip
 import json
@@ -14,8 +16,10 @@ _BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value as a sentence shows it: short, on one line, without control characters; a text in quotes, others as
-    JSON."""
+    """Return a value as a message shows it: short, on one line, without control characters.
+
+    A text is in quotes, anything else is JSON.
+    """
     if isinstance(value, str):
         text = repr(value) if value.isprintable() else ascii(value)
     else:
@@ -27,8 +31,11 @@ def shown(value: Any, most: int = 80) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of each line that is not blank. Lines end at line feeds and nowhere else: U+2028 and
-    its like may stand in a text. A file named .gz is unpacked. Raises UserError."""
+    """Yield (line number from 1, object) of each line that is not blank.
+
+    Lines end only at line feeds: U+2028 and the like may occur in a text. A file named .gz is unpacked. Raises
+    UserError.
+    """
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         for number, line in enumerate(_lines(file, path), start=1):
             if number == 1:
@@ -50,14 +57,14 @@ def _lines(file: Iterable[bytes], path: Path) -> Iterator[bytes]:
 
 
 def json_file(path: Path) -> Any:
-    """The value of a JSON file. Raises UserError."""
+    """Return the value of a JSON file. Raises UserError."""
     data = path.read_bytes()
     _refuse_other_kinds(path, data)
     return parse(_text(data.removeprefix(b"\xef\xbb\xbf"), str(path)), str(path))
 
 
 def parse(text: str, where: str) -> Any:
-    """Raises UserError for what is no JSON, nests too deep or has a field twice."""
+    """Parse JSON. Raises UserError if it is invalid, nested too deep or has a field twice."""
 
     def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -1,10 +1,9 @@
-"""Your own questions: a folder with one JSON-lines file a split and the images beside it.
+"""Your own questions: a folder with one JSON-lines file per split, and the images next to it.
 
     DIR/train.jsonl     {"id": "1", "question": "…", "images": ["images/1.jpg"], "answers": ["…", "…"], "hops": 1}
 
 "id", "hops" and "images" may be left out. "image_search" may hold a recorded search: {"titles": ["…"], "thumbnails":
-["images/2.jpg", null], "summary": "…"}. All other fields are kept in `Prompt.meta`. Images are read when they are
-looked at.
+["images/2.jpg", null], "summary": "…"}. All other fields are kept in `Prompt.meta`. Images are read on access.
 """
 
 import difflib
@@ -28,7 +27,7 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", 
 
 
 class JsonlPrompts(Sequence):
-    """One split of a folder, with random access. Raises UserError naming the line and the field that do not fit."""
+    """One split of a folder, with random access. Raises UserError that names the line and the field that do not fit."""
 
     def __init__(self, directory: str | os.PathLike, split: str):
         folder = data_folder(directory)
@@ -76,7 +75,7 @@ def _prompt(row: Row, number: int, folder: Path) -> Prompt:
 
 
 def _no_list(row: Row) -> list:
-    """Rows without a list of images have none, and may say null."""
+    """Return [] for a row whose images are left out or null. Raises UserError if they are anything else."""
     if row.optional("images") is not None:
         raise row.bad("images", 'a list of paths, like ["images/1.jpg"]')
     return []
@@ -109,7 +108,7 @@ def _hops(row: Row) -> int:
 
 
 def _refuse_misspelt(row: Row) -> None:
-    """A field that looks like one of ours, which the row lacks, would be lost without a word."""
+    """Raise UserError if a field looks like a misspelt one that the row lacks: it would be ignored silently."""
     lacking = tuple(name for name in FIELDS if name not in row.values and name not in ("id", "image_search"))
     for name, value in row.values.items():
         if name in FIELDS:

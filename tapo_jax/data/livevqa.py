@@ -1,5 +1,7 @@
 """LiveVQA (ONE-Lab/LiveVQA-Research-Preview): qa.json, at the top or under data/samples/qa, and pictures in image/.
-Split: test."""
+
+Split: test.
+"""
 
 import os
 
@@ -14,7 +16,7 @@ _BASES = ("", "image", "data/samples", "data/samples/image", "samples", "samples
 
 
 def read(directory: str | os.PathLike, split: str = "test") -> list[Prompt]:
-    """The questions. Raises UserError."""
+    """Return the questions. Raises UserError."""
     if split != "test":
         raise UserError(f"The split '{split}' does not exist: LiveVQA has test.")
     folder = data_folder(directory)

@@ -1,8 +1,8 @@
 """SenseNova-MARS: a manifest, {name: {root, annotation, length, repeat_time, …}}, and JSON lines for each of its sets.
 
 DIR is the folder of the manifests or one manifest. Splits: the name of a set (fvqa_train, hr_mmsearch, …), or a
-manifest's name or what it begins with (train_qwen3_vl_8b, test_all, train, test): all sets of it, each repeated as the
-manifest says. Paths may be those of the machine where a manifest was written: they are found by their ends in DIR.
+manifest's name or its prefix (train_qwen3_vl_8b, test_all, train, test): all its sets, each repeated as the manifest
+says. Paths may be from the machine where a manifest was written: they are found in DIR by their ends.
 """
 
 import os
@@ -21,7 +21,7 @@ _USED = ("id", "prompt", "image", "reward_model", "image_search_title_list", "im
 
 
 def read(directory: str | os.PathLike, split: str = "train") -> list[Prompt]:
-    """The questions of a split, with `meta["benchmark"]`, the name of their set. Raises UserError."""
+    """Return the questions of a split, with `meta["benchmark"]`, the name of their set. Raises UserError."""
     single = Path(directory) if str(directory).endswith(".json") and Path(directory).is_file() else None
     folder = data_folder(single.parent if single else directory)
     files = [folder / single.name] if single else sorted(folder.glob("*.json"))
@@ -38,7 +38,7 @@ def read(directory: str | os.PathLike, split: str = "train") -> list[Prompt]:
 
 
 def _sets(path: Path) -> dict[str, dict]:
-    """The sets of a manifest; {} for another JSON file."""
+    """Return the sets of a manifest; {} for another JSON file."""
     value = json_file(path)
     entries = value.items() if isinstance(value, dict) else ()
     return {
@@ -76,7 +76,7 @@ def _set(folder: Path, path: Path, name: str, entry: dict[str, Any]) -> list[Pro
 
 
 def _below(folder: Path, root: str) -> str | None:
-    """The longest end of a root that is a folder in the data folder."""
+    """Return the longest end of a root that is a folder in the data folder; None if there is none."""
     parts = [part for part in Path(root).parts if part not in ("/", "..")]
     ends = ("/".join(parts[start:]) for start in range(len(parts)))
     return next((end for end in ends if (folder / end).is_dir()), None)

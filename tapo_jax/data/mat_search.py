@@ -17,7 +17,7 @@ _BASES = ("MAT-Benchmark/MAT-Search-image", "MAT-Search-image", "MAT-Benchmark",
 
 
 def read(directory: str | os.PathLike, split: str = "test") -> list[Prompt]:
-    """The questions of a split. Each has `meta["half"]`, simple or hard. Raises UserError."""
+    """Return the questions of a split. Each has `meta["half"]`, simple or hard. Raises UserError."""
     if split not in SPLITS:
         raise UserError(f"The split '{split}' does not exist: MAT-Search has {', '.join(SPLITS)}.")
     folder = data_folder(directory)

@@ -1,8 +1,8 @@
 """MMSearch (CaraJ/MMSearch), its end-to-end task: end2end.parquet.
 
 Splits: end2end (300 questions, 171 of them with a picture) and end2end_image (those 171, the multimodal set that tables
-use). `image_search_result`, a picture of the results that a search for the question's picture gave, is played back by
-the recorded image search.
+use). `image_search_result`, a picture of the results of a search for the question's picture, is replayed by the
+recorded image search.
 """
 
 import os
@@ -17,7 +17,7 @@ _USED = ("sample_id", "query", "query_image", "image_search_result", "gt_answer"
 
 
 def read(directory: str | os.PathLike, split: str = "end2end_image") -> list[Prompt]:
-    """The questions of a split. Raises UserError."""
+    """Return the questions of a split. Raises UserError."""
     folder = data_folder(directory)
     rows = parquet.rows(folder, split.removesuffix("_image"), pictures=("query_image", "image_search_result"))
     prompts = [_prompt(row, f"{split}_{n}", folder) for n, row in enumerate(rows)]

@@ -1,7 +1,7 @@
-"""Parquet files row by row: the small columns are read at once, those with pictures are copied once (`spool.py`).
+"""Read Parquet files row by row: small columns are read at once, those with pictures are copied once (`spool.py`).
 
 Needs pyarrow (the extra [parquet]). A picture is `struct{bytes, path}`, bytes, base64 text or a list of these, in any
-of Arrow's spellings (large_string, binary_view, …).
+of Arrow's types for them (large_string, binary_view, …).
 """
 
 import dataclasses
@@ -22,14 +22,16 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """A row's cell of a column of pictures. name: "FILE, row 3, images"; items: those that hold something."""
+    """A row's cell in a column of pictures."""
 
     name: str
+    """Like "FILE, row 3, images"."""
     column: Spool
     items: list[Item]
+    """Those that are not empty."""
 
     def stored(self, folder: Path) -> list[StoredImage]:
-        """The images of the cell, unread. folder: where the paths of cells that hold paths are looked for."""
+        """Return the images of the cell, unread. folder: where paths are looked up if the cell holds paths."""
         names = [f"{self.name}[{n}]" if len(self.items) > 1 else self.name for n in range(len(self.items))]
         return [
             StoredImage(name, lambda name=name, item=item: self._data(name, item, folder))
@@ -48,9 +50,9 @@ class Pictures:
 
 
 def rows(folder: Path, split: str, pictures: Sequence[str]) -> list[Row]:
-    """All rows of a split's shards, in order. The columns `pictures` hold `Pictures`, all others their values.
+    """Return all rows of a split's shards, in order. The columns `pictures` hold `Pictures`, all others their values.
 
-    Raises UserError for a split or a shard that is not there, and for what is no Parquet file.
+    Raises UserError if the split or a shard is missing, or a file is not Parquet.
     """
     found = [row for path in shards(folder, split) for row in _rows_of_file(path, pictures)]
     if not found:
@@ -59,8 +61,11 @@ def rows(folder: Path, split: str, pictures: Sequence[str]) -> list[Row]:
 
 
 def shards(folder: Path, split: str) -> list[Path]:
-    """train.parquet, NAME_train.parquet or train-00000-of-00002.parquet and its fellows, in the folder or its `data`.
-    Raises UserError where there is none, where one is missing, or where several files fit."""
+    """Return the files of a split, in the folder or its `data`.
+
+    For train: train.parquet, NAME_train.parquet, or train-00000-of-00002.parquet and the other shards. Raises UserError
+    if there is none, if one is missing, or if several files fit.
+    """
     files = [path for place in (folder, folder / "data") if place.is_dir() for path in sorted(place.glob("*.parquet"))]
     names = {path: _SHARD.sub("", path.stem) for path in files}
     fits = [path for path in files if names[path] == split] or [
@@ -94,7 +99,7 @@ def _rows_of_file(path: Path, pictures: Sequence[str]) -> Iterator[Row]:
         values = file.read(columns=small).to_pylist() if small else [{} for _ in range(count)]
         columns = {name: spool(path, name, _cells(file, name), count) for name in pictures if name in schema.names}
         pa.default_memory_pool().release_unused()
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # a text that is no UTF-8 is a ValueError
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # text that is not UTF-8 is a ValueError
         raise UserError(f"{path} cannot be read ({str(error).strip().splitlines()[0][:200]}).") from error
     if {len(values), *(len(column.rows) for column in columns.values())} != {count}:
         raise UserError(f"{path} is damaged: its columns have different numbers of rows; download it again.")
@@ -105,14 +110,14 @@ def _rows_of_file(path: Path, pictures: Sequence[str]) -> Iterator[Row]:
 
 
 def _cells(file: Any, column: str) -> Iterator[Any]:
-    """The values of a column, a few rows in memory at a time where the file's pages allow it."""
+    """Yield the values of a column, a few rows in memory at a time if the file's pages allow it."""
     for group in range(file.metadata.num_row_groups):
         for batch in file.iter_batches(4, row_groups=[group], columns=[column]):
             yield from batch.column(0).to_pylist()
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Whether a column's type has bytes somewhere inside."""
+    """Return whether a column's type contains bytes at any level."""
     import pyarrow as pa  # noqa: PLC0415 - an extra
 
     views = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
@@ -122,7 +127,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _open(path: Path) -> Any:
-    """The file, which is read in pieces. Raises UserError without pyarrow or for what is no Parquet file."""
+    """Open the file, to be read in pieces. Raises UserError without pyarrow or if it is not a Parquet file."""
     try:
         import pyarrow as pa  # noqa: PLC0415 - an extra
         import pyarrow.parquet as pq  # noqa: PLC0415 - an extra

@@ -1,4 +1,4 @@
-"""Files that rows name, looked for inside of the data folder alone. Links that lie in the folder are followed."""
+"""Find the files that rows name, only inside the data folder. Links in the folder are followed."""
 
 import os
 import unicodedata
@@ -11,7 +11,7 @@ from tapo_jax.data.json_files import shown
 
 
 def data_folder(directory: str | os.PathLike) -> Path:
-    """The folder as an absolute path. Raises UserError where there is none."""
+    """Return the folder as an absolute path. Raises UserError if it does not exist."""
     if not str(directory):
         raise UserError("data.dir is empty: give the folder of the data set.")
     folder = Path(os.path.abspath(directory))
@@ -21,8 +21,10 @@ def data_folder(directory: str | os.PathLike) -> Path:
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """The path that a name means, or None where it leads out of the folder. Links are not looked at: whoever owns the
-    folder may have placed one, and a row cannot."""
+    """Return the path of a name, or None if it is outside the folder.
+
+    Links are not resolved: the owner of the folder may have put one there, and a row cannot.
+    """
     path = Path(os.path.normpath(folder / name))
     for root in (folder, folder.resolve()):
         if path.is_relative_to(root):
@@ -31,9 +33,9 @@ def inside(folder: Path, name: str) -> Path | None:
 
 
 def find_file(folder: Path, name: str, bases: Sequence[str] = ("",), *, tails: bool = False) -> Path | None:
-    """The first file of this name below one of the bases, or None.
+    """Return the first file of this name below one of the bases, or None.
 
-    tails: absolute names may be those of the machine where they were written ("/data/mars/images/1.jpg" finds
+    tails: absolute names may be from the machine where they were written ("/data/mars/images/1.jpg" finds
     images/1.jpg).
     """
     if not isinstance(name, str) or not name or "\0" in name or "://" in name[:12]:
@@ -52,7 +54,7 @@ def find_file(folder: Path, name: str, bases: Sequence[str] = ("",), *, tails: b
 
 
 def find_image(folder: Path, name: str, where: str, bases: Sequence[str] = ("",)) -> StoredImage:
-    """The image of a published row. One that is not there cannot be shown, and says so when it is looked at."""
+    """Return the image of a published row. A missing one raises BadImage when it is read."""
     path = find_file(folder, name, bases, tails=True)
     if path is not None:
         return stored_file(path)
@@ -65,7 +67,7 @@ def find_image(folder: Path, name: str, where: str, bases: Sequence[str] = ("",)
 
 
 def split_file(folder: Path, split: str, names: Sequence[str]) -> Path:
-    """The first of the names, with {split} filled in, that exists. Raises UserError."""
+    """Return the first of the names, with {split} filled in, that exists. Raises UserError if none does."""
     if not split or "/" in split or split.startswith("."):
         raise UserError(f"The split is '{split}': give the name of a split, like train.")
     for name in names:

@@ -1,8 +1,8 @@
 """Prompts for every step, in an order that the seed fixes, with a position that a checkpoint keeps.
 
 The order is a grain pipeline over indices; a process then reads only its own prompts of the step. A question whose
-image cannot be shown gives its place to the next row of the data set that can be shown. This depends on the rows alone:
-no process needs to hear of it, the order goes on as if nothing had happened, and a resumed run does the same.
+image cannot be shown is replaced by the next row of the data set that can be shown. This depends only on the rows:
+processes need not communicate about it, the order continues unchanged, and a resumed run does the same.
 """
 
 import dataclasses
@@ -18,15 +18,21 @@ from tapo_jax.config import BadImage, UserError
 from tapo_jax.data.images import bad, check_shape
 from tapo_jax.types import BadPrompt, Prompt
 
-MOST_IN_A_ROW = 100  # rows that cannot be shown, after which it is the data set that is wrong
+MOST_IN_A_ROW = 100  # unshowable rows, after which the data set itself must be wrong
 
 
 class Prompts:
-    """An endless iterator: `next` gives this process's prompts of the next step, their images decoded.
+    """An endless iterator: `next` returns this process's prompts of the next step, with decoded images.
 
-    source: random access to all prompts of a split. prompts_per_step: of all processes. local: which of
-    0..prompts_per_step-1 this process takes. Every epoch has another order. Raises UserError for an empty source.
-    skipped: rows that could not be shown in the last `next` of this process; each is named once on stderr.
+    Every epoch has a different order. The attribute `skipped` counts the rows that could not be shown in the last
+    `next` of this process; each is named once on stderr.
+
+    source: random access to all prompts of a split.
+    prompts_per_step: over all processes.
+    local: which of 0..prompts_per_step-1 this process takes.
+    seed: fixes the order.
+
+    Raises UserError if the source is empty.
     """
 
     def __init__(self, source: Sequence[Prompt], *, prompts_per_step: int, local: Sequence[int], seed: int) -> None:
@@ -44,7 +50,7 @@ class Prompts:
         return [self._read(int(index_P[p])) for p in self._local]
 
     def _read(self, index: int) -> Prompt:
-        """The prompt of a row, or of the first row after it that can be shown."""
+        """Return the prompt of a row, or of the first row after it that can be shown."""
         for tried in range(min(MOST_IN_A_ROW, len(self._source))):
             at = (index + tried) % len(self._source)
             try:
@@ -60,7 +66,7 @@ class Prompts:
         raise UserError(f"None of {tried + 1} questions in a row can be shown. The last one: {last}") from last
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able; the same in every process."""
+        """Return the state: JSON-serialisable, the same in every process."""
         return self._order.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -68,8 +74,10 @@ class Prompts:
 
 
 def showable(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts that can be shown, for evaluation; the others are named on stderr. Decodes every image once and keeps
-    none: the same in every process."""
+    """Return the prompts that can be shown, for evaluation; the others are named on stderr.
+
+    Decodes every image once and keeps none. The result is the same in every process.
+    """
     kept = []
     for prompt in prompts:
         try:
@@ -82,12 +90,12 @@ def showable(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _say(text: str) -> None:
-    """A line of its own, above a progress bar where there is one."""
+    """Print a line, above a progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
 
 
 def decoded(prompt: Prompt) -> Prompt:
-    """The prompt with its images as arrays. Raises BadImage for one that the policy cannot be shown."""
+    """Return the prompt with its images as arrays. Raises BadImage if the policy cannot be shown one."""
     if not isinstance(prompt, Prompt):
         raise BadPrompt(f"there is a {type(prompt).__name__} and no Prompt")
     images = tuple(prompt.images)

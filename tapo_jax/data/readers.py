@@ -1,4 +1,4 @@
-"""A data set's name -> the questions of one of its splits."""
+"""Read the questions of a split of a data set, by the data set's name."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ READERS: dict[str, Callable[[str | os.PathLike, str], Sequence[Prompt]]] = {
     "livevqa": livevqa.read,
     "mat_search": mat_search.read,
 }
-# The split that published tables are about.
+# The split that published tables use.
 BENCHMARK_SPLIT = {
     "fvqa": "test",
     "mmsearch": "end2end_image",
@@ -34,9 +34,9 @@ BENCHMARK_SPLIT = {
 
 
 def read(name: str, directory: str | os.PathLike, split: str) -> Sequence[Prompt]:
-    """The questions of a split, with random access. Images are decoded when they are looked at.
+    """Return the questions of a split, with random access. Images are decoded on access.
 
-    Raises UserError for a name, a folder or a split that does not exist, and for a row that does not fit.
+    Raises UserError if the name, the folder or the split does not exist, or a row does not fit.
     """
     check_choice("The data set", name, tuple(READERS))
     try:

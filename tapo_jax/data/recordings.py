@@ -1,4 +1,4 @@
-"""Recorded image searches of a data set: one JSON line a question, and the thumbnails beside it.
+"""Recorded image searches of a data set: one JSON line per question, and the thumbnails next to the file.
 
     DIR/image_search_SPLIT/image_search.jsonl     {"id": "…", "titles": ["…"], "thumbnails": ["ab12.png", null],
                                                    "summary": ""}
@@ -22,7 +22,7 @@ FILE = "image_search.jsonl"
 
 
 def recording(row: Row, folder: Path) -> Recording:
-    """The search that a row holds. Raises UserError."""
+    """Return the search that a row holds. Raises UserError."""
     titles = row.texts("titles")
     thumbnails = row.optional("thumbnails") or []
     if not isinstance(thumbnails, list):
@@ -40,8 +40,10 @@ def recording(row: Row, folder: Path) -> Recording:
 
 
 def with_recordings(prompts: Sequence[Prompt], folder: Path, split: str) -> Sequence[Prompt]:
-    """The prompts, each with the search that was recorded for its id; unchanged where the folder has no recordings.
-    Raises UserError where there are recordings and none is of any of the prompts."""
+    """Return the prompts, each with the search recorded for its id; unchanged if the folder has no recordings.
+
+    Raises UserError if there are recordings, but none for any of the prompts.
+    """
     files = [folder / name / FILE for name in (f"image_search_{split}", "image_search")]
     file = next((file for file in files if file.is_file()), None)
     if file is None:

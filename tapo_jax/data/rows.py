@@ -1,4 +1,4 @@
-"""Rows of published and own files: strict about the fields that a question needs, tolerant about all others.
+"""Rows of published and users' files: strict about the fields that a question needs, tolerant about all others.
 
 A row that does not fit is a UserError that names the file, the row, the field, what was found and what was expected.
 """
@@ -19,13 +19,14 @@ MARK = "<image>"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The fields of one row. where: "FILE, line 3"."""
+    """The fields of one row."""
 
     where: str
+    """Like "FILE, line 3", for messages."""
     values: Mapping[str, Any]
 
     def bad(self, field: str, expected: str) -> UserError:
-        """What is wrong with a field, as a sentence. field may go down: "reward_model.ground_truth"."""
+        """Return an error that says what is wrong with a field. It may be nested: "reward_model.ground_truth"."""
         try:
             found = f"is {shown(self.get(field))}"
         except KeyError:
@@ -33,7 +34,7 @@ class Row:
         return UserError(f"{self.where}: the field '{field}' {found}; expected {expected}.")
 
     def get(self, field: str) -> Any:
-        """The value of a field, None inside of a missing one. Raises KeyError where the row does not have the field."""
+        """Return the value of a field, None inside a missing one. Raises KeyError if the row lacks the field."""
         first, *rest = field.split(".")
         value = self.values[first]
         for name in rest:
@@ -44,7 +45,7 @@ class Row:
         return self.get(field) if field.split(".")[0] in self.values else None
 
     def text(self, field: str, expected: str = "a text") -> str:
-        """A text that is not empty and can be encoded."""
+        """Return a text that is not empty and can be encoded. Raises UserError if the field has none."""
         value = self.optional(field)
         if not isinstance(value, str) or not value.strip():
             raise self.bad(field, expected)
@@ -58,7 +59,10 @@ class Row:
         return value
 
     def texts(self, field: str, *, as_json: bool = False) -> list[str]:
-        """The texts of a field that may be missing, null, one text or a list of texts (as_json: as JSON text too)."""
+        """Return the texts of a field that may be missing, null, one text or a list of texts.
+
+        as_json: the list may also be JSON text.
+        """
         value = self.optional(field)
         if as_json and isinstance(value, str) and value.strip().startswith("["):
             try:
@@ -71,7 +75,7 @@ class Row:
         return [self.encodable(field, text) for text in found]
 
     def name(self, field: str, otherwise: str) -> str:
-        """The row's id: a text or a whole number; `otherwise` where there is none."""
+        """Return the row's id, a text or a whole number; `otherwise` if there is none."""
         value = self.optional(field)
         if value is None or value == "":
             return otherwise
@@ -80,12 +84,15 @@ class Row:
         return self.encodable(field, str(value))
 
     def rest(self, used: Iterable[str]) -> dict[str, Any]:
-        """The fields that the question did not use."""
+        """Return the fields that the question did not use."""
         return {name: value for name, value in self.values.items() if name not in set(used)}
 
 
 def accepted(row: Row, field: str, answers: Iterable[str]) -> tuple[str, ...]:
-    """The answers without repetitions and without those that nothing can match. Raises UserError where none is left."""
+    """Return the answers without duplicates and without those that nothing can match.
+
+    Raises UserError if none is left.
+    """
     kept = tuple(dict.fromkeys(answer.strip() for answer in answers if rewards.exact_match(answer, (answer,))))
     if not kept:
         raise row.bad(field, "at least one answer with a letter or a digit")
@@ -93,7 +100,7 @@ def accepted(row: Row, field: str, answers: Iterable[str]) -> tuple[str, ...]:
 
 
 def marked(row: Row, field: str, question: str, images: int) -> str:
-    """The question. Raises UserError where it has `<image>` marks, and not one for each image."""
+    """Return the question. Raises UserError if it has `<image>` marks, but not one for each image."""
     marks = question.count(MARK)
     if marks not in (0, images):
         raise row.bad(field, f"no {MARK} mark or one for each of the row's {images} images, and it has {marks}")
@@ -101,7 +108,7 @@ def marked(row: Row, field: str, question: str, images: int) -> str:
 
 
 def unique_ids(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts with a number added to an id that stands for a second question: equal ids are equal questions."""
+    """Return the prompts, with a number added to an id reused for another question: equal ids are equal questions."""
     seen: dict[str, tuple] = {}
     made = []
     for number, prompt in enumerate(prompts, start=1):
@@ -113,12 +120,12 @@ def unique_ids(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def lazy(sources: Sequence[Callable]) -> Images | tuple[()]:
-    """Images that are decoded when looked at; () for none."""
+    """Return images that are decoded on access; () for none."""
     return Images(sources) if sources else ()
 
 
 def rows_of(path: Path, values: Iterable[Any]) -> Iterator[Row]:
-    """The rows of a JSON list, counted from 1. Raises UserError for one that is no object."""
+    """Yield the rows of a JSON list, counted from 1. Raises UserError if one is not an object."""
     for number, value in enumerate(values, start=1):
         if not isinstance(value, dict):
             raise UserError(f"{path}, row {number}: found {shown(value)}; expected an object.")

@@ -15,7 +15,7 @@ LANGUAGES = {"_en": "EN", "_cn": "CN"}
 
 
 def read(directory: str | os.PathLike, split: str = "test_en") -> list[Prompt]:
-    """The questions of a split. Raises UserError."""
+    """Return the questions of a split. Raises UserError."""
     folder = data_folder(directory)
     language = LANGUAGES.get(split[-3:])
     rows = parquet.rows(folder, split[:-3] if language else split, pictures=("image",))

@@ -1,11 +1,11 @@
-"""What a config names -> the questions of a split, the tools that can answer them, and what an answer is worth.
+"""Build what a config names: the questions of a split, the tools that can answer them, and the reward of an answer.
 
 `data.source` is "atlas" (the embedded world), one of `readers.READERS` (a data set in the folder data.dir), or your own
 "package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is "atlas", "recorded"
 (zoom, and the image searches that were recorded for the questions) or "package.module:function", called as
 function(config) -> list[Tool]; `reward.source` is "rewards" or "package.module:function", called as
-function(episode) -> {name: number}, among them "accuracy", or -> `rewards.judged.Scored`, which can also say that
-nobody knows whether the answer is right.
+function(episode) -> {name: number}, including "accuracy", or -> `rewards.judged.Scored`, which can also say that it is
+unknown whether the answer is right.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from tapo_jax.types import BadPrompt, Episode, Prompt
 
 
 def prompts(config: Any, split: str) -> Sequence[Prompt]:
-    """All questions of a split. Raises UserError for a data set or a split that does not exist."""
+    """Return all questions of a split. Raises UserError if the data set or the split does not exist."""
     if ":" in config.data.source:
         return _own_prompts("data.source", config.data.source, config, split)
     if config.data.source not in READERS:
@@ -48,7 +48,7 @@ def prompts(config: Any, split: str) -> Sequence[Prompt]:
 
 
 def _own_prompts(field: str, path: str, config: Any, split: str) -> Sequence[Prompt]:
-    """The questions of a function of the user's. Where they are a list, equal ids have to be equal questions."""
+    """Return the questions of a user's function. If they are a list, equal ids have to be equal questions."""
     try:
         found = _function(field, path)(config, split)
     except BadPrompt as error:
@@ -66,7 +66,7 @@ def _own_prompts(field: str, path: str, config: Any, split: str) -> Sequence[Pro
 
 
 def tools(config: Any) -> list[Tool]:
-    """The tools of config.tools.names, in that order. Raises UserError for a name that does not exist."""
+    """Return the tools of config.tools.names, in that order. Raises UserError if a name does not exist."""
     if ":" in config.tools.source:
         found = _function("tools.source", config.tools.source)(config)
     elif config.tools.source == "atlas":
@@ -87,7 +87,7 @@ def tools(config: Any) -> list[Tool]:
 
 
 def _remote_search(c: Any) -> RemoteTextSearch | None:
-    """The text search of a service or of a recording; None where the config names neither."""
+    """Return the text search of a service or of a recording; None if the config names neither."""
     if not c.endpoint and not c.replay:
         if c.record or c.cache:
             field = "record" if c.record else "cache"
@@ -106,9 +106,11 @@ def _remote_search(c: Any) -> RemoteTextSearch | None:
 
 
 def score(config: Any, *, evaluating: bool = False) -> Callable[[Episode], dict[str, float] | Scored]:
-    """What gives an episode its named rewards, in training or in evaluations. Raises UserError for a source that does
-    not exist, a judge without its key, and, when it is called, for rewards without accuracy or without one that
-    reward.weights gives a weight."""
+    """Return the function that gives an episode its named rewards, in training or in evaluations.
+
+    Raises UserError if the source does not exist or a judge has no key; the function raises it if accuracy, or a
+    reward that has a weight in reward.weights, is missing.
+    """
     settings = judge_settings(config, evaluating=evaluating)
     if config.reward.source == "rewards":
         return rewards.score if settings is None else make_score(judge.Judge(settings))
@@ -139,8 +141,10 @@ def score(config: Any, *, evaluating: bool = False) -> Callable[[Episode], dict[
 
 
 def judge_settings(config: Any, *, evaluating: bool = False) -> judge.Settings | None:
-    """The judge of training or of evaluations; None where there is none. Raises UserError for one without a name, or
-    with a key in its address."""
+    """Return the judge of training or of evaluations; None if there is none.
+
+    Raises UserError if it has no name, or a key in its address.
+    """
     section = "eval" if evaluating and config.eval.judge.endpoint else "reward"
     fields = dict(config[section].judge)
     if not fields["endpoint"]:
@@ -159,7 +163,7 @@ def judge_settings(config: Any, *, evaluating: bool = False) -> judge.Settings |
 
 
 def score_workers(config: Any, *, evaluating: bool = False) -> int:
-    """The threads that score episodes."""
+    """Return the number of threads that score episodes."""
     settings = judge_settings(config, evaluating=evaluating)
     return config.reward.workers if settings is None else settings.concurrency
 
@@ -201,7 +205,7 @@ def atlas_settings(config: Any) -> Settings:
 
 
 def _data_dir(config: Any) -> pathlib.Path:
-    """config.data.dir, or a folder of the user's cache."""
+    """Return config.data.dir, or a folder of the user's cache."""
     if config.data.dir:
         return pathlib.Path(config.data.dir)
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"

@@ -1,8 +1,8 @@
-"""Pictures of a Parquet column, copied once into a flat file from which each can be read alone.
+"""Copy the pictures of a Parquet column once into a flat file from which each can be read by itself.
 
-A Parquet page holds the pictures of a hundred rows or of a whole file, so that one of them costs reading all. The copy
-lies in the user's cache folder (XDG_CACHE_HOME), holds the encoded bytes as they are, and is found again as long as the
-file has the same path, size and date. Nothing of it stays in memory but where each picture begins.
+A Parquet page holds the pictures of a hundred rows or of a whole file, so that reading one means reading all. The copy
+is in the user's cache folder (XDG_CACHE_HOME), holds the encoded bytes unchanged, and is reused as long as the file has
+the same path, size and date. Only the position of each picture stays in memory.
 """
 
 import contextlib
@@ -20,19 +20,20 @@ from tqdm import tqdm
 from tapo_jax.config import UserError
 from tapo_jax.data.images import from_base64
 
-# What a cell holds: bytes at (offset, length) of the copy, the path of a file, or text that is no picture (the reason).
+# An item of a cell: bytes at (offset, length) of the copy, the path of a file, or the reason why it is no picture.
 Item = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Spool:
-    """rows: the items of each row's cell, those that hold nothing left out."""
+    """The copy of a column."""
 
     path: Path
     rows: list[list[Item]]
+    """The items of each row's cell, without the empty ones."""
 
     def read(self, item: Item) -> bytes:
-        """The bytes of an item that has "at"."""
+        """Return the bytes of an item that has "at"."""
         offset, length = item["at"]
         with open(self.path, "rb") as file:
             file.seek(offset)
@@ -45,9 +46,9 @@ def cache_folder() -> Path:
 
 
 def spool(source: Path, column: str, cells: Iterable[Any], count: int) -> Spool:
-    """The copy of a column, made by one process where it is not there yet. cells: the values of its `count` rows.
+    """Return the copy of a column, made by one process if it does not exist yet.
 
-    Raises UserError where the cache folder cannot be written.
+    cells: the values of its `count` rows. Raises UserError if the cache folder cannot be written.
     """
     stat = source.stat()
     identity = json.dumps([str(source.resolve()), stat.st_size, stat.st_mtime_ns, column])
@@ -69,7 +70,7 @@ def spool(source: Path, column: str, cells: Iterable[Any], count: int) -> Spool:
 
 
 def _write(data: Path, index: Path, cells: Iterable[Any]) -> None:
-    """The index is renamed last: where it is, the copy is whole."""
+    """Write the copy and its index. The index is renamed last: if it exists, the copy is complete."""
     temporary, rows, offset = data.with_suffix(".tmp"), [], 0
     try:
         with open(temporary, "wb") as file:
@@ -93,7 +94,7 @@ def _write(data: Path, index: Path, cells: Iterable[Any]) -> None:
 
 
 def _items(cell: Any) -> Iterator[bytes | dict[str, str]]:
-    """Bytes, {"path": …} or {"bad": reason} for each item of a cell that holds something."""
+    """Yield bytes, {"path": …} or {"bad": reason} for each item of a cell that is not empty."""
     for item in [] if cell is None else cell if isinstance(cell, list) else [cell]:
         data, path = (item.get("bytes"), item.get("path")) if isinstance(item, Mapping) else (item, None)
         if isinstance(data, str) and data:

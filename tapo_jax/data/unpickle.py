@@ -1,7 +1,7 @@
-"""Reads pickles of plain containers without running anything that they ask for.
+"""Read pickles of plain containers without running anything that they ask for.
 
 A pickle is a program. This reader lets it build dicts, lists, tuples, sets, texts, bytes and numbers, and gives it an
-inert object where it asks for a picture of Pillow. For every other name the file is refused, and nothing of it is run.
+inert object if it asks for a Pillow picture. A file that asks for any other name is refused, and nothing of it is run.
 """
 
 import pickle
@@ -14,11 +14,11 @@ import PIL.Image
 from tapo_jax.config import UserError
 
 _FORMS = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"}
-MAX_PIXELS = 1 << 25  # of a picture inside of a pickle
+MAX_PIXELS = 1 << 25  # of a picture inside a pickle
 
 
 class Inert:
-    """What a pickle gets where it asks for a picture's class: keeps the state that it is given, and does nothing."""
+    """What a pickle gets if it asks for a picture's class: it keeps the state that it is given, and does nothing."""
 
     state: Any = None
 
@@ -27,25 +27,25 @@ class Inert:
 
 
 def _inert(*_: Any) -> Inert:
-    """Stands for copyreg's function that builds an object in old pickles."""
+    """Replace copyreg's function that builds an object in old pickles."""
     return Inert()
 
 
 def _latin(text: str, encoding: str) -> bytes:
-    """How old pickles write bytes: `_codecs.encode(text, "latin1")`."""
+    """Return the bytes that old pickles write as `_codecs.encode(text, "latin1")`."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"bytes in the encoding {str(encoding)[:20]!r}")
     return text.encode("latin-1")
 
 
 def _byte_array(data: bytes | str = b"", encoding: str = "latin-1") -> bytes:
-    """How pickles write a bytearray. Never of a number: that would be as many zeros."""
+    """Return the bytes of a bytearray in a pickle. Never from a number n: that would be n zero bytes."""
     return bytes(data) if isinstance(data, (bytes, bytearray)) else _latin(data, encoding)
 
 
 class _Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Never imports anything: the names that are known are answered with what is in this file."""
+        """Return the stand-in of a known name. Never imports anything: known names map to objects of this file."""
         if module.split(".")[0] == "PIL" and name.endswith(("Image", "ImageFile")):
             return Inert
         known = {
@@ -66,27 +66,29 @@ class _Plain(pickle.Unpickler):
 
 
 def load(path: Path) -> Any:
-    """The value of a pickle, with an `Inert` where it had a picture. Raises UserError for all that is not plain."""
+    """Return the value of a pickle, with an `Inert` for each picture. Raises UserError for anything not plain."""
     try:
         with open(path, "rb") as file:
             _check_memo(file)
             file.seek(0)
             return _Plain(file).load()
-    except Exception as error:  # the file is somebody's program: it can fail in any way
+    except Exception as error:  # the file is an untrusted program: it can fail in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} is refused: {reason}. Nothing of it was run.") from error
 
 
 def _check_memo(file: BinaryIO) -> None:
-    """Raises UnpicklingError where a value is kept under a number far beyond how many there are: the reader would make
-    room for all numbers below it."""
+    """Check the memo's numbers. Raises UnpicklingError if one is larger than the number of opcodes so far.
+
+    The reader would allocate memory for all numbers below it.
+    """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if "PUT" in opcode.name and int(argument) > count + 1:
             raise pickle.UnpicklingError(f"keeps a value under the number {argument}")
 
 
 def picture(value: Any) -> PIL.Image.Image | None:
-    """The picture that an `Inert` was in the pickle; None where its state is none of a picture."""
+    """Return the picture that an `Inert` was in the pickle; None if its state is not a picture's."""
     state = value.state if isinstance(value, Inert) else None
     if not isinstance(state, (list, tuple)) or len(state) < 5:
         return None

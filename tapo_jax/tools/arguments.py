@@ -1,4 +1,4 @@
-"""The arguments of a call: whether they fit the tool's schema, and how TAPO compares them."""
+"""Check the arguments of a call against the tool's schema, and turn them into what TAPO compares."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tapo_jax.tools.schemas import bounds, kinds, takes_more
 from tapo_jax.types import Identity, Image, Number, Parameter, Region, Text
 
 _TYPES = {"string": str, "integer": int, "number": (int, float), "array": list, "boolean": bool, "object": dict}
-_MAX_NAME = 100  # characters of what the policy wrote that a sentence repeats
+_MAX_NAME = 100  # max characters of the policy's text that a message repeats
 
 
 class BadCall(Exception):
@@ -24,10 +24,10 @@ class BadCall(Exception):
 
 
 def check_arguments(schema: dict[str, Any], arguments: dict[str, Any], images: Sequence[Image]) -> None:
-    """Raises BadCall where the arguments do not fit, a box is no box, or an image does not exist.
+    """Check types, names, boxes and image numbers. Raises BadCall if one of them does not fit or does not exist.
 
-    schema: with `properties` and `required`, as `schemas.resolved` gives it. What only JSON schema can say is left to
-    `check_schema`.
+    schema: with `properties` and `required`, as `schemas.resolved` returns it. What only a JSON schema can say is left
+    to `check_schema`.
     """
     parameters, kind_of = schema["function"]["parameters"], kinds(schema)
     if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
@@ -48,7 +48,7 @@ def check_arguments(schema: dict[str, Any], arguments: dict[str, Any], images: S
 
 
 def check_schema(validator: jsonschema.protocols.Validator, arguments: dict[str, Any]) -> None:
-    """Raises BadCall where the arguments break a rule of the JSON schema: bounds, enum, items, alternatives."""
+    """Check the rules of the JSON schema: bounds, enum, items, alternatives. Raises BadCall if one is broken."""
     try:
         error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
     except Exception as wrong:  # a schema that refers to itself without end, a number that overflows
@@ -64,7 +64,7 @@ def _check_argument(name: str, value: Any, json_type: Any, kind: str, images: Se
         if not fits:
             raise BadCall("bad_arguments", f"The argument '{name}' must be of type {json_type}.")
     if value is None:
-        return  # where the schema allows null it stands for nothing
+        return  # if the schema allows null, it means that the argument is absent
     if kind == "region":
         _check_box(name, value)
     if kind == "image":
@@ -75,7 +75,7 @@ def _check_argument(name: str, value: Any, json_type: Any, kind: str, images: Se
 
 
 def _check_images(schema: dict[str, Any], arguments: dict[str, Any], images: Sequence[Image]) -> None:
-    """A box whose image is left out is in the default image, which has to exist."""
+    """Check that the image of a box exists: if it is left out, the box is in the default image."""
     kind_of = kinds(schema)
     for name, kind in kind_of.items():
         if kind == "region" and arguments.get(name) is not None:
@@ -101,7 +101,7 @@ def _check_box(name: str, box: Any) -> None:
 
 
 def compose(box: Sequence[float], image: Image) -> tuple[float, float, float, float]:
-    """A box relative to `image` (0..1) as a box in the image's root."""
+    """Convert a box relative to `image` (0..1) into a box in the image's root."""
     x1, y1, x2, y2 = image.box
     w, h = x2 - x1, y2 - y1
     return (x1 + box[0] * w, y1 + box[1] * h, x1 + box[2] * w, y1 + box[3] * h)
@@ -110,8 +110,11 @@ def compose(box: Sequence[float], image: Image) -> tuple[float, float, float, fl
 def call_parameters(
     schema: dict[str, Any], arguments: dict[str, Any], images: Sequence[Image]
 ) -> tuple[Parameter, ...]:
-    """The arguments as TAPO compares them. A box is composed with its image into root coordinates, and then stands for
-    both; labels and other properties of kind "none" are left out, and so is null."""
+    """Return the arguments as TAPO compares them.
+
+    A box is composed with its image into root coordinates, and then stands for both. Labels and other properties of
+    kind "none" are left out, and so is null.
+    """
     parameters = schema["function"]["parameters"]
     kind_of = {name: kind for name, kind in kinds(schema).items() if arguments.get(name) is not None}
     boxes = {name: [v / 1000 for v in arguments[name]] for name, kind in kind_of.items() if kind == "region"}
@@ -122,7 +125,7 @@ def call_parameters(
         if name in shown:
             image = shown[name]
             found.append(Region(image.root, image.box if first is None else compose(boxes[first], image)))
-        elif name in boxes and name != first:  # the first box stands at its image
+        elif name in boxes and name != first:  # the first box is at its image's position
             image = next(iter(shown.values()))
             found.append(Region(image.root, compose(boxes[name], image)))
         elif name in kind_of:
@@ -141,7 +144,7 @@ def _compared(kind: str, value: Any, wanted: dict[str, Any], parameters: dict[st
 
 
 def _one_text(value: Any) -> str:
-    """A text as it is, a list of texts as lines, anything else as JSON."""
+    """Return a text as it is, a list of texts as lines, anything else as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
@@ -150,8 +153,11 @@ def _one_text(value: Any) -> str:
 
 
 def _image_numbers(schema: dict[str, Any], arguments: dict[str, Any]) -> list[tuple[str, int]]:
-    """The image properties and their numbers. One that is left out counts only where there is a box and no other image:
-    its number is then the property's default, or 0."""
+    """Return the image properties and their numbers.
+
+    One that is left out counts only if there is a box and no other image: its number is then the property's default,
+    or 0.
+    """
     kind_of, properties = kinds(schema), schema["function"]["parameters"]["properties"]
     names = [name for name, kind in kind_of.items() if kind == "image"]
     given = [(name, arguments[name]) for name in names if arguments.get(name) is not None]

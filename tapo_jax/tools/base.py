@@ -1,8 +1,7 @@
-"""What a tool is, and how calls are run: checked, on threads, with time-outs, retries and a cache. An error is a
-result.
+"""Define what a tool is, and run calls: checked, on threads, with time-outs, retries and a cache. An error is a result.
 
-A tool declares its parameters once, in the JSON schema that the policy sees. How TAPO compares each of them is its kind
-(`schemas.kinds`).
+A tool declares its parameters once, in the JSON schema that the policy sees. The kind of a parameter says how TAPO
+compares it (`schemas.kinds`).
 """
 
 import collections
@@ -28,11 +27,15 @@ __all__ = ["BadCall", "Tool", "ToolRunner", "call_parameters", "compose", "funct
 
 
 class Tool(Protocol):
-    """name: as the policy writes it. schema: the function in OpenAI form. A call gets checked arguments. A tool with
-    `needs_prompt = True` is called with `prompt=` too: what it gives belongs to the question."""
+    """A function that the policy can call. It gets checked arguments.
+
+    A tool with `needs_prompt = True` is called with `prompt=` too: its results belong to the question.
+    """
 
     name: str
+    """The name that the policy writes."""
     schema: dict[str, Any]
+    """The function in OpenAI form."""
 
     def __call__(self, arguments: dict[str, Any], images: Sequence[Image]) -> ToolResult: ...
 
@@ -42,14 +45,20 @@ def needs_prompt(tool: Tool) -> bool:
 
 
 class ToolRunner:
-    """Runs calls on a bounded pool of threads. `submit` never raises and its future always holds a result, whatever the
-    policy wrote and whatever a tool does: raises, calls sys.exit, gives something that is no result.
+    """Runs calls on a bounded pool of threads.
 
-    schemas: as the policy reads them. resolved: with the kind of each property, for `tapo.parameter_slots`.
-    timeout_s: seconds that one try may take. retries: further tries after an exception of the tool itself (not after a
-    bad call). threaded=False runs a call in its caller's thread, without a time-out (for tools that are known). Equal
-    calls on equal images are answered from a cache of `cache` results; errors are not kept. A tool gets a copy of the
-    arguments and pixels that it cannot write to: both belong to the conversation.
+    `submit` never raises and its future always holds a result, whatever the policy wrote and whatever a tool does:
+    raise, call sys.exit, return something that is not a result. A tool gets a copy of the arguments and read-only
+    pixels: both belong to the conversation.
+
+    workers: number of threads.
+    timeout_s: max seconds of one attempt.
+    retries: further attempts after an exception of the tool itself (not after a bad call).
+    cache: max results kept to answer equal calls on equal images; errors are not kept.
+    threaded: False runs a call in its caller's thread, without a time-out (for tools that are known).
+
+    The attribute `schemas` has the schemas as the policy reads them; `resolved` has them with the kind of each
+    property, for `tapo.parameter_slots`.
 
     Raises UserError for a tool whose name or schema cannot be understood.
     """
@@ -82,17 +91,17 @@ class ToolRunner:
         return self._pool.submit(self.run, call, tuple(images), prompt)
 
     def run(self, call: ToolCall, images: Sequence[Image], prompt: Prompt | None = None) -> tuple[ToolCall, ToolResult]:
-        """The call with its parameters, and its result. Any failure is a result with `error` set.
+        """Return the call with its parameters, and its result. Any failure is a result with `error` set.
 
         A call of a tool that sees the prompt has the prompt's id among its parameters: two such calls without arguments
-        are the same action for one question, and have nothing in common for two.
+        are the same action for one question, and have nothing in common for two questions.
         """
         start = time.monotonic()
         try:
             ran, result = self._run(call, images, prompt)
         except BadCall as error:
             ran, result = call, ToolResult(text=values.whole_text(f"Error: {error}"), error=error_word(error.kind))
-        except Exception:  # a fault of this project: the run goes on, and the log says where it is
+        except Exception:  # a bug of this project: the run continues, and the log says where it is
             logging.getLogger(__name__).exception("a call could not be run")
             ran, result = call, ToolResult(text="Error: The call could not be run.", error="internal")
         return _recordable(ran), dataclasses.replace(result, seconds=time.monotonic() - start)
@@ -141,7 +150,7 @@ class ToolRunner:
             if isinstance(error, BadCall):
                 raise error
             if isinstance(error, KeyboardInterrupt) and not self._threaded:
-                raise error  # somebody's Ctrl-C: this is the caller's own thread
+                raise error  # the user's Ctrl-C: this is the caller's own thread
             if last and isinstance(error, TimeoutError):
                 raise BadCall("timeout", f"{call.name} gave no result in {self._timeout_s:g} seconds.") from None
             if last:
@@ -150,7 +159,7 @@ class ToolRunner:
 
 
 def _checked_name(tool: Tool) -> str:
-    """The tool's name. Raises UserError for what is no tool."""
+    """Return the tool's name. Raises UserError if it is not a tool."""
     if isinstance(tool, type):
         raise UserError(f"The tool {tool.__name__} is a class: give one of its objects, {tool.__name__}().")
     kind = type(tool).__name__
@@ -165,7 +174,7 @@ def _checked_name(tool: Tool) -> str:
 
 
 def _recordable(call: ToolCall) -> ToolCall:
-    """The call as it is, or without what no recording could hold. Only a refused call has such arguments."""
+    """Return the call without what a recording cannot hold. Only a refused call has such arguments."""
     plain = isinstance(call.arguments, dict) and values.problem(call.arguments) is None
     if plain and isinstance(call.name, str) and not values.SURROGATE.search(call.name):
         return call
@@ -180,7 +189,7 @@ def _read_only(image: Image) -> Image:
 
 
 def _caught(function: Callable[[], ToolResult]) -> tuple[ToolResult | None, BaseException | None]:
-    """What the function gives, or what it raises: a tool is foreign code, and sys.exit in it is no end of a run."""
+    """Return the function's result or its exception: a tool is foreign code, and its sys.exit must not end a run."""
     try:
         return function(), None
     except BaseException as error:
@@ -190,10 +199,10 @@ def _caught(function: Callable[[], ToolResult]) -> tuple[ToolResult | None, Base
 def _with_timeout(
     function: Callable[[], ToolResult], timeout_s: float
 ) -> tuple[ToolResult | None, BaseException | None]:
-    """Run `_caught` on a daemon thread of its own: a call that hangs holds neither a worker nor the program's exit."""
+    """Run `_caught` on its own daemon thread: a call that hangs blocks neither a worker nor the program's exit."""
     done: concurrent.futures.Future = concurrent.futures.Future()
     try:
         threading.Thread(target=lambda: done.set_result(_caught(function)), daemon=True).start()
         return done.result(timeout=timeout_s)
-    except (TimeoutError, RuntimeError) as error:  # RuntimeError: no more threads can be started
+    except (TimeoutError, RuntimeError) as error:  # RuntimeError: no further thread can be started
         return None, error

@@ -1,6 +1,6 @@
-"""A client for JSON services that may be slow, busy, broken or hostile: what goes wrong is a BadCall with one name.
+"""A client for JSON services that may be slow, busy, broken or hostile: every failure is a BadCall of one of two kinds.
 
-"timeout": there was no whole reply within the time limit. "service": there was one that is no use, or none can be had.
+"timeout": no complete reply within the time limit. "service": the reply is of no use, or none can be had.
 """
 
 import concurrent.futures
@@ -22,16 +22,18 @@ _BACK_OFF_S = (0.25, 8.0)  # the first wait and the longest, before jitter
 
 
 class Client:
-    """Posts JSON to one service. Safe to use from many threads.
+    """Posts JSON to one service. Safe to use from many threads. Equal concurrent calls are one request.
 
-    endpoint: "http://host:port". timeout_s: of a call in all, tries and waits between them included. retries: further
-    tries after a connection that failed, a 408, a 429 or a 5xx. key: sent as a bearer token, and shown nowhere.
-    Equal calls at one time are one request.
+    endpoint: "http://host:port".
+    timeout_s: of a whole call, including retries and the waits between them.
+    retries: further attempts after a failed connection, a 408, a 429 or a 5xx.
+    key: sent as a bearer token, and shown nowhere.
+    max_reply: max bytes of a reply.
     """
 
     def __init__(self, endpoint: str, *, timeout_s: float, retries: int, key: str = "", max_reply: int = MAX_REPLY):
         self.endpoint = checked(endpoint)
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}  # no reply that grows when unpacked
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}  # no decompression bombs
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=256, max_keepalive_connections=256)
         self._http = httpx.Client(base_url=self.endpoint, headers=headers, limits=limits, follow_redirects=False)
@@ -40,7 +42,7 @@ class Client:
         self._lock = threading.Lock()
 
     def post(self, path: str, body: Any) -> Any:
-        """Give the JSON value of the reply. Raises BadCall."""
+        """Return the JSON value of the reply. Raises BadCall."""
         deadline, key = time.monotonic() + self._timeout_s, json.dumps([path, body], sort_keys=True)
         with self._lock:
             other = self._flying.get(key)
@@ -86,7 +88,7 @@ class Client:
         raise BadCall("service", f"The search service {failed}.")
 
     def _once(self, path: str, body: Any, deadline: float) -> tuple[int, httpx.Headers, bytes]:
-        """One request. Its time limit holds for every piece of the reply, so that one that trickles ends too."""
+        """Send one request. Its time limit holds for every piece of the reply, so that a trickling one ends too."""
         left = max(deadline - time.monotonic(), 0.001)
         with self._http.stream("POST", path, json=body, timeout=left) as reply:
             if reply.status_code != 200:
@@ -113,7 +115,7 @@ class Client:
 
 
 def checked(endpoint: str) -> str:
-    """Give the address without a slash at its end. Raises UserError for no http address, or one with a password."""
+    """Return the address without a trailing slash. Raises UserError if it is no http address or has a password."""
     try:
         url = httpx.URL(endpoint)
     except (httpx.InvalidURL, TypeError) as error:
@@ -126,7 +128,7 @@ def checked(endpoint: str) -> str:
 
 
 def retry_after(value: str) -> float:
-    """Give the seconds that a Retry-After header asks for, which holds a number or a date; 0 for anything else."""
+    """Return the seconds of a Retry-After header, which holds a number or a date; 0 for anything else."""
     try:
         seconds = float(value)
     except ValueError:

@@ -1,8 +1,8 @@
 """image_search_tool: perceptual nearest neighbours of an image of the conversation among titled pictures.
 
-A picture is described by its silhouette: the dominant shape, cut to its bounding box and brought to a fixed grid. So a
-crop with a margin is found, and one that cuts the shape is not. A shape that is small in its picture is not told apart
-from the others in it, so a whole scene has to be zoomed into.
+A picture is described by its silhouette: the dominant shape, cropped to its bounding box and resized to a fixed grid.
+So a crop with a margin is found, and one that cuts the shape is not. A shape that is small in its picture is not
+separated from the others in it, so a whole scene has to be zoomed into.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,15 @@ from tapo_jax.tools.base import function_schema
 from tapo_jax.types import IMAGE_SEARCH, Image, ToolResult, root_image
 
 GRID = 24
-SPAN = 0.45  # of a picture's side: a smaller shape is not told apart from what surrounds it
+SPAN = 0.45  # fraction of a picture's side: a smaller shape is not separated from what surrounds it
 
 
 def silhouette(pixels_HxWx3: np.ndarray, *, contrast: int = 60) -> np.ndarray:
-    """float32 [GRID²+1], unit length: coverage of each cell, and the aspect ratio. The background is the median colour
-    of the image's border, the shape is what has the most frequent other colour (in 64 bins) or one near it. An image of
-    one colour gives zeros."""
+    """Return float32 [GRID²+1] of unit length: the coverage of each cell, and the aspect ratio.
+
+    The background is the median colour of the image's border; the shape is what has the most frequent other colour (in
+    64 bins) or one near it. An image of one colour gives zeros.
+    """
     pixels = pixels_HxWx3.astype(np.int16)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     differs_HxW = np.abs(pixels - np.median(border, axis=0)).sum(-1) > contrast
@@ -42,13 +44,18 @@ def silhouette(pixels_HxWx3: np.ndarray, *, contrast: int = 60) -> np.ndarray:
 
 
 def _trim(shape_HxW: np.ndarray) -> np.ndarray:
-    """Cut to its bounding box."""
+    """Crop to its bounding box."""
     rows, columns = np.flatnonzero(shape_HxW.any(1)), np.flatnonzero(shape_HxW.any(0))
     return shape_HxW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 class ImageSearch:
-    """titles and pictures (uint8 [H, W, 3]) of the index. `thumbnails` of the top_k results come back as images."""
+    """Finds the pictures most like an image of the conversation.
+
+    titles, pictures: the index; each picture is uint8 [H, W, 3].
+    top_k: number of results.
+    thumbnails: number of results whose picture is returned too.
+    """
 
     name = IMAGE_SEARCH
 
@@ -64,7 +71,7 @@ class ImageSearch:
         )
 
     def search(self, pixels_HxWx3: np.ndarray) -> list[tuple[int, float]]:
-        """(index, cosine) of the top_k nearest pictures, nearest first."""
+        """Return (index, cosine) of the top_k nearest pictures, nearest first."""
         score_N = self._feature_NxF @ silhouette(pixels_HxWx3)
         return [(int(i), float(score_N[i])) for i in np.argsort(-score_N, kind="stable")[: self._top_k]]
 

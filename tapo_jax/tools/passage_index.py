@@ -1,4 +1,4 @@
-"""A BM25 index of passages that is saved to a folder and memory-mapped: a second start reads no corpus."""
+"""A BM25 index of passages that is saved to a folder and memory-mapped: a second start does not read the corpus."""
 
 import json
 import os
@@ -18,8 +18,11 @@ FORMAT = 1
 class PassageIndex:
     """Searches many queries in one call.
 
-    bm25: its arrays may be memory-mapped. text: all passages, UTF-8, one after another. offset_N+1: where each begins.
     Not safe to call from several threads at a time: bm25s keeps scratch arrays in the index.
+
+    bm25: its arrays may be memory-mapped.
+    text: all passages, UTF-8, concatenated.
+    offset: [N+1], where each passage begins, and the end.
     """
 
     def __init__(self, bm25: bm25s.BM25, text: np.ndarray, offset: np.ndarray):
@@ -32,7 +35,7 @@ class PassageIndex:
         return self._text[self._offset[number] : self._offset[number + 1]].tobytes().decode()
 
     def search(self, queries: Sequence[str], top_k: Sequence[int]) -> list[list[tuple[str, float]]]:
-        """Give the best top_k[i] passages of queries[i] with positive scores, best first.
+        """Return the best top_k[i] passages of queries[i] with positive scores, best first.
 
         Ties go to the earlier passage. Equal queries are scored once.
         """
@@ -47,18 +50,18 @@ class PassageIndex:
         if not known:
             return []
         score_N = np.asarray(self._bm25.get_scores(known))
-        hit_H = np.flatnonzero(score_N > 0)  # far fewer than all passages, as a rule
+        hit_H = np.flatnonzero(score_N > 0)  # usually far fewer than all passages
         score_H = score_N[hit_H]
         if len(hit_H) > top_k:
             least = np.partition(score_H, -top_k)[-top_k]
-            kept = score_H >= least  # with all that tie at the end, so that the order below decides
+            kept = score_H >= least  # includes all ties for the last rank, so that the sort below decides
             hit_H, score_H = hit_H[kept], score_H[kept]
         order = np.argsort(-score_H, kind="stable")[:top_k]
         return [(self.passage(hit_H[i]), float(score_H[i])) for i in order]
 
 
 def build(passages: Sequence[str]) -> PassageIndex:
-    """Make an index in memory."""
+    """Build an index in memory."""
     bm25 = bm25s.BM25()
     bm25.index([words(passage) for passage in passages], show_progress=False)
     encoded = [passage.encode() for passage in passages]
@@ -67,7 +70,7 @@ def build(passages: Sequence[str]) -> PassageIndex:
 
 
 def save(index: PassageIndex, folder: Path, fingerprint: str) -> None:
-    """Write the index to a folder that does not exist yet or is empty, whole or not at all."""
+    """Write the index atomically to a folder that does not exist yet or is empty."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -82,7 +85,7 @@ def save(index: PassageIndex, folder: Path, fingerprint: str) -> None:
 
 
 def load(folder: Path, fingerprint: str) -> PassageIndex:
-    """Map a saved index into memory. Raises UserError for a folder that holds none, or one of another corpus."""
+    """Map a saved index into memory. Raises UserError if the folder holds none, or one of another corpus."""
     try:
         about = json.loads((folder / "about.json").read_text())
         made_of, made_by = about["fingerprint"], about["format"]

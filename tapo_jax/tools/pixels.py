@@ -1,11 +1,14 @@
-"""Pictures of any mode as what a model is shown: uint8 RGB, alpha on white, 16 bit scaled to 8."""
+"""Convert pictures of any mode to what a model is shown: uint8 RGB, alpha on white, 16 bit scaled to 8."""
 
 import numpy as np
 import PIL.Image
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image of any mode as RGB: alpha on white, 16 bit scaled. Raises ValueError for numbers that are no picture."""
+    """Convert an image of any mode to RGB: alpha on white, 16 bit scaled.
+
+    Raises ValueError if its numbers are no picture.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         return PIL.Image.fromarray(eight_bit(np.asarray(image))).convert("RGB")
     if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
@@ -15,7 +18,10 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def eight_bit(value_HxW: np.ndarray) -> np.ndarray:
-    """16-bit integers by their high byte, numbers in 0..1 times 255, numbers up to 255 as they are."""
+    """Convert to uint8: 16-bit integers by their high byte, numbers in 0..1 times 255, numbers up to 255 as they are.
+
+    Raises ValueError for other numbers.
+    """
     low, high = float(value_HxW.min()), float(value_HxW.max())
     if np.issubdtype(value_HxW.dtype, np.integer):
         if low < 0 or high > 65535:

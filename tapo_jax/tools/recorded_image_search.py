@@ -1,7 +1,7 @@
-"""image_search_tool as the published training sets have it: plays back what a search for the question's image gave.
+"""image_search_tool as in the published training sets: replays the recorded search for the image of the question.
 
 The recording belongs to the question (`Prompt.meta["image_search"]`), so the tool sees the prompt. Its schema has no
-argument (SenseNova-MARS), or `img_idx`, which may name the question's own images only: no search was recorded for a
+argument (SenseNova-MARS), or `img_idx`, which may name only the question's own images: no search was recorded for a
 crop or a thumbnail.
 """
 
@@ -21,19 +21,22 @@ _IMG_IDX = {"type": "integer", "description": "The image's number, counted from 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What a search gave: titles with the thumbnails beside them, best first, and a summary of the pages.
-
-    thumbnails: each gives uint8 [H, W, 3] when it is called; None where one is missing. Titles and thumbnails need not
-    be equally many.
-    """
+    """The result of a search. The numbers of titles and thumbnails may differ."""
 
     titles: tuple[str, ...] = ()
+    """Best first."""
     thumbnails: tuple[Callable[[], np.ndarray] | None, ...] = ()
+    """In the order of the titles; each returns uint8 [H, W, 3] when called. None if one is missing."""
     summary: str = ""
+    """Summary of the pages."""
 
 
 class RecordedImageSearch:
-    """results: titles with thumbnails that come back, at most. argument: whether the policy names the image."""
+    """Replays the search that was recorded for the question.
+
+    argument: whether the policy names the image.
+    results: max number of titles with thumbnails that are returned.
+    """
 
     name = IMAGE_SEARCH
     needs_prompt = True
@@ -53,7 +56,7 @@ class RecordedImageSearch:
         return ToolResult(parts=parts or ("No similar image was found.",))
 
     def _lines(self, recording: Recording) -> Iterator[str | Image]:
-        """Title 1, thumbnail 1, title 2, …, the summary. A thumbnail that cannot be shown is left out."""
+        """Yield title 1, thumbnail 1, title 2, …, the summary. A thumbnail that cannot be shown is left out."""
         count = min(self._results, max(len(recording.titles), len(recording.thumbnails)))
         for n in range(count):
             title = recording.titles[n] if n < len(recording.titles) else ""
@@ -72,7 +75,7 @@ class RecordedImageSearch:
 
 
 def _joined(lines: Iterable[str | Image]) -> Iterator[str | Image]:
-    """Each line of text and each image on a line of its own: the parts are shown one after another as they are."""
+    """Put each line of text and each image on its own line: the parts are shown one after another as they are."""
     text, between = "", ""
     for line in lines:
         if isinstance(line, str):

@@ -1,9 +1,10 @@
-"""text_search_tool over HTTP, for a corpus that does not fit one machine. The address comes from the config, never from
-the policy.
+"""text_search_tool over HTTP, for a corpus that does not fit one machine.
+
+The address comes from the config, never from the policy.
 
 The contract is Search-R1's (arXiv 2503.09516): POST {"queries": […], "topk": k, "return_scores": true} to
-ENDPOINT/retrieve gives {"result": [[{"document": {"contents": "Title\\ntext"}, "score": …}, …]]}. Services of others
-differ a little in what they give; what can be understood is.
+ENDPOINT/retrieve returns {"result": [[{"document": {"contents": "Title\\ntext"}, "score": …}, …]]}. Other services
+differ a little in their replies; whatever can be understood is accepted.
 """
 
 import os
@@ -22,10 +23,12 @@ KEY = "TAPO_SEARCH_KEY"  # the environment variable of the service's key, if it 
 
 
 class RemoteTextSearch:
-    """Asks the service at `endpoint` for top_k passages, and cuts them to `budget` characters in all.
+    """Asks the service at `endpoint` for top_k passages, and cuts them to `budget` characters in total.
 
-    timeout_s: of a call in all; the client ends a little before the tool runner would. retries: further tries.
-    kept: a cache or a recording, around the request. endpoint "" is for a replay, which asks nobody.
+    endpoint: "" for a replay, which sends no request.
+    timeout_s: of a whole call; the client stops a little before the tool runner would.
+    retries: further attempts.
+    kept: a cache or a recording, around the request.
     """
 
     name = TEXT_SEARCH
@@ -60,18 +63,18 @@ class RemoteTextSearch:
 
 
 def normalised(query: str) -> str:
-    """Give the one spelling of a query that is sent: composed characters, small letters, single spaces.
+    """Return the normalised query that is sent: composed characters, lower case, single spaces.
 
-    The reply depends on nothing else, so three spellings are one request. Half surrogates become question marks.
+    The reply depends on nothing else, so equivalent spellings are one request. Half surrogates become question marks.
     """
     return " ".join(unicodedata.normalize("NFC", query).lower().split()).encode("utf-8", "replace").decode()
 
 
 def passages_of(reply: Any) -> list[str]:
-    """Give the passages of a reply to one query. Raises BadCall where it cannot be understood.
+    """Return the passages of a reply to one query. Raises BadCall if it cannot be understood.
 
-    Understood are `{"result": [hits]}` and `{"result": hits}`, where a hit is a document, `{"document": document}`, or
-    a text, and a document has "contents", or "title" and "text". A hit without a text is left out.
+    Accepted are `{"result": [hits]}` and `{"result": hits}`, where a hit is a document, `{"document": document}`, or a
+    text, and a document has "contents", or "title" and "text". A hit without a text is left out.
     """
     hits = reply.get("result") if isinstance(reply, dict) else None
     if isinstance(hits, list) and len(hits) == 1 and isinstance(hits[0], list):

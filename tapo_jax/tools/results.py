@@ -1,7 +1,7 @@
-"""What a tool gave, as a proper result: the text cleaned and cut, pictures as uint8 RGB with a root.
+"""Turn what a tool returned into a proper result: the text cleaned and cut, pictures as uint8 RGB with a root.
 
-A tool is foreign code. What it plainly means is understood (a str is a text, a PIL picture or an array an image);
-anything else is a `BadCall` of kind "bad_result", which the policy reads.
+A tool is foreign code. A value with an obvious meaning is accepted (a str is a text, a PIL picture or an array an
+image); anything else is a `BadCall` of kind "bad_result", which the policy reads.
 """
 
 import re
@@ -21,9 +21,9 @@ MAX_PIXELS = 200_000_000  # of one image
 
 
 def settle(value: Any) -> ToolResult:
-    """Return what a tool gave as a result whose text, images, parts and error have their types.
+    """Return what a tool returned as a result whose text, images, parts and error have their types.
 
-    Understood are a ToolResult; a text or number; a picture (`Image`, PIL, an array); a list of texts and pictures,
+    Accepted are a ToolResult; a text or number; a picture (`Image`, PIL, an array); a list of texts and pictures,
     shown in their order; a dict with "text", "images" or "image", and "error". Raises BadCall.
     """
     if isinstance(value, ToolResult):
@@ -69,7 +69,7 @@ def _result(text: Any, images: Any, error: Any, parts: Any) -> ToolResult:
 
 
 def _parts(parts: Iterable[Any]) -> Iterable[str | Image]:
-    """The parts; a text after MAX_CHARACTERS in all is left out, with a note where it is cut."""
+    """Yield the parts; text after MAX_CHARACTERS in total is left out, with a note where it is cut."""
     left = MAX_CHARACTERS
     for part in parts:
         if _is_picture(part):
@@ -114,7 +114,10 @@ def _images(images: Any) -> Iterable[Image]:
 
 
 def _is_picture(value: Any) -> bool:
-    """Arrays of other libraries (a tensor) say so with `__array__`; the scalars of numpy do too, and are none."""
+    """Return whether a value is a picture.
+
+    Arrays of other libraries (a tensor) have `__array__`; numpy's scalars have it too, and are not pictures.
+    """
     arrayed = "__array__" in dir(type(value)) and not isinstance(value, np.generic)
     return isinstance(value, Image | PIL.Image.Image) or arrayed
 
@@ -127,15 +130,15 @@ def _image(value: Any) -> Image:
     pixels_HxWx3 = _pixels(value.pixels)
     box = _box(value.box)
     if box is None or not isinstance(value.root, int | np.integer) or isinstance(value.root, bool):
-        return root_image(pixels_HxWx3)  # where it was cut from is not known
-    root = (int(value.root) + 2**31) % 2**32 - 2**31  # hashes of other lengths are brought to int32
+        return root_image(pixels_HxWx3)  # it is not known where it was cut from
+    root = (int(value.root) + 2**31) % 2**32 - 2**31  # hashes of other lengths are wrapped to int32
     if pixels_HxWx3 is value.pixels and root == value.root and box == value.box:
         return value
     return Image(pixels_HxWx3, root, box)
 
 
 def _box(box: Any) -> tuple[float, float, float, float] | None:
-    """The box where it is one inside of its root, else None."""
+    """Return the box if it is one inside its root, else None."""
     if isinstance(box, np.ndarray):
         box = box.tolist()
     if not isinstance(box, tuple | list) or len(box) != 4:
@@ -147,12 +150,12 @@ def _box(box: Any) -> tuple[float, float, float, float] | None:
 
 
 def _pixels(picture: Any) -> np.ndarray:
-    """A picture as uint8 [H, W, 3]: the array itself where it is one already."""
+    """Return a picture as uint8 [H, W, 3]: the array itself if it already is that."""
     if isinstance(picture, PIL.Image.Image):
         _check_size(picture.height, picture.width)
         try:
             return np.array(to_rgb(picture))
-        except Exception as error:  # a file that is cut, a mode that cannot be converted
+        except Exception as error:  # a truncated file, a mode that cannot be converted
             raise _bad(f"one of its images cannot be decoded ({type(error).__name__})") from error
     if not _is_picture(picture):
         raise _bad(f"one of its images has pixels of type {type(picture).__name__}")
@@ -174,7 +177,7 @@ def _to_bytes(pixels: np.ndarray) -> np.ndarray:
         return pixels.astype(np.uint8) * 255
     if not np.issubdtype(pixels.dtype, np.integer) and not np.issubdtype(pixels.dtype, np.floating):
         raise _bad(f"one of its images has pixels of type {pixels.dtype}")
-    # Signed 16 bit are differences of bytes; unsigned 16 bit are the pixels of a 16-bit picture.
+    # Signed 16-bit values are differences of bytes; unsigned ones are the pixels of a 16-bit picture.
     wide = pixels.astype(np.int32) if pixels.dtype == np.int16 else pixels
     try:
         return eight_bit(wide.astype(np.float32) if wide.dtype == np.float16 else wide)

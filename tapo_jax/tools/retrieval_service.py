@@ -1,10 +1,10 @@
 """Text search over HTTP: a passage index behind Search-R1's contract, as a Starlette app.
 
-POST /retrieve {"queries": [text, …], "topk": k or null, "return_scores": bool} gives {"result": [[hit, …], …]}, a list
-of hits a query; a hit is {"document": {"contents": text}, "score": number}, or the bare document without return_scores.
-GET /health says that the service is up and how many passages it has.
+POST /retrieve {"queries": [text, …], "topk": k or null, "return_scores": bool} returns {"result": [[hit, …], …]}, one
+list of hits per query; a hit is {"document": {"contents": text}, "score": number}, or without return_scores the bare
+document. GET /health reports that the service is up and how many passages it has.
 
-One thread searches. What arrives while it is busy waits, and is searched in one call afterwards.
+One thread searches. Queries that arrive while it is busy wait, and are then searched in one call.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from tapo_jax.tools.passage_index import PassageIndex
 
 MAX_BODY = 16 << 20
 MAX_TOP_K = 100
-MAX_WAITING = 1 << 16  # queries; more get a 503
+MAX_WAITING = 1 << 16  # queries; further ones get a 503
 MAX_BATCH = 256
 DEFAULT_TOP_K = 3
 
@@ -33,7 +33,7 @@ Hits = list[tuple[str, float]]
 
 
 class BadRequest(Exception):
-    """The status of the reply, and its sentence."""
+    """A request that is refused, with the status and the message of the reply."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -41,7 +41,7 @@ class BadRequest(Exception):
 
 
 class Batcher:
-    """Searches what waits in one call, on one thread of its own."""
+    """Searches all waiting queries in one call, on its own thread."""
 
     def __init__(self, index: PassageIndex):
         self._index = index
@@ -65,12 +65,12 @@ class Batcher:
             batch = [await self._waiting.get()]
             while len(batch) < MAX_BATCH and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
-            batch = [item for item in batch if not item[2].done()]  # nobody waits for what was cancelled
+            batch = [item for item in batch if not item[2].done()]  # drop cancelled queries
             queries, top_k, futures = ([item[part] for item in batch] for part in range(3))
             self.batches, self.queries = self.batches + 1, self.queries + len(batch)
             try:
                 found: list[Any] = await loop.run_in_executor(self._thread, self._index.search, queries, top_k)
-            except Exception as error:  # the service goes on; the requests of this batch get a 500
+            except Exception as error:  # the service continues; the requests of this batch get a 500
                 logging.exception("A search failed.")
                 found = [BadRequest(500, f"The search failed: {type(error).__name__}.")] * len(futures)
             for future, hits in zip(futures, found, strict=True):
@@ -83,7 +83,7 @@ class Batcher:
 
 
 def make_app(index: PassageIndex) -> Starlette:
-    """Give the ASGI app; `app.state.batcher` counts its calls while it runs."""
+    """Return the ASGI app; while it runs, `app.state.batcher` counts its calls."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -128,7 +128,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def parse(body: bytes) -> tuple[list[str], int, bool]:
-    """Give queries, top_k and return_scores of a request. Raises BadRequest."""
+    """Return the queries, top_k and return_scores of a request. Raises BadRequest."""
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""The schema of a tool, as OpenAI, MCP or verl write it, and the kind of each property: how TAPO compares it.
+"""Read the schema of a tool, as OpenAI, MCP or verl write it, and the kind of each property: how TAPO compares it.
 
-A property may say its kind itself with "x-kind": "region" (a box in an image), "image" (a whole image), "text",
-"identity", "number" or "none". Without it the kind is inferred (`infer_kind`; the table is in docs/extend.md).
+A property may declare its kind with "x-kind": "region" (a box in an image), "image" (a whole image), "text",
+"identity", "number" or "none". Otherwise the kind is inferred (`infer_kind`; the table is in docs/extend.md).
 """
 
 import json
@@ -19,12 +19,12 @@ from tapo_jax.config import UserError
 KINDS = ("region", "image", "text", "identity", "number", "none")
 _IMAGE_NAME = re.compile(r"(img|image)(_?(idx|index|number|num))?")
 _BOX_NAME = re.compile(r"(^|_)(bbox|box|region)(_|\d|$)")
-_TYPES_OF = {  # kind -> the JSON types that it can have
+_TYPES_OF = {  # kind -> the JSON types that it allows
     "region": {"array", "null"},
     "image": {"integer", "null"},
     "number": {"number", "integer", "null"},
 }
-_MAX_REFERENCES = 16  # of one property: more go in a circle
+_MAX_REFERENCES = 16  # per property: more are a cycle
 
 
 def function_schema(
@@ -39,7 +39,7 @@ def resolved(schema: Mapping[str, Any], tool: str) -> dict[str, Any]:
     """Return a tool's schema in OpenAI form with `properties`, `required` and every property's "x-kind".
 
     schema: in OpenAI form ({"type": "function", "function": {…}}), the function alone, or MCP's (`inputSchema`).
-    Raises UserError, one sentence that names the tool and the property, for what cannot be understood.
+    Raises UserError, one sentence that names the tool and the property, if the schema cannot be understood.
     """
     found = _openai_form(schema, tool)
     parameters = found["function"]["parameters"]
@@ -66,7 +66,7 @@ def resolved(schema: Mapping[str, Any], tool: str) -> dict[str, Any]:
 
 
 def shown(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a resolved schema as the policy reads it: "x-kind" is of no use to it."""
+    """Return a resolved schema as the policy reads it: without "x-kind", which is of no use to it."""
     function = schema["function"]
     parameters = function["parameters"]
     properties = {
@@ -77,14 +77,14 @@ def shown(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validator(schema: Mapping[str, Any]) -> jsonschema.protocols.Validator:
-    """Return what checks arguments against a resolved schema. It fetches no reference from anywhere."""
+    """Return a validator of arguments against a resolved schema. It never fetches a reference."""
     parameters = shown(schema)["function"]["parameters"]
     made = jsonschema.validators.validator_for(parameters, jsonschema.Draft202012Validator)
     return made(parameters, registry=referencing.jsonschema.EMPTY_REGISTRY)
 
 
 def takes_more(parameters: Mapping[str, Any]) -> bool:
-    """Whether the schema says that it takes arguments besides its properties."""
+    """Return whether the schema takes arguments other than its properties."""
     return parameters.get("additionalProperties", False) is not False or "patternProperties" in parameters
 
 
@@ -98,12 +98,12 @@ def kinds(schema: Mapping[str, Any]) -> dict[str, str]:
     if "image" not in found.values():
         for name, wanted in parameters["properties"].items():
             if "x-kind" not in wanted and found[name] == "region":
-                found[name] = "none"  # a box in nothing that is known
+                found[name] = "none"  # a box in an unknown image
     return found
 
 
 def infer_kind(name: str, wanted: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
-    """Return the kind of a property that has no "x-kind". A region counts as one only beside an image property."""
+    """Return the kind of a property that has no "x-kind". A region counts as one only with an image property."""
     plain = plain_property(wanted, parameters)
     types = json_types(plain, parameters) - {"null"}
     word = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
@@ -128,7 +128,7 @@ def infer_kind(name: str, wanted: Mapping[str, Any], parameters: Mapping[str, An
 
 
 def plain_property(wanted: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a property with its reference followed, and with what is meant where only one alternative is not null."""
+    """Return a property with its references followed, and with its alternative if only one is not null."""
     found = dict(wanted)
     for _ in range(_MAX_REFERENCES):
         if "$ref" in found:
@@ -148,13 +148,13 @@ def _one_meant(branches: Any) -> bool:
 
 
 def json_types(wanted: Mapping[str, Any], parameters: Mapping[str, Any]) -> set[str]:
-    """Return the JSON types that a property can have; the empty set where it says none."""
+    """Return the JSON types that a property can have; the empty set if it declares none."""
     if "type" in wanted:
         return {wanted["type"]} if isinstance(wanted["type"], str) else set(wanted["type"])
     for word in ("anyOf", "oneOf"):
         if word in wanted:
             branches = [plain_property(_dict(branch), parameters) for branch in wanted[word]]
-            # Only one level deep: alternatives of alternatives say nothing that a kind needs.
+            # Only one level deep: no kind depends on alternatives of alternatives.
             names = [branch.get("type", []) for branch in branches]
             each = [{name} if isinstance(name, str) else set(name) for name in names]
             return set().union(*each) if all(each) else set()
@@ -162,7 +162,7 @@ def json_types(wanted: Mapping[str, Any], parameters: Mapping[str, Any]) -> set[
 
 
 def bounds(wanted: Mapping[str, Any], parameters: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the range of a number, None where it has no lower or upper bound or is empty."""
+    """Return the range of a number, None if it has no lower or upper bound or is empty."""
     plain = plain_property(wanted, parameters)
     ends = []
     for word in ("inimum", "aximum"):
@@ -199,7 +199,7 @@ def _check_kind(tool: str, name: str, kind: Any, kind_of: Mapping[str, Any], par
 
 
 def _openai_form(schema: Any, tool: str) -> dict[str, Any]:
-    """A copy in plain JSON, whose function has parameters with properties and required."""
+    """Return a copy in plain JSON, whose function has parameters with properties and required."""
     try:
         found = json.loads(json.dumps(schema))
     except (TypeError, ValueError, RecursionError) as error:
@@ -227,7 +227,7 @@ def _openai_form(schema: Any, tool: str) -> dict[str, Any]:
 
 
 def _check_references(part: Any, parameters: Mapping[str, Any], tool: str) -> None:
-    """Raises UserError for a reference that leads out of the schema or nowhere."""
+    """Check every reference. Raises UserError for one that points outside the schema or to nothing."""
     if isinstance(part, list):
         for inner in part:
             _check_references(inner, parameters, tool)
@@ -241,7 +241,7 @@ def _check_references(part: Any, parameters: Mapping[str, Any], tool: str) -> No
 
 
 def _target(reference: Any, parameters: Mapping[str, Any]) -> Any:
-    """What a reference like "#/$defs/Box" leads to; None where it leads nowhere."""
+    """Return the target of a reference like "#/$defs/Box"; None if it has none."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     found: Any = parameters

@@ -1,7 +1,7 @@
-"""What searches gave, in an SQLite file that processes and runs share.
+"""Store the results of searches in an SQLite file that processes and runs share.
 
-As a cache, it keeps what succeeded, by back-end, address, query, top_k and budget. As a recording, it keeps what failed
-too, and knows no address, so that a run can be repeated without the service.
+As a cache, it keeps successes, by back-end, address, query, top_k and budget. As a recording, it keeps failures too,
+and has no address, so that a run can be repeated without the service.
 """
 
 import dataclasses
@@ -15,16 +15,19 @@ from pathlib import Path
 from tapo_jax.config import UserError
 from tapo_jax.tools.base import BadCall
 
-FILE = "searches.sqlite"  # of a recording, in its folder
+FILE = "searches.sqlite"  # the recording, in its folder
 _MAKE = "CREATE TABLE IF NOT EXISTS searches (key TEXT PRIMARY KEY, asked TEXT, error TEXT, text TEXT) WITHOUT ROWID"
 
 
 class Store:
     """Keeps (error, text) by key. Safe to use from many threads and processes.
 
-    field: the config field that named the file, for sentences. read_only: the file exists, and nothing is written.
-    alone: the file is whole by itself after every write, to be copied and read anywhere; slower for many writers.
-    A store that fails later (a full disk, a lock that is not given) keeps nothing, and the search goes on.
+    A store that fails later (a full disk, a lock that cannot be had) keeps nothing, and the search continues.
+
+    path: the file.
+    field: the config field that named the file, for messages.
+    read_only: the file exists, and nothing is written.
+    alone: the file is complete by itself after every write, to be copied and read anywhere; slower with many writers.
     """
 
     def __init__(self, path: Path, *, field: str, read_only: bool = False, alone: bool = False):
@@ -64,11 +67,12 @@ class Store:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """All that the text of a search depends on. query: in its one spelling."""
+    """Everything that the text of a search depends on."""
 
     backend: str
     endpoint: str
     query: str
+    """Normalised."""
     top_k: int
     budget: int
 
@@ -77,10 +81,11 @@ class Asked:
 
 
 class Kept:
-    """What stands between a search and its service: a recording that is replayed or made, and a cache.
+    """The layer between a search and its service: a recording that is replayed or made, and a cache.
 
-    cache: a file that keeps what succeeded. record: a folder that gets every outcome. replay: a folder that gives them,
-    so that nobody is asked. "" is none.
+    cache: a file that keeps successes, or "".
+    record: a folder to which every outcome is written, or "".
+    replay: a folder from which outcomes are read, so that no request is sent, or "".
     """
 
     def __init__(self, *, cache: str = "", record: str = "", replay: str = ""):
@@ -91,7 +96,7 @@ class Kept:
         self._replay = Store(Path(replay) / FILE, field="tools.replay", read_only=True) if replay else None
 
     def text(self, asked: Asked, search: Callable[[], str]) -> str:
-        """Give the text of a search. Raises BadCall, "replay_miss" for a search that was not recorded."""
+        """Return the text of a search. Raises BadCall, with kind "replay_miss" if the search was not recorded."""
         if self._replay is not None:
             return replayed(self._replay, nameless(asked))
         live = search if self._cache is None else lambda: cached(self._cache, asked.written(), search)
@@ -99,12 +104,12 @@ class Kept:
 
 
 def nameless(asked: Asked) -> str:
-    """Write down a search without its address: a recording is replayed without the service."""
+    """Serialise a search without its address: a recording is replayed without the service."""
     return dataclasses.replace(asked, endpoint="").written()
 
 
 def cached(store: Store, asked: str, search: Callable[[], str]) -> str:
-    """Give what the store has for `asked`, or what the search gives, which is kept then. A failure is not kept."""
+    """Return the stored text of `asked`, or the search's, which is then stored. A failure is not stored."""
     key = key_of(asked)
     if (found := store.get(key)) is not None:
         return found[1]
@@ -114,9 +119,9 @@ def cached(store: Store, asked: str, search: Callable[[], str]) -> str:
 
 
 def recorded(store: Store, asked: str, search: Callable[[], str]) -> str:
-    """Give the first outcome of `asked`, a failure too: what is recorded is what the run saw, every time.
+    """Return the first outcome of `asked`, failures included: what is recorded is what the run saw, every time.
 
-    Two processes that ask at one time both get what was kept.
+    Two processes that ask at the same time both get what was kept.
     """
     key = key_of(asked)
     if store.get(key) is None:
@@ -125,13 +130,13 @@ def recorded(store: Store, asked: str, search: Callable[[], str]) -> str:
         except BadCall as failed:
             error, text = failed.kind, str(failed)
         store.put(key, asked, error, text)
-        if store.get(key) is None:  # it could not be kept; the run goes on with what it got
+        if store.get(key) is None:  # it could not be kept; the run continues with what it got
             return _outcome((error, text))
     return replayed(store, asked)
 
 
 def replayed(store: Store, asked: str) -> str:
-    """Give the recorded outcome of `asked`. Raises BadCall "replay_miss" where there is none."""
+    """Return the recorded outcome of `asked`. Raises BadCall "replay_miss" if there is none."""
     found = store.get(key_of(asked))
     if found is None:
         raise BadCall("replay_miss", "This search was not recorded.")

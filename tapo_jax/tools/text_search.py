@@ -1,4 +1,4 @@
-"""text_search_tool: BM25 over a corpus of passages."""
+"""text_search_tool: BM25 search in a corpus of passages."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ import numpy as np
 from tapo_jax.tools.base import function_schema
 from tapo_jax.types import TEXT_SEARCH, Image, ToolResult
 
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index that it builds
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index that it builds
 _WORD = re.compile(r"\w+")
 SCHEMA = function_schema(
     TEXT_SEARCH,
@@ -23,14 +23,14 @@ SCHEMA = function_schema(
 
 
 def list_passages(passages: Sequence[str], budget: int) -> str:
-    """Numbered passages, cut to `budget` characters in all."""
+    """List the passages with numbers, cut to `budget` characters in total."""
     if not passages:
         return "No passage matches."
     return "\n".join(f"{n}. {passage}" for n, passage in enumerate(passages, start=1))[:budget]
 
 
 class TextSearch:
-    """passages: "Title\\ntext" each. top_k passages come back, cut to `budget` characters in all."""
+    """Searches passages, each "Title\\ntext"; returns the best top_k, cut to `budget` characters in total."""
 
     name = TEXT_SEARCH
     schema = SCHEMA
@@ -42,7 +42,7 @@ class TextSearch:
         self._lock = threading.Lock()  # bm25s keeps scratch arrays in the index
 
     def search(self, query: str, top_k: int | None = None) -> list[tuple[str, float]]:
-        """The best `top_k` passages with positive scores, best first; ties go to the earlier passage."""
+        """Return the best `top_k` passages with positive scores, best first; ties go to the earlier passage."""
         known = [word for word in words(query) if word in self._index.vocab_dict]
         if not known:
             return []
@@ -57,5 +57,5 @@ class TextSearch:
 
 
 def words(text: str) -> list[str]:
-    """Give the words of a text as they are indexed and looked for."""
+    """Return the words of a text as they are indexed and searched."""
     return _WORD.findall(text.lower())

@@ -1,12 +1,12 @@
-"""JSON values that a model wrote: what of them can be compared, recorded and shown. Imports nothing of the project."""
+"""Check which JSON values of a model can be compared, recorded and shown. Imports nothing of the project."""
 
 import math
 import re
 from typing import Any
 
-MAX_DEPTH = 32  # of the arguments of a call; deeper ones break what records and compares them
+MAX_DEPTH = 32  # of the arguments of a call; deeper ones break the code that records and compares them
 MAX_DIGITS = 300  # of a number; a float holds 308
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: no character, and no encoder takes it
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: not a character, and no encoder accepts it
 _LARGEST = 10**MAX_DIGITS
 
 
@@ -16,7 +16,7 @@ def whole_text(text: str) -> str:
 
 
 def too_deep(value: Any) -> bool:
-    """Whether lists and objects lie deeper in each other than MAX_DEPTH. No recursion: the depth is the policy's."""
+    """Return whether lists and objects are nested deeper than MAX_DEPTH. No recursion: the policy sets the depth."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [
@@ -31,7 +31,7 @@ def too_deep(value: Any) -> bool:
 
 
 def problem(value: Any) -> str | None:
-    """Return what is wrong with a JSON value, to go behind "has": None where it can be compared and recorded."""
+    """Return what is wrong with a JSON value, to follow "has" in a message; None if it can be compared and recorded."""
     if too_deep(value):
         return f"lists or objects nested deeper than {MAX_DEPTH} levels"
     waiting = [value]
@@ -58,7 +58,7 @@ def problem(value: Any) -> str | None:
 
 
 def recordable(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """Return a copy that JSON, UTF-8 and a page can hold: what they cannot is replaced by a word for it."""
+    """Return a copy that JSON, UTF-8 and a page can hold: anything else is replaced by a word for it."""
     if isinstance(value, str):
         return whole_text(value)
     if value is None or isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""image_zoom_in_tool: cuts a box out of an image and enlarges it. The crop knows its root image and its box in it."""
+"""image_zoom_in_tool: crops a box of an image and enlarges it. The crop knows its root image and its box in it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,11 @@ from tapo_jax.types import ZOOM, Image, ToolResult
 
 
 class ZoomTool:
-    """size: the long side of the crop that is returned, in pixels. min_pixels: a smaller box is an error."""
+    """Crops and enlarges a region of an image.
+
+    size: the long side of the returned crop, in pixels.
+    min_pixels: a box with a shorter side is an error.
+    """
 
     name = ZOOM
 
