@@ -195,7 +195,7 @@ class Conversation:
         self._begin_turn()
 
     def _fits(self, tokens: Sequence[int], counts: Sequence[int]) -> bool:
-        """Return whether tokens that the policy did not write, with `counts` per image, leave room for one it writes."""
+        """Return whether tokens not from the policy, `counts` of them of images, leave room for one from the policy."""
         most = self.limits.max_length if self.limits.max_image_tokens is None else self.limits.max_image_tokens
         return len(self.token) + len(tokens) < self.limits.max_length and self._image_count + sum(counts) <= most
 
