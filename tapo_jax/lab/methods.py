@@ -67,7 +67,7 @@ class Method:
 
     @property
     def prompts(self) -> int:
-        """P, the questions of a batch."""
+        """Return P, the number of questions of a batch."""
         return self.rollouts // self.group
 
 

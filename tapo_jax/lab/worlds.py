@@ -63,12 +63,12 @@ class World:
 
     @property
     def choices(self) -> int:
-        """C, the choices of an episode."""
+        """Return C, the number of choices of an episode."""
         return self.steps + 2
 
     @property
     def questions(self) -> int:
-        """Q, the questions that a policy can tell apart."""
+        """Return Q, the number of questions that a policy can tell apart."""
         return self.pool if self.policy == "network" else 1
 
 

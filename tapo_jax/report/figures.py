@@ -121,7 +121,7 @@ def draw_fields(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 
 def swept_fields(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Return (field, its rows by ascending value) for each numeric field in which alone three or more rows differ."""
+    """Return (field, its rows by ascending value) for numeric fields that are the only difference of 3 or more rows."""
     names = sorted({name for config in configs.values() for name in config if name != "seed"})
     found = []
     for name in names:

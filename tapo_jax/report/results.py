@@ -36,7 +36,7 @@ CURVES = (
 AT = "_at_"  # as in tapo/correctable_actions_at_0.7
 MIN_SEEDS = 3  # for a verdict
 AGAIN = "remove it, and launch/sweep.py does the run again"
-POINTS = 40  # of a condensed curve
+POINTS = 40  # max points of a condensed curve
 # TAPO as published; what the paper leaves open is this project's default.
 PUBLISHED = {
     "algorithm.credit": "tapo", "tapo.beta": 0.8, "tapo.support": True, "tapo.clip": True, "tapo.control": "none",

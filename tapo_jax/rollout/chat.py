@@ -59,7 +59,7 @@ class Chat:
         self.stop_ids = tuple(dict.fromkeys((self._id("<|im_end|>"), *stop_ids)))
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.opening = self._opening()
-        # What closes a thought that is too long; the policy reads it as if it had written it.
+        # Closes a thought that is too long; the policy reads it as if it had written it.
         self.end_of_thought = self._encode("\n</think>\n\n", ())
 
     @classmethod
@@ -152,7 +152,7 @@ class Chat:
         return _IMAGE * images + self.clean(question)
 
     def tool_response_ids(self, text: str, image_tokens: Sequence[int], parts: Sequence[str | Image] = ()) -> list[int]:
-        """Return the ids between the policy's own stop token and the position where it writes next.
+        """Return the ids from after the policy's own stop token to where it writes next.
 
         parts: text and images in the order in which they are shown; if empty, the images come before the text.
         """

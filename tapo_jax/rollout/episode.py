@@ -93,12 +93,12 @@ class Conversation:
 
     @property
     def turn_tokens(self) -> int:
-        """Tokens of the open turn: those that the policy wrote and those that closed its thought by force."""
+        """Return the number of tokens of the open turn, including those that closed its thought by force."""
         return len(self.token) - self._turn_start
 
     @property
     def allowance(self) -> int:
-        """Max tokens that may be added to the open turn before the next check; 0: the turn is over.
+        """Return the max tokens that may be added to the open turn before the next check; 0: the turn is over.
 
         While a thought has a budget, this is at most the rest of that budget.
         """
@@ -169,7 +169,7 @@ class Conversation:
         elif parsed.call is None and parsed.error is None:
             self.finish = "malformed"
         elif len(self.turns) >= self.limits.max_turns:
-            self.finish = "turns"  # a call whose result nobody can read is not executed
+            self.finish = "turns"  # a call is not executed if no turn is left to read its result
         elif parsed.call is None:
             self.add_result(None, ToolResult(text=parsed.error, error="unparsable"))
         else:
@@ -183,7 +183,7 @@ class Conversation:
         """
         try:
             counts = [self._image_tokens(image) for image in result.images]
-        except ValueError as error:  # a crop 300 times as long as wide: the model cannot be shown it
+        except ValueError as error:  # e.g. a crop 300 times as long as wide: the model cannot take it
             result, counts = ToolResult(text=f"Error: {error}.", error="bad_image", seconds=result.seconds), []
         self.turns[-1].call = call
         self.turns[-1].result = result

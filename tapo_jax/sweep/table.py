@@ -21,7 +21,7 @@ REFRESH_S = 2.0
 class Progress:
     """`with Progress(runs) as watch: …`, where watch(run, state) is called at every event.
 
-    If the output is no terminal (a log file), every event is a line.
+    If the output is not a terminal (a log file), every event is a line.
     """
 
     def __init__(self, runs: Sequence[Run], console: Console | None = None) -> None:
