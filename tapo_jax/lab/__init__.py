@@ -1,6 +1,6 @@
-"""When does credit transfer help? Small simulated worlds of tool use, trained by this project's own arithmetic.
+"""Study when credit transfer helps, in small simulated worlds of tool use trained with this project's own arithmetic.
 
-What is public is listed in `__init__.pyi` and imported when it is first used.
+Public names are listed in `__init__.pyi` and imported on first use.
 """
 
 import lazy_loader

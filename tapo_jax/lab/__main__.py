@@ -20,7 +20,7 @@ from tapo_jax.records import write_whole
 
 
 def run(names: Sequence[str], out: Path, share: float) -> None:
-    """share: of each question's seeds, at least four."""
+    """Answer questions, save the answers and draw them. share: of each question's seeds, at least four seeds."""
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         question = QUESTIONS[name]
@@ -42,7 +42,7 @@ def read(name: str, out: Path) -> dict:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Raises UserError."""
+    """Run one command. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="python -m tapo_jax.lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""One batch of simulated episodes as the arrays that the trainer would have made of it.
+"""Play one batch of simulated episodes and return it as the arrays that the trainer would make from it.
 
 Axes: P prompts, G rollouts, B = P·G rows, K tool steps, S = G·K step slots, C = K + 2 choices, T = C tokens (one
 for each choice), V = K + 1 turns (the decision is written in the turn of the first tool call, or of the guess).
@@ -14,23 +14,24 @@ from tapo_jax.lab.worlds import World, right_options
 
 
 class Batch(NamedTuple):
-    """option_BxT: what was chosen. question_P: of the pool. right_PxS: whether the step took the right option.
-
-    mask_BxT, step_BxT, sim_PxSxS, trajectory_PxS, valid_PxS, success_PxG: as in training. turn_BxT, anchor_PxV: the
-    turn of each token and the state that a turn started from, for GiGPO.
-    """
+    """A batch of episodes; fields without a description are as in training."""
 
     question_P: jax.Array
+    """Question of the pool."""
     option_BxT: jax.Array
+    """The chosen option."""
     mask_BxT: jax.Array
     step_BxT: jax.Array
     turn_BxT: jax.Array
+    """The turn of each token, for GiGPO."""
     success_PxG: jax.Array
     sim_PxSxS: jax.Array
     trajectory_PxS: jax.Array
     valid_PxS: jax.Array
     anchor_PxV: jax.Array
+    """The state that a turn started from, for GiGPO."""
     right_PxS: jax.Array
+    """Whether the step took the right option."""
 
 
 def play(world: World, logits_QxCxM: jax.Array, prompts: int, group: int, key: jax.Array) -> Batch:
@@ -75,7 +76,7 @@ def play(world: World, logits_QxCxM: jax.Array, prompts: int, group: int, key: j
 
 
 def similarities(world: World, option_PxGxK: jax.Array, wording_PxGxK: jax.Array) -> jax.Array:
-    """Return sim_PxSxS: every step has a tool of its own; wording_PxGxK in 0..1 says how the call was written."""
+    """Return sim_PxSxS; every step has its own tool, and wording_PxGxK in 0..1 is how the call was written."""
     P, G, K = option_PxGxK.shape
     option_PxS, wording_PxS = option_PxGxK.reshape(P, G * K), wording_PxGxK.reshape(P, G * K)
     tool_S = np.arange(G * K) % K
@@ -87,7 +88,7 @@ def similarities(world: World, option_PxGxK: jax.Array, wording_PxGxK: jax.Array
 
 
 def token_logp(world: World, logits_QxCxM: jax.Array, batch: Batch) -> jax.Array:
-    """Return logp_BxT of the chosen options. Products with one-hot vectors, whose gradient needs no scatter."""
+    """Return logp_BxT of the chosen options, by products with one-hot vectors, whose gradient needs no scatter."""
     P, group = batch.success_PxG.shape
     logp_PxCxM = jax.nn.log_softmax(logits_QxCxM, axis=2)[batch.question_P]
     option_PxGxC = batch.option_BxT.reshape(P, group, world.choices)

@@ -1,4 +1,4 @@
-"""One figure for each question, drawn from its kept answer alone."""
+"""Draw one figure for each question, only from its saved answer."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,12 +13,12 @@ from tapo_jax.report.plots import BLUE, GOLD, GREEN, INK, RED, SOFT, new_figure,
 Answer = Mapping[str, Any]
 PAIRS = (("GRPO", "GRPO + TAPO"), ("GSPO", "GSPO + TAPO"), ("SAPO", "SAPO + TAPO"))
 CONTROLS = (("GRPO", SOFT), ("GRPO + TAPO", RED), ("shuffled", GOLD), ("zero_tools", BLUE), ("GiGPO", GREEN))
-WIDEST = 0.25  # a difference of mean accuracy where the colours end
-LEAST = 0.005  # one that is written as 0
+WIDEST = 0.25  # the difference of mean accuracy at the ends of the colour scale
+LEAST = 0.005  # smaller differences are written as 0
 
 
 def draw_tables(answer: Answer) -> Figure:
-    """Every number of the first simulation against the number found here."""
+    """Draw every number of the first simulation against the number found here."""
     figure = new_figure(1, 1, width=4.6, height=4.2)
     axes = figure.axes[0]
     for name, colour in (("GRPO", SOFT), ("TAPO", RED), ("zero_tools", BLUE)):
@@ -36,7 +36,7 @@ def draw_tables(answer: Answer) -> Figure:
 
 
 def draw_curves(answer: Answer) -> Figure:
-    """Accuracy and look-ups at the own best rates; updates to .9 by learning rate."""
+    """Draw accuracy at each method's own best rate; updates to .9 and runs without tools by learning rate."""
     figure = new_figure(2, 3, width=11, height=2.9)
     methods = answer["methods"]
     lines = [((base, SOFT), (tapo, RED)) for base, tapo in PAIRS]
@@ -66,7 +66,7 @@ def draw_curves(answer: Answer) -> Figure:
 
 
 def draw_phases(answer: Answer) -> Figure:
-    """TAPO − GRPO over guess rate × tool skill, one panel for each headroom; below at the own best rates."""
+    """Draw TAPO − GRPO over guess rate × tool skill, one panel for each headroom; below at their own best rates."""
     names = {"common": f"rate {answer['rates'][0]:g}"}
     if len(answer["rates"]) > 1:
         names["best"] = "own best rates"
@@ -84,7 +84,7 @@ def draw_phases(answer: Answer) -> Figure:
 
 
 def draw_variants(answer: Answer) -> Figure:
-    """Every setting and control − GRPO over guess rate × tool skill."""
+    """Draw every setting and control − GRPO over guess rate × tool skill."""
     columns = 5
     cells_V = answer["cells"]["common"]
     rows = -(-len(cells_V) // columns)
@@ -101,7 +101,7 @@ def draw_variants(answer: Answer) -> Figure:
 
 
 def draw_assumptions(answer: Answer) -> Figure:
-    """Updates that TAPO saves in worlds that differ from the plain one; an arrow where only TAPO gets half-way."""
+    """Draw updates that TAPO saves in worlds unlike the plain one; an arrow if only TAPO gets half-way."""
     rows = answer["rows"]
     figure = new_figure(1, 2, width=10, height=0.9 + 0.3 * len(rows))
     for axes, words in zip(figure.axes, ("at the slowest rate", "at the own best rates"), strict=True):
@@ -130,7 +130,7 @@ def draw_assumptions(answer: Answer) -> Figure:
 
 
 def draw_collapse(answer: Answer) -> Figure:
-    """The share of runs that lost their tools, by tool skill."""
+    """Draw the share of runs that lost their tools, by tool skill."""
     figure = new_figure(1, len(answer["rates"]), width=9, height=3.0)
     for axes, rate in zip(figure.axes, answer["rates"], strict=True):
         for name, colour in (("GRPO", SOFT), ("TAPO", RED), ("zero_tools", BLUE)):

@@ -1,4 +1,4 @@
-"""Numbers of simulated runs, N seeds each, and intervals of their differences."""
+"""Compute numbers of simulated runs, N seeds each, and intervals of their differences."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from tapo_jax.lab.simulate import Runs
 from tapo_jax.report import statistics
 
-COLLAPSED = 0.1  # a policy that looks up more rarely than this has lost its tools
+COLLAPSED = 0.1  # a policy that looks up less often than this has lost its tools
 
 
 def mean_accuracy(runs: Runs) -> np.ndarray:
@@ -18,7 +18,7 @@ def mean_accuracy(runs: Runs) -> np.ndarray:
 
 
 def updates_to(runs: Runs, level: float) -> np.ndarray:
-    """Return the first update after which a run's accuracy is at least `level`, [N]; infinity where it never is."""
+    """Return the first update after which a run's accuracy is at least `level`, [N]; infinity if it never is."""
     reached_NxU = runs.accuracy >= level
     return np.where(reached_NxU.any(axis=1), reached_NxU.argmax(axis=1), np.inf)
 
@@ -31,8 +31,8 @@ def collapsed(runs: Runs) -> np.ndarray:
 def at_best_rate(by_rate: Mapping[float, Runs], score: Callable[[Runs], np.ndarray]) -> tuple[float, Runs]:
     """Return (best learning rate over all seeds, Runs at the best rate for each seed).
 
-    The rate of the even seeds is the one with the highest mean score on the odd seeds, and the other way round: a rate
-    that was chosen on the seeds that it is judged by would look better than it is.
+    The rate of the even seeds is the one with the highest mean score on the odd seeds, and vice versa: a rate that is
+    chosen on the seeds that it is judged by would look better than it is.
     """
     rates = list(by_rate)
     score_RxN = np.array([score(by_rate[rate]) for rate in rates])
@@ -53,7 +53,7 @@ def difference(value_N: np.ndarray, base_N: np.ndarray) -> dict[str, Any]:
 
 
 def saved_updates(update_N: np.ndarray, base_N: np.ndarray, resamples: int = 2000) -> dict[str, Any] | None:
-    """Return 1 - median / median of the base, with a bootstrap interval; None where a median is infinite."""
+    """Return 1 - median / median of the base, with a bootstrap interval; None if a median is infinite."""
     if not np.isfinite(np.median(update_N)) or not np.isfinite(np.median(base_N)) or np.median(base_N) == 0:
         return None
     index_RxN = np.random.default_rng(0).integers(0, len(update_N), (resamples, len(update_N)))
@@ -66,10 +66,10 @@ def saved_updates(update_N: np.ndarray, base_N: np.ndarray, resamples: int = 200
 
 
 def versus(base: Runs, tapo: Runs) -> dict[str, Any]:
-    """TAPO against its base: mean accuracy over training, updates to a level, tools lost, what TAPO corrected.
+    """Compare TAPO with its base: mean accuracy over training, updates to a level, tools lost, what TAPO corrected.
 
-    The level is half of the way that the better one makes in the mean. `saved` is None where a median run does not
-    reach it. corrected, right: of TAPO's first ten batches.
+    The level is half of the mean progress of the better one. `saved` is None if a median run does not reach it.
+    `corrected` and `right` are of TAPO's first ten batches.
     """
     last = max(float(runs.accuracy[:, -1].mean()) for runs in (base, tapo))
     level = (float(base.accuracy[:, 0].mean()) + last) / 2
@@ -87,7 +87,7 @@ def versus(base: Runs, tapo: Runs) -> dict[str, Any]:
 
 
 def median(value_N: np.ndarray) -> float | None:
-    """Return the median as JSON can hold it: None where it is infinite."""
+    """Return the median in a form that JSON can hold: None if it is infinite."""
     value = float(np.median(value_N))
     return value if np.isfinite(value) else None
 

@@ -1,4 +1,4 @@
-"""How a simulated policy is trained: one frozen object of settings, and the advantage of every token by it.
+"""Define how a simulated policy is trained: one frozen object of settings, and the advantage of every token.
 
 The arithmetic is the trainer's: `learn.advantages`, `learn.gigpo`, `tapo` and `learn.losses`.
 """
@@ -35,15 +35,15 @@ class Method:
     alpha_min: Any = 0.25
     """The least similarity × support."""
     clip_low: Any = 0.2
-    """Of the ratio, below 1."""
+    """The ratio is clipped below at 1 - clip_low."""
     clip_high: Any = 0.2
-    """Of the ratio, above 1."""
+    """The ratio is clipped above at 1 + clip_high."""
     tapo: bool = dataclasses.field(default=True, metadata={"static": True})
-    """False: the base algorithm alone (beta 0 gives the same advantages, at the cost of computing them)."""
+    """False: only the base algorithm (beta 0 gives the same advantages, at the cost of computing them)."""
     algorithm: str = dataclasses.field(default="grpo", metadata={"static": True})
     """The loss: a name of `learn.losses`."""
     aggregation: str | None = dataclasses.field(default=None, metadata={"static": True})
-    """Of the loss; None is the algorithm's own."""
+    """Aggregation of the loss; None: the algorithm's own."""
     support: bool = dataclasses.field(default=True, metadata={"static": True})
     clip: bool = dataclasses.field(default=True, metadata={"static": True})
     """TAPO's own clip: a corrected advantage is never positive."""
@@ -56,7 +56,7 @@ class Method:
     rollouts: int = dataclasses.field(default=64, metadata={"static": True})
     """P·G, the rollouts of a batch."""
     updates_per_batch: int = dataclasses.field(default=1, metadata={"static": True})
-    """Mini-batches that a batch is cut into, each of which makes one update."""
+    """Mini-batches that a batch is split into, each for one update."""
 
     def __post_init__(self) -> None:
         if self.control not in CONTROLS or self.optimizer not in OPTIMIZERS:
@@ -67,19 +67,21 @@ class Method:
 
     @property
     def prompts(self) -> int:
-        """P, the questions of a batch."""
+        """Return P, the number of questions of a batch."""
         return self.rollouts // self.group
 
 
 class Credit(NamedTuple):
-    """advantage_BxT: of every token; corrected_PxS: the step slots that TAPO corrected."""
+    """The advantages of a batch."""
 
     advantage_BxT: jax.Array
+    """Advantage of every token."""
     corrected_PxS: jax.Array
+    """Whether TAPO corrected the step slot."""
 
 
 def assign_credit(method: Method, batch: Batch, key: jax.Array) -> Credit:
-    """Return the advantage of every token of a batch. key: what the control that shuffles draws from."""
+    """Return the advantage of every token of a batch. key: random key of the control "shuffled"."""
     reward_PxG = batch.success_PxG.astype(jnp.float32)
     advantage_PxG = advantages.group_advantages(reward_PxG)
     untouched_PxS = jnp.zeros_like(batch.valid_PxS)
@@ -104,7 +106,7 @@ def assign_credit(method: Method, batch: Batch, key: jax.Array) -> Credit:
 def transfer_credit(
     method: Method, batch: Batch, sim_PxSxS: jax.Array, advantage_PxG: jax.Array
 ) -> tapo.CreditTransfer:
-    """Transfer credit within a batch by the project's kernel."""
+    """Transfer credit within a batch with the project's kernel."""
     settings = tapo.Settings(method.theta, method.alpha_min, method.beta, support=method.support, clip=method.clip)
     return tapo.transfer_from_similarity(
         sim_PxSxS, batch.trajectory_PxS, batch.valid_PxS, batch.success_PxG, advantage_PxG, settings
@@ -114,6 +116,6 @@ def transfer_credit(
 def policy_loss(
     method: Method, logp_BxT: jax.Array, old_logp_BxT: jax.Array, advantage_BxT: jax.Array, mask_BxT: jax.Array
 ) -> jax.Array:
-    """Return the loss of these rows by the project's function."""
+    """Return the loss of these rows, from the project's function."""
     settings = losses.Settings(method.algorithm, method.clip_low, method.clip_high, aggregation=method.aggregation)
     return losses.policy_loss(logp_BxT, old_logp_BxT, advantage_BxT, mask_BxT, settings)[0]

@@ -1,4 +1,4 @@
-"""Whether TAPO should help a run: the policy of its first episodes is measured and trained in the laboratory."""
+"""Predict whether TAPO should help a run: measure the policy of its first episodes and train it in the laboratory."""
 
 import dataclasses
 import json
@@ -16,16 +16,16 @@ from tapo_jax.lab.worlds import World
 from tapo_jax.report.plots import INK, new_figure, title
 
 RATES = (0.01, 0.02, 0.04, 0.08)
-"""Of Adam, the trainer's optimiser. The verdict is about the slowest one at which the base gets half-way: a large model
-takes hundreds of updates too."""
+"""Learning rates of Adam, the trainer's optimiser. The verdict is about the slowest rate at which the base gets
+half-way: a large model takes hundreds of updates too."""
 PLAIN_RATES = (0.35, 0.7, 1.4, 2.8)
-"""Of plain gradient ascent, which does not scale up what TAPO leaves of a gradient."""
+"""Learning rates of plain gradient ascent, which does not scale up the rest of a gradient that TAPO has reduced."""
 UPDATES = 300
 SEEDS = range(32)
 MAP_GUESS, MAP_HEADROOM = (0.0, 0.2, 0.4, 0.6, 0.8), (0.05, 0.15, 0.3, 0.5)
 MAP_SEEDS = range(16)
 LEAST_GAIN, LEAST_SAVED = 0.01, 0.1
-"""A difference smaller than a point of accuracy and a tenth of the updates is none that a training run would show."""
+"""A training run would not show a difference smaller than a point of accuracy and a tenth of the updates."""
 FRACTIONS = ((0.1, "a tenth"), (0.2, "a fifth"), (0.25, "a quarter"), (1 / 3, "a third"), (0.5, "half"))
 FRACTIONS += ((2 / 3, "two thirds"), (0.75, "three quarters"))
 
@@ -33,7 +33,7 @@ FRACTIONS += ((2 / 3, "two thirds"), (0.75, "three quarters"))
 def predict(run: Path, out: Path, *, least: int = 256) -> str:
     """Measure a run's first `least` recorded episodes, train what was measured, write predict.json and predict.png.
 
-    Returns the report as text. Raises UserError where a run cannot be measured.
+    Returns the report as text. Raises UserError if a run cannot be measured.
     """
     config = recorded.settings(run)
     method = method_of(config)
@@ -69,7 +69,7 @@ def predict(run: Path, out: Path, *, least: int = 256) -> str:
 
 
 def method_of(config: Mapping[str, Any]) -> Method:
-    """Return TAPO as the run's config.json sets it; where a number is not there, as published."""
+    """Return TAPO as the run's config.json sets it; numbers that are missing there are as published."""
     tapo, algorithm = config.get("tapo", {}), config.get("algorithm", {})
     given = {name: tapo[name] for name in ("theta", "alpha_min", "beta", "support", "clip") if name in tapo}
     given |= {name: algorithm[name] for name in ("clip_low", "clip_high", "aggregation") if name in algorithm}
@@ -86,9 +86,9 @@ def _rollouts(config: Mapping[str, Any], measured: Measured, method: Method) -> 
 
 
 def world_of(measured: Measured) -> World:
-    """Return the world with the measured numbers. What the tool steps do not explain of p_t is the reading.
+    """Return the world with the measured numbers. The part of p_t that the tool steps do not explain is the reading.
 
-    A tool's skill stands at each of its places in the chain. Where nobody guessed, a guess is taken to be wrong.
+    A tool's skill is used at each of its positions in the chain. If no episode guessed, a guess is taken to be wrong.
     """
     skill_K = np.array([measured.skill[tool].value for tool in measured.chain], np.float32)
     unharmed = float(np.prod(skill_K + (1 - skill_K) * measured.harmless))
@@ -117,7 +117,7 @@ def slowest(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def what_if(world: World, method: Method) -> dict[str, dict[str, Any]]:
-    """The same run with one thing changed: which of them would make a difference?"""
+    """Return the same comparison with one thing changed (or both), to see which change would make a difference."""
     p_t = float(np.prod(world.skill + (1 - world.skill) * world.harmless) * world.reading)
     low_K = np.minimum(world.skill, 0.6).astype(np.float32)
     reading = min(0.999, p_t / float(np.prod(low_K + (1 - low_K) * world.harmless)))
@@ -130,7 +130,7 @@ def what_if(world: World, method: Method) -> dict[str, dict[str, Any]]:
 
 
 def diagram(world: World, method: Method) -> dict[str, Any]:
-    """TAPO − base over guess rate × headroom of every tool step, p_t as measured, at one rate."""
+    """Return TAPO − base over guess rate × headroom of every tool step, with p_t as measured, at one rate."""
     p_t = float(np.prod(world.skill + (1 - world.skill) * world.harmless) * world.reading)
     cells = {}
     for headroom in MAP_HEADROOM:
@@ -181,7 +181,7 @@ def _fraction(share: float) -> str:
 
 
 def _with_plain(result: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
-    """What plain gradient ascent would say, where it says something else."""
+    """Return the verdict under plain gradient ascent if it differs, otherwise ""."""
     if not _notable(plain) or _notable(result) or plain["saved"] is None:
         return ""
     share = _fraction(plain["saved"]["mean"])
@@ -212,7 +212,7 @@ def _notable(result: Mapping[str, Any]) -> bool:
 
 
 def describe(measured: Measured, world: World, config: Mapping[str, Any], run: Path) -> list[str]:
-    """Return what was measured, a line each."""
+    """Return the measured numbers, one a line."""
     source = "by the facts of Atlas" if measured.known else "by witnesses: no facts are known, so this is an estimate"
     last = measured.steps[-1]
     lines = [
@@ -259,7 +259,7 @@ def _results(result: Mapping[str, Any], changed: Mapping[str, Mapping[str, Any]]
 
 
 def draw(answer: Mapping[str, Any], path: Path) -> None:
-    """Draw TAPO − base over guess rate × headroom at the run's p_t, and where the run lies."""
+    """Draw TAPO − base over guess rate × headroom at the run's p_t, and the position of the run."""
     found = answer["map"]
     figure = new_figure(1, 1, width=5.2, height=3.6)
     axes = figure.axes[0]

@@ -1,6 +1,6 @@
-"""The first simulation of this kind, as its tables were written down: accuracies after some updates.
+"""Hold the published tables of the first simulation of this kind: accuracies after some updates.
 
-It was a plain tabular world with gradient ascent, 8 questions × 8 rollouts an update, and the gradient of an episode
+It was a plain tabular world with gradient ascent, 8 questions × 8 rollouts per update, and the gradient of an episode
 summed over its tokens.
 """
 
@@ -32,7 +32,7 @@ _RATES = (
 
 
 def rows() -> list[dict[str, Any]]:
-    """One dict for each row of both tables: the world, the rate, the updates, the methods and their numbers."""
+    """Return a dict for each row of both tables: the world, the rate, the updates, the methods and their numbers."""
     out = []
     for (steps, guess, q, skill, reading, rate), *numbers in _FIRST:
         label = f"K {steps}, guess {guess}, q {q}, skill {skill}, reading {reading}, rate {rate}"

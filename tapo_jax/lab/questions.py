@@ -1,4 +1,4 @@
-"""What the laboratory is asked: one table, QUESTIONS. Each answer is a small dict of numbers that JSON can hold."""
+"""Answer the questions of the laboratory (`QUESTIONS`), each with a small dict of numbers that JSON can hold."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ from tapo_jax.lab.simulate import Runs, simulate
 from tapo_jax.lab.worlds import World
 
 RATES = (1.4, 2.8, 5.6, 11.2, 22.4, 44.8)
-"""Learning rates, beyond the best one on both sides. At the smallest one a hundred updates are some way, as they are
-for a large model."""
+"""Learning rates, beyond the best one on both sides. At the smallest one a hundred updates make some progress, as they
+do for a large model."""
 BAND = World(guess=1 / 3, lookup=0.5, skill=0.6, reading=0.3, steps=3)
 """The world that questions about settings start from: p_t = .065 is less than half of p_g."""
 PAIR = {"base": {"tapo": False}, "TAPO": {}}
@@ -29,12 +29,12 @@ CURVES: dict[str, dict[str, Any]] = {
     "zero_tools": {"control": "zero_tools"},
     "GiGPO": {"control": "gigpo"},
 }
-"""The methods whose curves are drawn, and whose updates to a given accuracy are counted; two updates a batch."""
+"""The methods whose curves are drawn, and whose updates to a given accuracy are counted; two updates per batch."""
 
 GUESS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)
 TOOLS = (0.02, 0.04, 0.08, 0.12, 0.17, 0.24)
 SKILLS = (0.95, 0.75, 0.5)
-"""The axes of the phase diagram: p_g, p_t, and the probability of the right tool step (headroom is what it lacks)."""
+"""The axes of the phase diagram: p_g, p_t, and the probability of the right tool step (headroom is 1 minus it)."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -68,21 +68,23 @@ ASSUMPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "SAPO": ({}, {"algorithm": "sapo"}, 1.0),
     "GRPO, sequence means": ({}, {"aggregation": "seq_mean_token_mean"}, 1.0),
 }
-"""What the plain world leaves out, one at a time: changes of the world, of the method, and a factor of the rates."""
+"""What the plain world leaves out, one at a time: changes of the world, of the method, and a factor on the rates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """answer(seeds, updates) -> numbers. `asks`: the question in words."""
+    """A question and the function that answers it."""
 
     asks: str
+    """The question in words."""
     answer: Callable[[Sequence[int], int], dict[str, Any]]
+    """answer(seeds, updates) -> numbers."""
     seeds: int
     updates: int
 
 
 def tables(seeds: Sequence[int], updates: int) -> dict[str, Any]:
-    """The two tables of the first simulation, made again beside their published numbers."""
+    """Recompute the two tables of the first simulation, next to their published numbers."""
     cells, rows = [], []
     for row in published.rows():
         for name, setting in row["methods"].items():
@@ -107,7 +109,7 @@ def tables(seeds: Sequence[int], updates: int) -> dict[str, Any]:
 
 
 def curves(seeds: Sequence[int], updates: int) -> dict[str, Any]:
-    """Every method at its own best learning rate, and at all of them: curves, updates to an accuracy, collapse."""
+    """Return curves, updates to an accuracy and collapse of every method, at its own best learning rate and at all."""
     named = {name: (BAND, setting | {"updates_per_batch": 2}) for name, setting in CURVES.items()}
     found = by_rate(named, RATES, seeds, updates)
     out = {}
@@ -129,8 +131,10 @@ def curves(seeds: Sequence[int], updates: int) -> dict[str, Any]:
 
 
 def _fastest(runs_R: Mapping[float, Runs], level: float) -> dict[str, Any]:
-    """The median updates to an accuracy at the rate that is best for just this; a run that never gets there counts as
-    one that does at the end."""
+    """Return the median updates to an accuracy, at the rate that is best for this.
+
+    For the choice of the rate, a run that never gets there counts as one that does at the end.
+    """
     rate, best = measure.at_best_rate(
         runs_R, lambda runs: -np.minimum(measure.updates_to(runs, level), runs.accuracy.shape[1])
     )
@@ -138,12 +142,12 @@ def _fastest(runs_R: Mapping[float, Runs], level: float) -> dict[str, Any]:
 
 
 def phases(seeds: Sequence[int], updates: int) -> dict[str, Any]:
-    """TAPO − GRPO over guess rate × tool skill × headroom: at a common rate, and both at their own best rates."""
+    """Return TAPO − GRPO over guess rate × tool skill × headroom, at a common rate and at their own best rates."""
     return diagram({"TAPO": {}}, SKILLS, RATES[::2], seeds, updates)
 
 
 def variants(seeds: Sequence[int], updates: int) -> dict[str, Any]:
-    """Other settings and controls − GRPO of the same group size, over guess rate × tool skill, at a common rate."""
+    """Return settings and controls − GRPO of the same group size over guess rate × tool skill, at a common rate."""
     return diagram(VARIANTS, (0.6,), RATES[:1], seeds, updates, guesses=GUESS[::2], tools=TOOLS[1:5], spread=0.4)
 
 
@@ -158,9 +162,9 @@ def diagram(
     tools: Sequence[float] = TOOLS,
     spread: float = 0.0,
 ) -> dict[str, Any]:
-    """Differences of mean accuracy to the base with intervals, for each setting × skill × p_t × p_g; two tool steps.
+    """Return differences of mean accuracy to the base, with intervals, by setting, skill, p_t and p_g; two tool steps.
 
-    Where p_t cannot be had with such tool steps (a reading of more than 1), the cell is None.
+    If p_t cannot be reached with such tool steps (the reading would exceed 1), the cell is None.
     """
     named = {}
     for skill in skills:
@@ -195,7 +199,7 @@ def diagram(
 
 
 def assumptions(seeds: Sequence[int], updates: int) -> dict[str, Any]:
-    """TAPO − base where one thing differs from the plain world: at every rate, and both at their own best rates."""
+    """Return TAPO − base with one change to the plain world, at every rate and at their own best rates."""
     out = {}
     for name, (world, method, factor) in ASSUMPTIONS.items():
         cell = dataclasses.replace(BAND, **world)
@@ -210,7 +214,7 @@ def assumptions(seeds: Sequence[int], updates: int) -> dict[str, Any]:
 
 
 def collapse(seeds: Sequence[int], updates: int) -> dict[str, Any]:
-    """The share of seeds that lose their tools, by p_t and learning rate, where half of all guesses are right."""
+    """Return the share of seeds that lose their tools, by p_t and learning rate, if half of all guesses are right."""
     tools = (0.04, 0.06, 0.08, 0.11, 0.15, 0.2, 0.25, 0.3)
     methods = {"GRPO": {"tapo": False}, "TAPO": {}, "zero_tools": {"control": "zero_tools"}}
     worlds = {p_t: World(guess=0.5, skill=0.6, reading=p_t / 0.36, steps=2) for p_t in tools}
@@ -225,7 +229,7 @@ def collapse(seeds: Sequence[int], updates: int) -> dict[str, Any]:
 
 
 def compare(base_R: Mapping[float, Runs], tapo_R: Mapping[float, Runs]) -> dict[str, Any]:
-    """TAPO against its base at every common rate, and both at their own best rates."""
+    """Compare TAPO with its base at every common rate, and both at their own best rates."""
     rate_base, base = measure.at_best_rate(base_R, measure.mean_accuracy)
     rate_tapo, tapo = measure.at_best_rate(tapo_R, measure.mean_accuracy)
     return {
@@ -247,7 +251,7 @@ def by_rate(
 
 
 def describe(world: World) -> dict[str, Any]:
-    """Return the fields of a world as JSON can hold them."""
+    """Return the fields of a world in a form that JSON can hold."""
     return {name: np.asarray(value).tolist() for name, value in dataclasses.asdict(world).items()}
 
 

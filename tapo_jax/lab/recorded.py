@@ -1,7 +1,7 @@
-"""What the recorded episodes of a run say about its policy, in the words of the laboratory. Imports no jax.
+"""Measure a run's policy from its recorded episodes, in the laboratory's terms. Imports no jax.
 
-An episode looked up where it called the tool that decides: the one that most successful episodes called last. Without
-it an answer is a guess.
+An episode looked something up if it called the deciding tool: the one that most successful episodes called last.
+Without it an answer is a guess.
 """
 
 import collections
@@ -23,13 +23,14 @@ SPREADS = np.linspace(0, 3, 61)
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """`part` of `whole`. value: with half a count added to both outcomes, so that few counts give no certainty."""
+    """`part` of `whole`."""
 
     part: int
     whole: int
 
     @property
     def value(self) -> float:
+        """Return the share with half a count added to both outcomes, so that few counts give no certainty."""
         return (self.part + 0.5) / (self.whole + 1)
 
     def __str__(self) -> str:
@@ -38,15 +39,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """lookup: q. guess: p_g. tools: p_t. skill: by tool, of the calls before which no call was wrong.
-
-    chain: the tool calls of a usual successful look-up, in order.
-    known: whether facts say which steps were right; else a step counts as right where it has a witness or succeeded, in
-        groups with a success.
-    headroom: by tool, what `skill` lacks to 1. harmless: success with a wrong step against success without.
-    witnessed: failing steps with a witness. found: of the right ones. right: of the witnessed ones that are known.
-    distance: 1 − similarity of right failing steps to their witness, quantiles .1, .5, .9.
-    """
+    """The numbers of a policy."""
 
     steps: tuple[int, ...]
     episodes: int
@@ -55,26 +48,39 @@ class Measured:
     groups_without_success: int
     deciding_tool: str
     chain: tuple[str, ...]
+    """The tool calls of a usual successful look-up, in order."""
     lookup: Share
+    """q."""
     guess: Share
+    """p_g."""
     tools: Share
+    """p_t."""
     skill: dict[str, Share]
+    """By tool, over the calls before which no call was wrong."""
     known: bool
+    """Whether facts say which steps were right; otherwise a step counts as right if it has a witness or succeeded, in
+    groups with a success."""
     harmless: float
+    """Success with a wrong step, relative to success without."""
     witnessed: Share
+    """Failing steps with a witness."""
     found: Share
+    """Right failing steps with a witness."""
     right: Share
+    """Right steps among the failing ones with a witness, if known."""
     distance: tuple[float, ...]
+    """1 − similarity of right failing steps to their witness, quantiles .1, .5, .9."""
     spread: float
     overlap: float
 
     @property
     def headroom(self) -> dict[str, float]:
+        """Return 1 - skill of each tool."""
         return {tool: 1 - share.value for tool, share in self.skill.items()}
 
 
 def read(run: Path, least: int) -> list[RecordedEpisode]:
-    """Return the episodes of a run's first recorded steps, as many steps as hold `least` episodes. Raises UserError."""
+    """Return the episodes of a run's first recorded steps, at least `least` if there are so many. Raises UserError."""
     paths = sorted((run / "episodes").glob("step_*.npz"))
     if not paths:
         raise UserError(
@@ -97,13 +103,13 @@ def read(run: Path, least: int) -> list[RecordedEpisode]:
 
 
 def settings(run: Path) -> dict[str, Any]:
-    """Return config.json of a run as nested dicts; empty where there is none."""
+    """Return config.json of a run as nested dicts; empty if there is none."""
     path = run / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def measure(episodes: Sequence[RecordedEpisode], theta: float) -> Measured:
-    """theta: of the run, for the noise of similarities."""
+    """Measure the policy that played the episodes. theta: that of the run, for the noise of similarities."""
     groups: dict[Any, list[RecordedEpisode]] = {}
     for episode in episodes:
         groups.setdefault((episode.step, episode.prompt), []).append(episode)
@@ -174,7 +180,10 @@ def _by_witness(episode: RecordedEpisode) -> list[tuple[RecordedTurn, bool | Non
 
 
 def _skill(judged_steps: Sequence[Any], tool: str) -> Share:
-    """The right ones of a tool's calls before which no call of the episode was wrong: what TAPO can still teach."""
+    """Return the share of right calls of a tool, over those before which no call of the episode was wrong.
+
+    The wrong ones among these are what TAPO can still teach.
+    """
     rights = []
     for _, steps in judged_steps:
         for turn, right in steps:
@@ -186,7 +195,7 @@ def _skill(judged_steps: Sequence[Any], tool: str) -> Share:
 
 
 def _harmless(judged_steps: Sequence[Any], deciding: str) -> float:
-    """Success of look-ups with a wrong step against that of look-ups without one."""
+    """Return the success of look-ups with a wrong step relative to that of look-ups without one."""
     flags: dict[bool, list[bool]] = {True: [], False: []}
     for episode, steps in judged_steps:
         if deciding in [turn.call_name for turn, _ in steps]:
@@ -196,7 +205,7 @@ def _harmless(judged_steps: Sequence[Any], deciding: str) -> float:
 
 
 def _spread(found: Share, theta: float, witnesses: int) -> float:
-    """The spread at which as many right steps find one of `witnesses` calls at theta, by simulation."""
+    """Return the spread at which as many right steps find one of `witnesses` calls at theta, by simulation."""
     if not found.whole or not witnesses:
         return 0.0
     draw = np.random.default_rng(0)

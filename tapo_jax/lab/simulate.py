@@ -1,4 +1,4 @@
-"""Training simulated policies, many at a time: one run is a scan over updates, and `jax.vmap` makes hundreds of it."""
+"""Train simulated policies, many at a time: one run is a scan over updates, and `jax.vmap` runs hundreds at once."""
 
 import concurrent.futures
 import dataclasses
@@ -17,26 +17,30 @@ from tapo_jax.lab.worlds import World
 from tapo_jax.tapo import controls
 
 CHUNK = 128  # runs of one call: their pairwise similarities stay in the cache of a small processor
-WORKERS = 2  # calls at a time
+WORKERS = 2  # concurrent calls
 TRACES = ("accuracy", "lookup", "skill", "reading", "corrected", "right")
 
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """What N runs did, each array [N, updates + 1]: before the first update, and after every one.
+    """The traces of N runs, each array [N, updates + 1]: before the first update, and after every one.
 
-    accuracy: of the policy, exact. lookup: the probability that it looks up. skill, reading: its mean probability of
-    the right option. corrected: failing tool steps that TAPO corrected, of all. right: the share of these that took the
-    right option. The last two are of the batch that an update is made from, so their last column is that of the
-    update before; NaN where there was nothing to take a share of.
+    `corrected` and `right` are of the batch that an update is made from, so their last column repeats that of the
+    update before; they are NaN if there are no steps to take a share of.
     """
 
     accuracy: np.ndarray
+    """Accuracy of the policy, exact."""
     lookup: np.ndarray
+    """The probability that the policy looks up."""
     skill: np.ndarray
+    """Its mean probability of the right option at a tool step."""
     reading: np.ndarray
+    """Its mean probability of the right reading."""
     corrected: np.ndarray
+    """The share of failing tool steps that TAPO corrected."""
     right: np.ndarray
+    """The share of the corrected steps that took the right option."""
 
 
 def make_optimizer(method: Method) -> optax.GradientTransformation:
@@ -59,7 +63,7 @@ def loss_of(
 
 
 def update(world: World, method: Method, parameters: Any, state: Any, key: jax.Array) -> tuple[Any, Any, Any, Any]:
-    """Play one batch and learn from it. Returns (parameters, optimiser's state, Batch, Credit)."""
+    """Play one batch and learn from it; return (parameters, optimiser's state, Batch, Credit)."""
     key_play, key_credit = jax.random.split(key)
     logits_QxCxM = worlds.policy_logits(world, parameters)
     batch = episodes.play(world, logits_QxCxM, method.prompts, method.group, key_play)
@@ -118,8 +122,8 @@ def _many(world: World, method: Method, seed_N: jax.Array, updates: int) -> dict
 def simulate(cells: Sequence[tuple[World, Method]], seeds: Sequence[int], updates: int) -> list[Runs]:
     """Return the Runs of every cell, one run for each seed.
 
-    Cells with the same sizes and names share one compiled program, whatever their numbers are. A seed draws the same
-    first batch in all of these, so that differences between cells are paired by seed.
+    Cells with the same sizes and names share one compiled program, regardless of their numbers. A seed draws the same
+    first batch in all of them, so that differences between cells are paired by seed.
     """
     kinds: dict[Any, list[int]] = {}
     for number, cell in enumerate(cells):
@@ -138,7 +142,7 @@ def _simulate_kind(cells: Sequence[tuple[World, Method]], seeds: Sequence[int], 
     stacked = jax.tree.map(lambda *leaf: np.repeat(np.asarray(leaf, np.float32), len(seeds), axis=0), *cells)
     seed_N = np.tile(np.asarray(seeds, np.int32), len(cells))
     total = len(seed_N)
-    index_N = np.arange(-(-total // size) * size) % total  # the last call is filled up with runs that are dropped
+    index_N = np.arange(-(-total // size) * size) % total  # the last call is padded with runs that are dropped
 
     def call(start: int) -> dict[str, np.ndarray]:
         index_n = index_N[start : start + size]

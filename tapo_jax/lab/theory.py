@@ -1,7 +1,7 @@
-"""Expected advantages in closed form: who is pushed up, looking up or guessing?
+"""Compute expected advantages in closed form: is looking up or guessing reinforced more?
 
-For a large group, in units of the reward (GRPO divides by sqrt(V·(1 - V)), which moves no sign), and for tool steps
-that every look-up takes alike, so that each failing one has its witness.
+For a large group, in units of the reward (GRPO divides by sqrt(V·(1 - V)), which changes no sign), and for tool steps
+that are the same in every look-up, so that each failing one has its witness.
 """
 
 import dataclasses
@@ -11,18 +11,22 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """accuracy: V. lookup, guess: mean advantage of an episode that looks up, and of one that guesses, by the base
-    algorithm. corrected: of the tool steps of a look-up with TAPO. support: of the tool steps' cluster."""
+    """Expected advantages of a policy."""
 
     accuracy: float
+    """V."""
     lookup: float
+    """Mean advantage of an episode that looks up, under the base algorithm."""
     guess: float
+    """Mean advantage of an episode that guesses, under the base algorithm."""
     corrected: float
+    """Mean advantage of the tool steps of a look-up with TAPO."""
     support: float
+    """Support of the tool steps' cluster."""
 
 
 def expected(guess: float, lookup: float, tools: float, *, beta: float = 0.8, alpha_min: float = 0.25) -> Expected:
-    """Return the mean advantages where a guess is right with p_g, a look-up with p_t, and a share q looks up."""
+    """Return the mean advantages if a guess is right with p_g, a look-up with p_t, and a share q looks up."""
     accuracy = lookup * tools + (1 - lookup) * guess
     support = lookup * tools / accuracy if accuracy > 0 else 0.0
     failing = -accuracy
@@ -33,7 +37,7 @@ def expected(guess: float, lookup: float, tools: float, *, beta: float = 0.8, al
 
 
 def border(guess: float, lookup: float, *, tapo: bool) -> float:
-    """Return the least p_t at which the tool steps are pushed up at least as hard as guessing."""
+    """Return the smallest p_t at which the tool steps are reinforced at least as strongly as guessing."""
     tools_X = np.linspace(0, guess, 2001)
     for tools in tools_X:
         found = expected(guess, lookup, float(tools))

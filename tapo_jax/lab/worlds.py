@@ -1,8 +1,8 @@
-"""Worlds of tool use that are small enough to train thousands of policies in, and the policies that live in them.
+"""Define worlds of tool use that are small enough to train thousands of policies in, and the policies in them.
 
 An episode: the policy decides to look something up or to guess. A guess is right with a fixed probability. A look-up is
-K tool steps of M options each, one of them right, then a reading of the results, M options again; it succeeds where all
-steps did no harm and the reading is right.
+K tool steps of M options each, one of them right, then a reading of the results, M options again; it succeeds if no
+step did harm and the reading is right.
 
 Axes: Q questions that a policy can tell apart, P of them in a batch, G rollouts, C = K + 2 choices of an episode (look
 up or guess, K tool steps, the reading), M options, F features, H hidden units.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 POLICIES = ("table", "network")
-LOWEST = 1e-4  # a probability that the policy starts with lies in [LOWEST, 1 - LOWEST]
+LOWEST = 1e-4  # a probability that the policy starts with is in [LOWEST, 1 - LOWEST]
 FORBIDDEN = -1e9
 EMBEDDING, HIDDEN = 16, 32
 
@@ -30,7 +30,7 @@ class World:
     """
 
     guess: Any = 1 / 3
-    """p_g: the probability that a guess is right, whatever the policy learns."""
+    """p_g: the probability that a guess is right, regardless of what the policy learns."""
     lookup: Any = 0.5
     """q: the probability that the first policy looks up."""
     skill: Any = 0.6
@@ -38,7 +38,7 @@ class World:
     reading: Any = 0.3
     """The first policy's probability of the right reading."""
     harmless: Any = 0.0
-    """The probability that a wrong step does no harm, so that a successful episode may hold wrong witnesses."""
+    """The probability that a wrong step does no harm, so that a successful episode may have wrong witnesses."""
     spread: Any = 0.0
     """How freely a call is written: two calls of the same option have similarity 1 - spread·|u - u'|, u uniform."""
     overlap: Any = 0.0
@@ -51,7 +51,7 @@ class World:
     """M, the options of a step and of the reading."""
     policy: str = dataclasses.field(default="table", metadata={"static": True})
     """"table": one logit for each option, the same for all questions. "network": one hidden layer over an embedding of
-    the question and the step; each question has right options of its own."""
+    the question and the step; each question has its own right options."""
     pool: int = dataclasses.field(default=32, metadata={"static": True})
     """Q of the policy "network"."""
 
@@ -63,12 +63,12 @@ class World:
 
     @property
     def choices(self) -> int:
-        """C, the choices of an episode."""
+        """Return C, the number of choices of an episode."""
         return self.steps + 2
 
     @property
     def questions(self) -> int:
-        """Q, the questions that a policy can tell apart."""
+        """Return Q, the number of questions that a policy can tell apart."""
         return self.pool if self.policy == "network" else 1
 
 
@@ -87,7 +87,7 @@ def right_options(world: World) -> np.ndarray:
 
 
 def first_logits(world: World) -> jax.Array:
-    """Return base_QxCxM: the logits of the first policy. Of the first choice only two options are allowed."""
+    """Return base_QxCxM: the logits of the first policy. The first choice has only two allowed options."""
     skill_K = jnp.broadcast_to(jnp.asarray(world.skill), (world.steps,))
     right_C = jnp.concatenate(
         [jnp.stack([jnp.asarray(world.lookup)]), skill_K, jnp.stack([jnp.asarray(world.reading)])]
@@ -101,7 +101,7 @@ def first_logits(world: World) -> jax.Array:
 
 
 def first_parameters(world: World, key: jax.Array) -> dict[str, jax.Array]:
-    """Return what is trained: changes of the logits, zero at first."""
+    """Return the trained parameters: changes of the logits, zero at first."""
     if world.policy == "table":
         return {"own_CxM": jnp.zeros((world.choices, world.options)), "shared_M": jnp.zeros(world.options)}
     features = EMBEDDING + world.choices
@@ -112,7 +112,7 @@ def first_parameters(world: World, key: jax.Array) -> dict[str, jax.Array]:
 
 
 def policy_logits(world: World, parameters: dict[str, jax.Array]) -> jax.Array:
-    """Return logits_QxCxM. To look up or to guess is one logit: that of guessing stays where it was."""
+    """Return logits_QxCxM. Looking up or guessing is one logit: that of guessing is not trained."""
     base_QxCxM = first_logits(world)
     trained_1xCxM = np.ones((1, world.choices, world.options), np.float32)
     trained_1xCxM[:, 0, 1:] = 0
@@ -128,7 +128,7 @@ def policy_logits(world: World, parameters: dict[str, jax.Array]) -> jax.Array:
 
 
 def question_features(world: World) -> np.ndarray:
-    """Return x_QxCxF: a random unit vector for each question beside a one-hot vector of the choice."""
+    """Return x_QxCxF: a random unit vector for each question, concatenated with a one-hot vector of the choice."""
     question_QxE = np.random.default_rng(1).normal(size=(world.questions, EMBEDDING))
     question_QxE /= np.linalg.norm(question_QxE, axis=1, keepdims=True)
     question_QxCxE = np.broadcast_to(question_QxE[:, None, :], (world.questions, world.choices, EMBEDDING))

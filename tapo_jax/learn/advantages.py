@@ -1,4 +1,4 @@
-"""Turn the rewards of a group into advantages of its trajectories; and the two reward rules that need a whole batch.
+"""Compute advantages from the rewards of a group, and the two reward rules that need a whole batch.
 
 Axes: P prompts, G rollouts of each, B rows.
 """
@@ -20,8 +20,8 @@ def group_advantages(
     """Return the advantage of every trajectory against its own group.
 
     reward_PxG: finite rewards. Returns advantage_PxG in the rewards' float type (float32 for integers).
-    valid_PxG: bool, whose reward is known (None: everybody's). The others are in no mean and no standard deviation, as
-        if the group were smaller, and their own advantage is exactly 0.
+    valid_PxG: bool, whether a reward is known (None: all are). Unknown ones are excluded from mean and standard
+        deviation, as if the group were smaller, and their own advantage is exactly 0.
 
     grpo                   (r - mean) / (std + epsilon), std with ddof 1 (Shao et al. 2024, arXiv 2402.03300)
     dr_grpo                r - mean (Liu et al. 2025, arXiv 2503.20783)
@@ -83,7 +83,7 @@ def _valid_advantages(reward_PxG: jax.Array, estimator: str, epsilon: float, val
 
 
 def check_rewards(reward_PxG: ArrayLike) -> None:
-    """Raise a ValueError that names the first group with a NaN or infinite reward. Traced arrays pass unseen."""
+    """Raise a ValueError naming the first group with a NaN or infinite reward. Traced arrays are not checked."""
     if np.ndim(reward_PxG) != 2:
         raise ValueError(f"rewards have shape {np.shape(reward_PxG)}; expected [prompts, group]")
     if isinstance(reward_PxG, jax.core.Tracer):
@@ -100,21 +100,21 @@ def check_rewards(reward_PxG: ArrayLike) -> None:
 def has_signal(reward_PxG: jax.Array, valid_PxG: jax.Array | None = None) -> jax.Array:
     """Return signal_P: whether the rewards of a group differ at all. valid_PxG: as in `group_advantages`.
 
-    Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.2) drops the groups without: their advantages
+    Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.2) drops groups without signal: their advantages
     are 0 and they only dilute the mean.
     """
     if valid_PxG is not None:  # fewer than two valid ones cannot differ
         highest_P = jnp.where(valid_PxG, reward_PxG, -jnp.inf).max(axis=1)
         lowest_P = jnp.where(valid_PxG, reward_PxG, jnp.inf).min(axis=1)
         return ~(highest_P <= lowest_P)
-    return ~(reward_PxG.max(axis=1) <= reward_PxG.min(axis=1))  # a NaN is no reason to be silent
+    return ~(reward_PxG.max(axis=1) <= reward_PxG.min(axis=1))  # a NaN counts as a signal, so that it is not hidden
 
 
 def overlong_penalty(length_B: ArrayLike, max_length: int, buffer: int) -> jax.Array:
     """Return penalty_B, the soft overlong punishment to add to the reward (DAPO, arXiv 2503.14476, section 3.4).
 
-    0 up to max_length - buffer tokens, then linearly down to -1 at max_length, -1 beyond. There it is of generated
-    tokens; here of the whole conversation, which is what runs out. buffer 0 gives 0 everywhere.
+    0 up to max_length - buffer tokens, then linearly down to -1 at max_length, -1 beyond. DAPO counts generated tokens;
+    this counts those of the whole conversation, which is what the budget limits. buffer 0 gives 0 everywhere.
     """
     if buffer == 0:
         return jnp.zeros(jnp.shape(length_B), jnp.float32)

@@ -1,7 +1,7 @@
-"""Policy-gradient losses as pure functions of arrays. Axes: B rows, T tokens. Everything is minimised.
+"""Compute policy-gradient losses as pure functions of arrays. Axes: B rows, T tokens. Everything is minimised.
 
-Every function puts `where(mask, ·, 0)` in front of the exponential, not behind it: a masked token with a huge
-log-ratio would otherwise give inf · 0 = NaN in the gradient under a finite loss.
+Every function applies `where(mask, ·, 0)` before the exponential, not after it: a masked token with a huge log-ratio
+would otherwise give inf · 0 = NaN in the gradient under a finite loss.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ class Settings:
     clip_dual: float | None = None
     """c > 1: a token with A < 0 loses at most -c·A; None: no bound."""
     tau_pos: float = 1.0
-    """SAPO's temperature where A > 0."""
+    """SAPO's temperature for A > 0."""
     tau_neg: float = 1.05
-    """SAPO's temperature elsewhere."""
+    """SAPO's temperature for A <= 0."""
     aggregation: str | None = None
-    """One of `AGGREGATIONS`; None is the algorithm's own."""
+    """One of `AGGREGATIONS`; None: the algorithm's own."""
 
     def __post_init__(self) -> None:
         if self.algorithm not in LOSSES:
@@ -46,18 +46,17 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A policy loss: `function(ratio_BxT, logp_BxT, advantage_BxT, settings) -> loss_BxT`.
-
-    logp_BxT is 0 outside of the mask. log_ratio: applied to (log_ratio_BxT, mask_BxT) before the exponential.
-    """
+    """A policy loss."""
 
     function: Callable[[jax.Array, jax.Array, jax.Array, Settings], jax.Array]
+    """`function(ratio_BxT, logp_BxT, advantage_BxT, settings) -> loss_BxT`; logp_BxT is 0 outside the mask."""
     aggregation: str
     log_ratio: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    """Applied to (log_ratio_BxT, mask_BxT) before the exponential."""
 
 
 def clipped_loss(ratio_BxT: jax.Array, logp_BxT: jax.Array, advantage_BxT: jax.Array, settings: Settings) -> jax.Array:
-    """Return -min(r·A, clip(r)·A), at most -clip_dual·A where A < 0.
+    """Return -min(r·A, clip(r)·A), bounded above by -clip_dual·A if A < 0.
 
     Schulman et al. 2017, arXiv 1707.06347, eq. 7; the bound: Ye et al. 2020, arXiv 1912.09729.
     """
@@ -69,7 +68,7 @@ def clipped_loss(ratio_BxT: jax.Array, logp_BxT: jax.Array, advantage_BxT: jax.A
 
 
 def sapo_loss(ratio_BxT: jax.Array, logp_BxT: jax.Array, advantage_BxT: jax.Array, settings: Settings) -> jax.Array:
-    """Return -(4/tau)·sigmoid(tau·(r - 1))·A, tau = tau_pos where A > 0 else tau_neg (Gao et al., arXiv 2511.20347)."""
+    """Return -(4/tau)·sigmoid(tau·(r - 1))·A, tau = tau_pos if A > 0 else tau_neg (Gao et al., arXiv 2511.20347)."""
     tau_BxT = jnp.where(advantage_BxT > 0, settings.tau_pos, settings.tau_neg)
     return -4 / tau_BxT * jax.nn.sigmoid(tau_BxT * (ratio_BxT - 1)) * advantage_BxT
 
@@ -179,15 +178,15 @@ def _metrics(
 def aggregate(
     value_BxT: ArrayLike, mask_BxT: ArrayLike, aggregation: str = "token_mean", denominator: ArrayLike | None = None
 ) -> jax.Array:
-    """Return one number from a value for each token. An all-zero mask gives 0 with gradient 0.
+    """Aggregate a value per token into one number. An all-zero mask gives 0 with gradient 0.
 
     token_mean               Σ value / tokens
     seq_mean_token_mean      Σ over rows of (the row's mean over its tokens) / rows that have a token
     seq_mean_token_sum_norm  Σ value / (rows that have a token · T)   (Dr. GRPO, arXiv 2503.20783; in training T is
-                             rollout.max_length, whatever a batch's longest row)
+                             rollout.max_length, regardless of the batch's longest row)
 
     denominator: the number to divide by instead of this array's own tokens, rows, or rows · T. Under micro-batching and
-    data parallelism it is the count of the global batch: the mean of micro-batch means is another number.
+    data parallelism it is the count of the global batch, which the mean of micro-batch means does not equal.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation is {aggregation!r}; known: {', '.join(AGGREGATIONS)}")
@@ -202,7 +201,7 @@ def aggregate(
 
 
 def count(mask_BxT: ArrayLike, aggregation: str = "token_mean") -> jax.Array:
-    """Return the denominator that `aggregate` uses for this mask. Counts of parts of a batch add up to the batch's."""
+    """Return the denominator that `aggregate` uses for this mask; counts of parts of a batch add up to the batch's."""
     mask_BxT = jnp.asarray(mask_BxT, bool)
     if aggregation == "token_mean":
         return mask_BxT.sum()
@@ -239,7 +238,7 @@ def importance_weight(
     """Return (weight_BxT, metrics): the correction for a sampler whose probabilities differ from the trainer's.
 
     weight = min(exp(old - sampler), cap) of each token, detached (truncated importance sampling, Yao et al. 2025); 0
-    outside of the mask.
+    outside the mask.
 
     metrics: weight_mean (before truncation), weight_effective_sample_size (of the weights used), weight_clip_fraction,
     sampler_kl (k3 of sampler against trainer), sampler_logp_difference (mean |old - sampler|).

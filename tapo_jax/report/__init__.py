@@ -1,6 +1,6 @@
-"""What a run or a sweep came to, from the files that it left. Knows no model and no trainer.
+"""Report the results of a run or a sweep from its files. Knows no model and no trainer.
 
-What is public is listed in `__init__.pyi` and imported when it is first used.
+Public names are listed in `__init__.pyi` and imported on first use.
 """
 
 import lazy_loader

@@ -19,7 +19,7 @@ from tapo_jax.report.curve import write_curve
 
 
 def recordings(run: Path) -> list[Path]:
-    """The recorded steps of a run, in order. Raises UserError where there are none."""
+    """Return the recorded steps of a run, in order. Raises UserError if there are none."""
     found = sorted((run / "episodes").glob("step_*.npz"))
     if not found:
         raise UserError(
@@ -30,7 +30,7 @@ def recordings(run: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Raises UserError."""
+    """Run one command. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="python -m tapo_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
-"""What a sweep says about each claim of the paper (arXiv 2606.05784), and about the controls beside them.
+"""Judge each claim of the paper (arXiv 2606.05784), and the controls, from a sweep.
 
-The rule. A claim is a number for every seed and a bound, usually a difference paired by seed and 0. It **holds** where
-the 95 % bootstrap interval of the mean over seeds and Student's both lie on the claimed side of the bound, **does not
-hold** where both lie on the other side, and is **not decided** else, or with fewer than three seeds. A claim of several
-parts ("all betas help") holds where every part does, and does not hold where one part does not. Nothing is corrected
-for the number of claims: of twenty differences that are truly 0, one is expected to look like more.
+The rule. A claim is a number for every seed and a bound, usually a difference paired by seed and 0. It **holds** if the
+95 % bootstrap interval of the mean over seeds and Student's are both on the claimed side of the bound, **does not
+hold** if both are on the other side, and is **not decided** otherwise or with fewer than three seeds. A claim of
+several parts ("all betas help") holds if every part does, and does not hold if one part does not. There is no
+correction for multiple comparisons: of twenty differences that are truly 0, one is expected to look significant.
 
 A seed whose run failed has no accuracy and is in no pair; the tables count it.
 """
@@ -33,9 +33,13 @@ CONTROLS = {
 
 
 def claims(sweep: Sweep, step: float) -> list[dict[str, Any]]:
-    """One dict a claim that the rows of this sweep say something about: claim, verdict, mean, interval, student, values
-    (over seeds), seeds, unit, rows, paper (what is published, "" for this project's own) and parts. step: at which
-    held-out accuracies are compared."""
+    """Return one dict for each claim that the rows of this sweep can judge.
+
+    step: the step at which held-out accuracies are compared.
+
+    Keys: claim, verdict, mean, interval, student, values (over seeds), seeds, unit, rows, paper (the published result,
+    "" for this project's own claims) and parts.
+    """
     configs = {row: next(iter(seeds.values())).config for row, seeds in sweep.results.items()}
     published = {sweep.base[row]: row for row in configs if row in sweep.base and is_published(configs[row])}
     accuracy = lambda result: result.at_step(step)  # noqa: E731
@@ -64,13 +68,13 @@ def claims(sweep: Sweep, step: float) -> list[dict[str, Any]]:
 
 
 def is_published(config: Mapping[str, Any]) -> bool:
-    """Whether TAPO is on and as published; a field that the config lacks counts as published."""
+    """Return whether TAPO is on and as published; a field that the config lacks counts as published."""
     same = all(config.get(name, value) == value for name, value in PUBLISHED.items())
     return same and assigns_credit(config)
 
 
 def decided(value_N: Sequence[float], *, bound: float = 0.0, above: bool = True, **about: Any) -> dict[str, Any] | None:
-    """A claim that the mean is above (or below) a bound, by the rule; None without a seed."""
+    """Return the claim that the mean is above (or below) a bound, by the rule; None without a seed."""
     if not len(value_N):
         return None
     found = {"paper": "", "parts": []} | about | mean_of(value_N) | {"student": student(value_N), "bound": bound}
@@ -87,7 +91,10 @@ def decided(value_N: Sequence[float], *, bound: float = 0.0, above: bool = True,
 def compared(
     sweep: Sweep, row: str, other: str, value: Callable[[Result], float | None], *, ratio: bool = False, **about: Any
 ) -> dict[str, Any] | None:
-    """The claim that a row's value is above another's, paired by seed. ratio: adds `relative`, to the other's mean."""
+    """Return the claim that a row's value is above another's, paired by seed.
+
+    ratio: also add `relative`, the difference divided by the other's mean.
+    """
     both = sweep.results[row], sweep.results[other]
     pairs = [tuple(value(results[seed]) for results in both) for seed in sorted(both[0].keys() & both[1].keys())]
     pairs = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
@@ -98,7 +105,7 @@ def compared(
 
 
 def misassigned(sweep: Sweep, base: str, unit: str, claim: str) -> dict[str, Any] | None:
-    """The paper's first figure, over all steps of the runs without TAPO, at the threshold that TAPO would use."""
+    """Judge the paper's first figure over all steps of the runs without TAPO, at the threshold that TAPO would use."""
     values = []
     for result in sweep.results[base].values():
         name = f"tapo/correctable_{unit}{AT}{float(result.config.get('tapo.theta', PUBLISHED['tapo.theta']))}"
@@ -110,7 +117,7 @@ def misassigned(sweep: Sweep, base: str, unit: str, claim: str) -> dict[str, Any
 def ablated(
     sweep: Sweep, row: str, reference: str, config: Mapping[str, Any], accuracy: Callable[[Result], float]
 ) -> dict[str, Any] | None:
-    """What TAPO as published must beat: itself without support, with exact matches only, and the controls."""
+    """Return the claim that TAPO as published beats this row: no support, exact matches only, or a control."""
     control = "gigpo" if config.get("algorithm.credit") == "gigpo" else config.get("tapo.control", "none")
     claim, paper = "", ""
     if config.get("tapo.support") is False:
@@ -125,8 +132,11 @@ def ablated(
 
 
 def unstable(sweep: Sweep, row: str, reference: str) -> dict[str, Any] | None:
-    """Training accuracy falls further below its earlier best without the clip. A run of either row whose updates were
-    not finite lost all of it; one that failed for another reason is in no pair."""
+    """Return the claim that training accuracy falls further below its earlier best without the clip.
+
+    A run of either row whose updates were not finite counts as a fall of 1; a run that failed for another reason is in
+    no pair.
+    """
 
     def falls(name: str) -> dict[int, float | None]:
         broken = {seed: 1.0 for other, seed, why in sweep.failed if other == name and "finite" in why}
@@ -142,7 +152,7 @@ def unstable(sweep: Sweep, row: str, reference: str) -> dict[str, Any] | None:
 def betas(
     sweep: Sweep, configs: Mapping[str, Mapping[str, Any]], published: Mapping[str, str], accuracy: Callable
 ) -> list[dict[str, Any] | None]:
-    """ "All betas help" and "0.8 is the best", for every base with at least three of them."""
+    """Return the claims "all betas help" and "0.8 is the best" for every base with at least three betas."""
     found: list[dict[str, Any] | None] = []
     for base, centre in published.items():
         as_centre = lambda config: is_published(config | {"tapo.beta": PUBLISHED["tapo.beta"]})  # noqa: E731
@@ -160,7 +170,7 @@ def betas(
 
 
 def together(claim: str, parts: Sequence[dict[str, Any] | None], paper: str) -> dict[str, Any] | None:
-    """A claim that is the conjunction of its parts; its numbers are those of the weakest part."""
+    """Return a claim that is the conjunction of its parts; its numbers are those of the weakest part."""
     known = [part for part in parts if part is not None]
     if not known:
         return None
@@ -172,7 +182,7 @@ def together(claim: str, parts: Sequence[dict[str, Any] | None], paper: str) -> 
 
 
 def cost(sweep: Sweep, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """TAPO's share of a step's time, the median over steps: the mean over the rows with TAPO, for each seed."""
+    """Judge TAPO's share of a step's time (median over steps), for each seed the mean over the rows with TAPO."""
     by_seed: dict[int, list[float]] = {}
     rows = [row for row in configs if assigns_credit(configs[row])]
     for row in rows:
@@ -184,17 +194,17 @@ def cost(sweep: Sweep, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, An
     return decided(values, bound=SHARE_OF_TIME, above=False, claim=claim, unit="share", rows=rows, paper="0.06 %")
 
 
-# Numbers of one run.
+# Values of one run.
 
 
 def ending(result: Result, name: str) -> float | None:
-    """The mean of a curve's last third; None where it was not logged."""
+    """Return the mean of a curve's last third; None if it was not logged."""
     curve = result.curves.get(name, ())
     return float(np.mean([value for _, value in curve[-max(1, len(curve) // 3) :]])) if len(curve) else None
 
 
 def fall(result: Result) -> float | None:
-    """How far training accuracy (running mean of five points) once was below its earlier best; None if not logged."""
+    """Return the largest drop of training accuracy (running mean of 5 points) from its best; None if not logged."""
     curve = result.curves.get("reward/accuracy", ())
     if not len(curve):
         return None
@@ -206,7 +216,7 @@ def fall(result: Result) -> float | None:
 
 
 def markdown(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of the section; [] where there is nothing to say."""
+    """Return the lines of the section; [] if there are no claims."""
     if not found:
         return []
     lines = [
@@ -232,7 +242,7 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def measured(claim: Mapping[str, Any]) -> str:
-    """+1.2 [+0.3, +2.0] points, +4.0 % relative."""
+    """Return text such as "+1.2 [+0.3, +2.0] points, +4.0 % relative"."""
     factor, form, unit = {"accuracy": (100, "+.1f", " points"), "share": (100, ".3g", " %")}.get(
         claim["unit"], (1, "+.3g", f" {claim['unit']}")
     )

@@ -23,7 +23,7 @@ _TIMES = (
 
 
 def write_curve(metrics_jsonl: Path, out: Path) -> None:
-    """The figure of one run. Raises UserError where the run has logged no step."""
+    """Draw the figure of one run. Raises UserError if the run has logged no step."""
     lines = read_metrics(Path(metrics_jsonl))
     if not lines:
         raise UserError(f"{metrics_jsonl} holds no step: give the folder of a run that has begun.")
@@ -58,7 +58,7 @@ def write_curve(metrics_jsonl: Path, out: Path) -> None:
 def draw(
     axes: Axes, text: str, *curves: tuple[str, Sequence[Mapping[str, Any]], str, str], legend: bool = True
 ) -> None:
-    """Curves (label, lines, metric, colour): steps pale, their running mean strong, what was not logged left out."""
+    """Draw curves (label, lines, metric, colour): steps pale, running mean strong, metrics not logged left out."""
     title(axes, text)
     for label, lines, name, colour in curves:
         step_N, value_N = series(lines, name)
@@ -74,7 +74,7 @@ def draw(
 
 
 def draw_evaluations(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Held-out accuracy with its 95 % interval, the first and last value written beside their points."""
+    """Draw held-out accuracy with its 95 % interval, the first and last value written next to their points."""
     step_N, value_N = series(lines, "eval/accuracy")
     if not len(step_N):
         return
@@ -109,7 +109,7 @@ def draw_evaluations(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_seconds(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Where the time of a step goes, stacked. Steps that compile are much longer, and leave the scale at the top."""
+    """Draw the time of a step by phase, stacked. Steps that compile are much longer and exceed the top of the scale."""
     timed = [line for line in lines if line.get("time/step") is not None]
     if not timed:
         title(axes, "seconds per step")

@@ -1,4 +1,4 @@
-"""The figures of a sweep, drawn from `results.summarise`. Each returns whether there was anything to draw."""
+"""Draw the figures of a sweep from `results.summarise`. Each function returns whether there was anything to draw."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -39,8 +39,10 @@ DYNAMICS = (
 
 
 def draw_curves(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    """One panel for each family (a base and what is compared with it): the mean over seeds of every row, and the
-    interval of the base and the reference."""
+    """Draw one panel for each family (a base and what is compared with it).
+
+    A panel has the mean over seeds of every row, and the interval of the base and the reference.
+    """
     families = _families(sweep)
     figure = new_figure(-(-len(families) // 3), min(3, len(families)), width=_width(len(families)), height=3.2)
     for axes, (name, rows) in zip(figure.axes, families.items(), strict=False):
@@ -64,7 +66,7 @@ def draw_curves(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 
 def draw_differences(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    """A panel for the base and one for the reference, each with the rows that have one: mean, interval, every seed."""
+    """Draw differences to the base and to the reference, a panel each: mean, interval and every seed of a row."""
     panels = {
         kind: {row: found[f"{kind}_at_step"] for row, found in summary["rows"].items() if found[f"{kind}_at_step"]}
         for kind in ("base", "reference")
@@ -92,7 +94,7 @@ def draw_differences(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> boo
 
 
 def draw_fields(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    """Accuracy against a numeric field, where at least three rows differ in this field alone."""
+    """Draw accuracy against each numeric field in which at least three rows differ, and in nothing else."""
     configs = {row: next(iter(seeds.values())).config for row, seeds in sweep.results.items()}
     lines = swept_fields(configs)
     if not lines:
@@ -119,8 +121,7 @@ def draw_fields(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 
 def swept_fields(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(field, its rows by ascending value) for every numeric field in which at least three rows differ, and in
-    nothing else."""
+    """Return (field, its rows by ascending value) for numeric fields that are the only difference of 3 or more rows."""
     names = sorted({name for config in configs.values() for name in config if name != "seed"})
     found = []
     for name in names:
@@ -134,8 +135,7 @@ def swept_fields(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, li
 
 
 def draw_dynamics(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    """A row of panels for each family: what happens to the policy with the base and with the reference (or the first
-    other row)."""
+    """Draw the training dynamics of each family's base and reference (or first other row), in a row of panels."""
     families = {name: rows for name, rows in _families(sweep).items() if len(rows) > 1} or _families(sweep)
     figure = new_figure(len(families), len(DYNAMICS), width=16.0, height=2.4)
     for number, (name, rows) in enumerate(families.items()):
@@ -163,8 +163,10 @@ def draw_dynamics(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 
 def draw_credit(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
-    """Of the reference with the most seeds: the correctable share of failing steps and trajectories by threshold,
-    early, midway and late."""
+    """Draw the correctable share of failing steps and trajectories by threshold, early, midway and late.
+
+    The runs are those of the reference with the most seeds.
+    """
     figure = new_figure(1, 2, height=3.2)
     references = [_pair(sweep, rows)[-1] for rows in _families(sweep).values()]
     row = max(references, key=lambda row: len(sweep.results[row]))
@@ -192,7 +194,7 @@ def draw_credit(sweep: Sweep, summary: Mapping[str, Any], out: Path) -> bool:
 
 
 def credit_by_threshold(results: Sequence[Result], unit: str, part: int) -> tuple[list[float], list[float]]:
-    """(thresholds, mean share over the seeds) in one third (0, 1, 2) of training."""
+    """Return (thresholds, mean share over the seeds) in one third (0, 1, 2) of training."""
     prefix = f"tapo/correctable_{unit}{AT}"
     names = sorted(
         {name for result in results for name in result.curves if name.startswith(prefix)},
@@ -216,7 +218,7 @@ def band(
     *,
     shaded: bool = True,
 ) -> None:
-    """The mean over seeds, and its 95 % bootstrap interval as a band."""
+    """Draw the mean over seeds, and its 95 % bootstrap interval as a band."""
     value_SxN = np.asarray(value_SxN, float)
     axes.plot(at_N, value_SxN.mean(axis=0), color=colour, linewidth=2.0 if shaded else 1.0, label=label)
     if shaded and len(value_SxN) > 1:
@@ -225,7 +227,7 @@ def band(
 
 
 def _families(sweep: Sweep) -> dict[str, list[str]]:
-    """Base row -> itself and the rows that are compared with it; rows without a base stand alone, together."""
+    """Return base row -> itself and the rows compared with it; rows without a base form one family together."""
     found: dict[str, list[str]] = {}
     for row in sweep.results:
         base = sweep.base.get(row, row if row in sweep.base.values() else "")
@@ -234,7 +236,7 @@ def _families(sweep: Sweep) -> dict[str, list[str]]:
 
 
 def _pair(sweep: Sweep, rows: Sequence[str]) -> list[str]:
-    """The base of a family and its reference; the next row where it has none."""
+    """Return the base of a family and its reference, or the next row if it has none."""
     reference = next((sweep.reference[row] for row in rows if row in sweep.reference), None)
     return list(dict.fromkeys([rows[0], reference or rows[min(1, len(rows) - 1)]]))
 
@@ -244,7 +246,7 @@ def _width(panels: int) -> float:
 
 
 def _same_heights(panels: Sequence[Axes]) -> None:
-    """The same range of y for all panels, so that their heights can be compared."""
+    """Give all panels the same y range, so that their heights can be compared."""
     low_P, high_P = zip(*(axes.get_ylim() for axes in panels), strict=True)
     for axes in panels:
         axes.set_ylim(min(low_P), max(high_P))

@@ -1,7 +1,8 @@
-"""How much credit a run misplaced, from its recorded episodes: the share of failing tool steps, and of failing
-trajectories, that a successful sample of the same question made too, at each threshold of similarity.
+"""Measure how much credit a run misplaced, from its recorded episodes.
 
-The first figure of the paper (arXiv 2606.05784) for one's own agent.
+This is the share of failing tool steps, and of failing trajectories, with a step that a successful sample of the same
+question made too, at each threshold of similarity: the first figure of the paper (arXiv 2606.05784) for one's own
+agent.
 """
 
 import json
@@ -20,8 +21,10 @@ GRID = tuple(round(0.3 + 0.05 * i, 2) for i in range(15))  # 0.3 … 1.0
 
 
 def write_credit(paths: Sequence[Path], out: Path) -> str:
-    """Writes credit.json and credit.png into `out` and returns the table of all recorded steps together. Raises
-    UserError."""
+    """Write credit.json and credit.png into `out` and return the table of all recorded steps together.
+
+    Raises UserError.
+    """
     by_step: dict[int, list[RecordedEpisode]] = {}
     for path in paths:
         for episode in records.load(path):
@@ -38,9 +41,9 @@ def write_credit(paths: Sequence[Path], out: Path) -> str:
 
 
 def table(episodes: Sequence[RecordedEpisode], thresholds: Sequence[float] = GRID) -> list[dict[str, Any]]:
-    """The rows of `from_similarities`. A step's similarity is the recorded one, to its nearest witness.
+    """Return the rows of `from_similarities`. A step's similarity is the recorded one, to its nearest witness.
 
-    Raises UserError where tool steps were recorded without it.
+    Raises UserError if tool steps were recorded without it.
     """
     called = any(turn.result is not None and turn.error is None for episode in episodes for turn in episode.turns)
     if called and not any(turn.slot >= 0 for episode in episodes for turn in episode.turns):
@@ -64,9 +67,9 @@ def table(episodes: Sequence[RecordedEpisode], thresholds: Sequence[float] = GRI
 def from_similarities(
     sim_N, group_N, episode_N, failing_trajectories: int, thresholds: Sequence[float] = GRID
 ) -> list[dict]:
-    """The table from the failing steps themselves: sim_N of each to its nearest witness, and its group and episode.
+    """Return the table from the similarity of each failing step to its nearest witness, its group and its episode.
 
-    failing_trajectories: all of them, those without a step included.
+    failing_trajectories: number of all of them, including those without a step.
     """
     rows = []
     for threshold in thresholds:
@@ -87,7 +90,7 @@ def from_similarities(
 
 
 def text_table(rows: list[dict]) -> str:
-    """The rows as aligned text."""
+    """Return the rows as aligned text."""
     lines = [f"{'threshold':>9}  {'correctable actions':>24}  {'correctable trajectories':>24}"]
     for row in rows:
         actions = f"{row['correctable_actions']:.1%} ({row['actions']}/{row['failing_actions']})"

@@ -1,4 +1,4 @@
-"""Plain figures: colours, axes without decoration, series of metrics. No global state of matplotlib is touched."""
+"""Make plain figures: colours, undecorated axes, series of metrics. Does not change matplotlib's global state."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ INK, SOFT, BLUE, RED, GREEN, GOLD = "#1b1b1f", "#8a8893", "#2f6fde", "#d0453b", 
 
 
 def new_figure(rows: int, columns: int, *, width: float = 10.0, height: float = 2.9) -> Figure:
-    """rows × columns plain axes; height: inches of a row. Readable at the width of a README."""
+    """Return a figure of rows × columns plain axes, readable at the width of a README. height: inches of a row."""
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     figure.get_layout_engine().set(wspace=0.05, hspace=0.06)
     for axes in np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel():
@@ -28,12 +28,12 @@ def title(axes: Axes, text: str) -> None:
 
 
 def series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(step_N, value_N) where the number was logged and finite."""
+    """Return (step_N, value_N) of the steps at which the metric was logged and finite."""
     found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     return np.array([step for step, _ in found], float), np.array([value for _, value in found], float)
 
 
 def smooth(value_N: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the `window` nearest values, fewer at the ends."""
+    """Return the mean over the `window` nearest values, fewer at the ends."""
     kernel = np.ones(window)
     return np.convolve(value_N, kernel, "same") / np.convolve(np.ones(len(value_N)), kernel, "same")

@@ -1,13 +1,13 @@
-"""Many runs of one sweep -> held-out accuracy by row, with intervals over seeds and paired differences.
+"""Read the runs of a sweep: held-out accuracy by row, with intervals over seeds and paired differences.
 
-A sweep is DIR/<row>/seed_<n>/, each with `result.json` (what `condense` gives: small enough to keep in a repository)
+A sweep is DIR/<row>/seed_<n>/, each with `result.json` (the output of `condense`: small enough to keep in a repository)
 or a whole run's `metrics.jsonl` and `config.json`; a run that failed has `failed.json`, {"error": …}. DIR/sweep.json
-may name the order of rows, the base and the reference of each, and the seeds that were asked for: {"rows": [row, …],
+may give the order of rows, the base and the reference of each, and the requested seeds: {"rows": [row, …],
 "base": {row: row}, "reference": {row: row}, "seeds": {row: [seed, …]}}.
 
-seed_<n>/eval*/export.json, of `launch/eval.py --checkpoint=…/export`, are later evaluations of the run's last policy,
-with more questions or other samples: their mean takes the place of the run's own last accuracy, where all runs of the
-seed that are compared were asked as many questions.
+seed_<n>/eval*/export.json, written by `launch/eval.py --checkpoint=…/export`, are later evaluations of the run's last
+policy, with more questions or other samples: their mean replaces the run's own last accuracy if all compared runs of
+the seed were asked the same number of questions.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ CURVES = (
 AT = "_at_"  # as in tapo/correctable_actions_at_0.7
 MIN_SEEDS = 3  # for a verdict
 AGAIN = "remove it, and launch/sweep.py does the run again"
-POINTS = 40  # of a condensed curve
+POINTS = 40  # max points of a condensed curve
 # TAPO as published; what the paper leaves open is this project's default.
 PUBLISHED = {
     "algorithm.credit": "tapo", "tapo.beta": 0.8, "tapo.support": True, "tapo.clip": True, "tapo.control": "none",
@@ -48,23 +48,26 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One finished run. evals: (step, seconds of training until then, held-out accuracy), ascending; curves: name ->
-    [(step, value)]; config: flat names; tapo_share: median of TAPO's share of a step's time; later: the mean
-    accuracy of later evaluations, with the number of questions and of answers (None: there are none)."""
+    """One finished run."""
 
     row: str
     seed: int
     evals: tuple[tuple[float, float, float], ...]
+    """(step, seconds of training until then, held-out accuracy), ascending."""
     curves: Mapping[str, Sequence[Sequence[float]]]
+    """name -> [(step, value)]."""
     config: Mapping[str, Any]
+    """Flat names."""
     tapo_share: float | None
+    """Median of TAPO's share of a step's time."""
     later: tuple[float, int, int] | None = None
+    """Mean accuracy of later evaluations, number of questions, number of answers; None: no later evaluation."""
 
     def at_step(self, step: float) -> float:
         return float(np.interp(step, [e[0] for e in self.evals], [e[2] for e in self.evals]))
 
     def at_time(self, seconds: float) -> float | None:
-        """None before the first evaluation."""
+        """Return the accuracy after `seconds` of training; None before the first evaluation."""
         if seconds < self.evals[0][1]:
             return None
         return float(np.interp(seconds, [e[1] for e in self.evals], [e[2] for e in self.evals]))
@@ -72,21 +75,27 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Rows in their order -> results by seed; failed: (row, seed, sentence); unfinished: (row, seed). base,
-    reference: row -> row."""
+    """The runs of a sweep."""
 
     results: Mapping[str, Mapping[int, Result]]
+    """Rows in their order -> results by seed."""
     failed: Sequence[tuple[str, int, str]]
+    """(row, seed, sentence)."""
     unfinished: Sequence[tuple[str, int]]
+    """(row, seed)."""
     base: Mapping[str, str]
+    """row -> row."""
     reference: Mapping[str, str]
+    """row -> row."""
 
 
 def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
-    """The small result of a run, from its metrics.jsonl and config.json. Seconds are those of the steps, without
-    evaluations; a step that compiled counts as the median of the others, because a machine compiles once.
+    """Return the small result of a run, from its metrics.jsonl and config.json.
 
-    Raises UserError where the run has not come to its end, or was not evaluated there.
+    Seconds are those of the steps, without evaluations; a step that compiled counts as the median of the others,
+    because a machine compiles once.
+
+    Raises UserError if the run has not finished, or was not evaluated at its last step.
     """
     lines = read_metrics(workdir / "metrics.jsonl")
     path = workdir / "config.json"
@@ -122,14 +131,14 @@ def condense(workdir: Path, row: str, seed: int) -> dict[str, Any]:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[list[float]]:
-    """At most POINTS points, each the mean of equally many that it stands for (the last one of the rest)."""
+    """Return at most POINTS points, each the mean of an equal number of points (the last one of the rest)."""
     size = -(-len(points) // POINTS)
     parts = [np.array(points[start : start + size], float) for start in range(0, len(points), size)]
     return [[float(f"{value:.5g}") for value in part.mean(axis=0)] for part in parts]
 
 
 def load(directory: Path) -> Sweep:
-    """Raises UserError where no run has finished."""
+    """Read a sweep's directory. Raises UserError if no run has finished."""
     results: dict[str, dict[int, Result]] = {}
     failed, unfinished = [], []
     folders = sorted(path for path in directory.glob("*/seed_*") if path.is_dir() and path.name[5:].isdigit())
@@ -161,7 +170,7 @@ def load(directory: Path) -> Sweep:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """Read a sweep.json; {} where there is none. Raises UserError for one that is damaged."""
+    """Read a sweep.json; {} if it does not exist. Raises UserError if it is damaged."""
     way = "remove it, and the rows are shown in the order of their names"
     plan = read_json(path, way=way) if path.exists() else {}
     kinds = {"rows": list, "seeds": dict, "base": dict, "reference": dict}
@@ -172,9 +181,11 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def with_later(results: Mapping[str, Mapping[int, Result]], base: Mapping[str, str]) -> dict[str, dict[int, Result]]:
-    """Every run with its later accuracy in the place of its last, where all runs of its seed and family (a base and
-    what is compared with it) have one from as many questions: other questions are easier or harder. Elsewhere
-    without."""
+    """Return every run with its last accuracy replaced by its later one.
+
+    This is done only if all runs of its seed and family (a base and what is compared with it) have a later accuracy
+    from the same number of questions: other questions are easier or harder. Otherwise `later` becomes None.
+    """
     asked: dict[tuple[str, int], set[int]] = {}
     for row, seeds in results.items():
         for seed, result in seeds.items():
@@ -211,8 +222,11 @@ def _result(folder: Path, row: str, seed: int) -> Result | None:
 
 
 def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int, int] | None:
-    """`Result.later`, from the evaluations in folder/eval* on the run's own data. Raises UserError for one that is not
-    like the run's own, or has another number of questions than the others."""
+    """Return `Result.later`, from the evaluations in folder/eval* on the run's own data.
+
+    Raises UserError for an evaluation whose split or temperature is not the run's own, or whose number of questions
+    differs from the others'.
+    """
     way, needs = "remove it, or evaluate again", ("split", "temperature", "metrics")
     written = {path: read_json(path, way=way, needs=needs) for path in sorted(folder.glob("eval*/export.json"))}
     for path in sorted(folder.glob("eval*/*/export.json")):
@@ -237,14 +251,14 @@ def later_accuracy(folder: Path, config: Mapping[str, Any]) -> tuple[float, int,
 
 
 def same_data(data: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether an evaluation's data are those that a run with this flat config evaluates on."""
+    """Return whether an evaluation's data are those that a run with this flat config evaluates on."""
     own = {f"data.{name}": value for name, value in flat(data).items() if name != "split"}
     return config.get("eval.split", data["split"]) == data["split"] and all(
         config.get(name, value) == value for name, value in own.items()
     )
 
 
-# Names that fields had in results that were written before.
+# Names of fields in older results.
 OLD_NAMES = {
     "data.name": "data.source",
     "reward_source": "reward.source",
@@ -257,7 +271,7 @@ OLD_NAMES = {
 
 
 def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a flat config with today's names of its fields, in their order."""
+    """Return a flat config with the current names of its fields, in their order."""
     found = {OLD_NAMES.get(name, name): value for name, value in config.items()}
     if "tapo.enabled" in found:
         compared = found.get("tapo.control") == "gigpo"
@@ -278,10 +292,13 @@ def is_of_credit(name: str) -> bool:
 
 
 def bases(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
-    """From the rows' flat configs: base[row] is the row with TAPO off that is the same in every field outside of
-    tapo.*; reference[row] the row with TAPO on of that family that differs from the others in the fewest fields: the
-    method as published, around which an ablation changes one field at a time (a tie goes to the one with more of the
-    PUBLISHED values)."""
+    """Return (base, reference), row -> row each, from the rows' flat configs.
+
+    base[row] is the row with TAPO off that is the same in every field that `is_of_credit` does not name.
+    reference[row] is the row with TAPO on in that family that differs from the others in the fewest fields: the method
+    as published, around which an ablation changes one field at a time. A tie goes to the row with more of the PUBLISHED
+    values.
+    """
     base: dict[str, str] = {}
     reference: dict[str, str] = {}
     families: dict[str, list[str]] = {}
@@ -312,9 +329,11 @@ def bases(configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dic
 def difference(
     ours: Mapping[int, Result], theirs: Mapping[int, Result], value: Callable[[Result], float | None]
 ) -> dict[str, Any] | None:
-    """Paired by seed: what changes when the row changes and nothing else. verdict: "better" or "worse" where both the
-    bootstrap's and Student's interval leave out 0 and there are MIN_SEEDS, else "not decided". None without a common
-    seed that has both values."""
+    """Return the difference of two rows, paired by seed; None without a common seed that has both values.
+
+    verdict: "better" or "worse" if both the bootstrap's and Student's interval exclude 0 and there are at least
+    MIN_SEEDS seeds, otherwise "not decided".
+    """
     pairs = [(value(ours[seed]), value(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
     pairs = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
     if not pairs:
@@ -334,8 +353,11 @@ def difference(
 
 
 def summarise(sweep: Sweep) -> dict[str, Any]:
-    """All numbers of the report. step: the last step that every run was evaluated at or after; seconds: the shortest
-    run's training time."""
+    """Return all numbers of the report.
+
+    step: the last step that every run was evaluated at or after.
+    seconds: the shortest run's training time.
+    """
     runs = [result for seeds in sweep.results.values() for result in seeds.values()]
     step = min(result.evals[-1][0] for result in runs)
     seconds = min(result.evals[-1][1] for result in runs)

@@ -1,4 +1,4 @@
-"""Intervals of a mean over few seeds."""
+"""Compute intervals of a mean over few seeds."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ RESAMPLES = 10_000
 
 
 def bootstrap(value_N: Sequence[float], resamples: int = RESAMPLES) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean over seeds; None for fewer than two. Equal values give equal intervals."""
+    """Return the 95 % percentile interval of the mean over seeds; None for fewer than two. Equal for equal values."""
     value_N = np.asarray(value_N, float)
     if len(value_N) < 2:
         return None
@@ -20,8 +20,10 @@ def bootstrap(value_N: Sequence[float], resamples: int = RESAMPLES) -> tuple[flo
 
 
 def student(value_N: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean from Student's t: with few seeds wider, and more honest, than the bootstrap. None for
-    fewer than two."""
+    """Return the 95 % interval of the mean from Student's t; None for fewer than two values.
+
+    With few seeds it is wider, and more honest, than the bootstrap.
+    """
     value_N = np.asarray(value_N, float)
     if len(value_N) < 2:
         return None

@@ -1,4 +1,4 @@
-"""The report of a sweep: Markdown tables, the numbers as JSON, and the figures beside them."""
+"""Write the report of a sweep: Markdown tables, the numbers as JSON, and the figures."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from tapo_jax.report.results import load, summarise
 
 
 def write_sweep(directory: Path) -> str:
-    """Writes report.md, report.json and the figures beside the rows; returns the Markdown. Raises UserError."""
+    """Write report.md, report.json and the figures next to the rows; return the Markdown. Raises UserError."""
     sweep = load(directory)
     summary = summarise(sweep)
     summary["claims"] = claims.claims(sweep, summary["step"])
@@ -35,8 +35,10 @@ def write_sweep(directory: Path) -> str:
 
 
 def markdown(summary: Mapping[str, Any], name: str) -> str:
-    """The tables. Brackets hold 95 % bootstrap intervals over seeds; a difference is paired by seed, in points of
-    accuracy."""
+    """Return the tables as Markdown.
+
+    Brackets hold 95 % bootstrap intervals over seeds; a difference is paired by seed, in points of accuracy.
+    """
     lines = [
         f"# Sweep {name}",
         "",

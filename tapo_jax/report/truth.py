@@ -1,9 +1,10 @@
-"""How much punishment was undeserved, and whether witnesses find it: the recorded tool steps of a run on Atlas, whose
-facts say which steps were right. Nothing in training reads this.
+"""Measure how much punishment of tool steps was undeserved, and whether witnesses find it.
 
-A text search was right where the first passage it found is one that the question needs; an image search where the first
-title is the country asked about; a zoom where an image search of what it cut was right (where nobody searched that, it
-is not known, and the step is left out).
+Reads the recorded tool steps of a run on Atlas, whose facts say which steps were right. Training does not use this.
+
+A text search was right if the first passage it found is one that the question needs; an image search if the first
+title is the country asked about; a zoom if an image search of its crop was right (without such a search this is
+unknown, and the step is left out).
 """
 
 import json
@@ -22,8 +23,10 @@ _FIRST = re.compile(r"1\. (.+)")
 
 
 def steps_of(episode: RecordedEpisode) -> list[tuple[RecordedTurn, bool | None]]:
-    """The valid tool steps of an episode, each with whether it was right; None where that is not known. Raises
-    ValueError where the question is not one of Atlas."""
+    """Return the valid tool steps of an episode, each with whether it was right (None: unknown).
+
+    Raises ValueError if the question is not one of Atlas.
+    """
     attribute, chain = parse_id(episode.prompt_id)
     needed = {f"{name}, neighbours" for name in chain[:-1]} | {f"{chain[-1]}, {attribute}"}
     steps = [turn for turn in episode.turns if turn.slot >= 0]
@@ -49,11 +52,17 @@ def _first_title(turn: RecordedTurn) -> str:
 
 
 def table(episodes: Sequence[RecordedEpisode]) -> list[dict[str, Any]]:
-    """One dict for all tools and one for each: `punished`, the steps of failing trajectories with a negative advantage;
-    `undeserved`, the share of them that was right; `found`, the share of these with a witness at theta; `precision`,
-    the share of the steps with a witness that was right. And over all trajectories of groups with an advantage,
-    successful ones too: `right`, `wrong`, the mean advantage of right and of wrong steps, [before, after] TAPO. A mean
-    of nothing is None."""
+    """Return one dict for all tools together and one for each tool.
+
+    punished: number of steps of failing trajectories with a negative advantage.
+    undeserved: the share of them that was right.
+    found: the share of these with a witness at theta.
+    precision: the share of the punished steps with a witness that was right.
+    right, wrong: the mean advantage of right and of wrong steps, [before, after] TAPO, over all trajectories of groups
+        with an advantage, including successful ones.
+
+    A mean of nothing is None.
+    """
     known = [
         (episode.success, turn, right)
         for episode in episodes
@@ -86,7 +95,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def write_truth(paths: Sequence[Path], out: Path) -> str:
-    """Writes truth.json into `out` and returns the table as text, over all recorded steps. Raises UserError."""
+    """Write truth.json into `out` and return the table as text, over all recorded steps. Raises UserError."""
     episodes = [episode for path in paths for episode in load(path)]
     try:
         rows = table(episodes)

@@ -1,6 +1,6 @@
-"""Text <-> token ids: the chat template of a model directory, and what one assistant turn says.
+"""Convert text to token ids and back with the chat template of a model directory.
 
-Text that comes from outside (questions, passages, tool results) can never become a control token: where it spells one
+Text that comes from outside (questions, passages, tool results) can never become a control token: if it spells one
 ("<|image_pad|>" in a retrieved page), a space is put into it before encoding.
 """
 
@@ -22,7 +22,7 @@ from tapo_jax.types import Image
 
 __all__ = ["IMAGE_MARK", "Chat", "ParsedTurn", "parse_turn"]
 
-IMAGE_MARK = "<image>"  # where a question wants an image to stand
+IMAGE_MARK = "<image>"  # marks the position of an image in a question
 _ASSISTANT = "\x01assistant\x01"  # marks the policy's turn while the template's text around it is measured
 _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _HEADER = "<|im_start|>assistant\n"
@@ -31,11 +31,14 @@ _HEADER = "<|im_start|>assistant\n"
 class Chat:
     """The tokenizer and the chat template of a model directory.
 
-    template: one template, or several by name. stop_ids: tokens that end a turn besides <|im_end|>.
-    opening: what the template itself writes at the beginning of the policy's turn; thinking models open a thought there
-    ("<think>\\n").
-    Raises UserError where the template cannot be used, or where the tokenizer lacks one of the tokens that the
-    conversation needs.
+    template: one template, or several by name.
+    stop_ids: tokens that end a turn in addition to <|im_end|>.
+
+    The attribute `opening` is what the template itself writes at the beginning of the policy's turn; thinking models
+    open a thought there ("<think>\\n").
+
+    Raises UserError if the template cannot be used, or if the tokenizer lacks one of the tokens that the conversation
+    needs.
     """
 
     def __init__(
@@ -56,13 +59,16 @@ class Chat:
         self.stop_ids = tuple(dict.fromkeys((self._id("<|im_end|>"), *stop_ids)))
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.opening = self._opening()
-        # What closes a thought that is too long; the policy reads it as if it had written it.
+        # Closes a thought that is too long; the policy reads it as if it had written it.
         self.end_of_thought = self._encode("\n</think>\n\n", ())
 
     @classmethod
     def from_dir(cls, path: str | pathlib.Path) -> "Chat":
-        """Of a model directory: tokenizer.json, the chat template wherever it lies, and the stop tokens of
-        generation_config.json."""
+        """Return the chat of a model directory.
+
+        Reads tokenizer.json, the chat template from whichever file has it, and the stop tokens of
+        generation_config.json.
+        """
         path = pathlib.Path(path)
         file = path / "tokenizer.json"
         if not file.is_file():
@@ -92,7 +98,7 @@ class Chat:
         return found
 
     def _opening(self) -> str:
-        """Also renders a tool's response once, so that a template that cannot is found before anything is played."""
+        """Return `opening`; also render a tool's response, so that a template that cannot fails before any rollout."""
         self.tool_response_ids("", ())
         question = [{"role": "user", "content": "?"}]
         before = self._template.render(question, add_generation_prompt=False)
@@ -100,8 +106,10 @@ class Chat:
         return turn.partition(_HEADER)[2]
 
     def forbidden_V(self, vocab: int) -> np.ndarray:
-        """bool [vocab]: the ids that the policy may not write: vision tokens, and rows of the embedding without a
-        token."""
+        """Return a bool [vocab] mask of the ids that the policy may not write.
+
+        These are vision tokens, <|im_start|>, and rows of the embedding without a token.
+        """
         forbidden_V = np.arange(vocab) >= self.vocab_size
         for name in (
             "<|image_pad|>",
@@ -117,7 +125,7 @@ class Chat:
         return forbidden_V
 
     def clean(self, text: str) -> str:
-        """The same text with every control token broken by a space, and halves of surrogate pairs replaced."""
+        """Return the text with every control token broken by a space and halves of surrogate pairs replaced."""
         return self._control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", whole_text(text))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -126,10 +134,12 @@ class Chat:
     def prompt_ids(
         self, question: str, image_tokens: Sequence[int], tools: Sequence[dict[str, Any]], system: str = ""
     ) -> list[int]:
-        """System turn with the tools, the user's turn and the opening of the assistant's turn.
+        """Return the ids of the system turn with the tools, the user's turn and the opening of the assistant's turn.
 
-        image_tokens: the number of placeholders of each image. A question that holds exactly as many `<image>` marks
-        as there are images has each image where its mark stands; otherwise the images come first.
+        image_tokens: the number of placeholders of each image.
+
+        If a question has exactly as many `<image>` marks as there are images, each image replaces its mark; otherwise
+        the images come first.
         """
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": self._question(question, len(image_tokens))})
@@ -142,9 +152,9 @@ class Chat:
         return _IMAGE * images + self.clean(question)
 
     def tool_response_ids(self, text: str, image_tokens: Sequence[int], parts: Sequence[str | Image] = ()) -> list[int]:
-        """All that follows the policy's own stop token up to where it writes again.
+        """Return the ids from after the policy's own stop token to where it writes next.
 
-        parts: text and images in the order in which they are shown; without them the images come before the text.
+        parts: text and images in the order in which they are shown; if empty, the images come before the text.
         """
         content = self._parts(parts) if parts else _IMAGE * len(image_tokens) + self.clean(text)
         messages = [
@@ -157,7 +167,7 @@ class Chat:
         return self._encode(after.removeprefix("<|im_end|>"), image_tokens)
 
     def _parts(self, parts: Sequence[str | Image]) -> str:
-        """Neighbouring texts are joined before they are cleaned: two halves of a control token are none."""
+        """Join adjacent texts before cleaning them, so that two halves of a control token cannot make one."""
         texts = [""]
         for part in parts:
             if isinstance(part, str):

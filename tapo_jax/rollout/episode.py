@@ -1,8 +1,8 @@
-"""One conversation's state machine: prompt -> turn -> tool -> turn -> … -> answer. Plain Python, no jax.
+"""The state machine of one conversation: prompt -> turn -> tool -> turn -> … -> answer. Plain Python, no jax.
 
-Token in, token out: the ids given to `add_sampled` are kept as they are; text is decoded only to be parsed, never
-encoded again. Whatever goes wrong in a turn becomes either a response that the policy reads or a named finish; nothing
-here raises on the policy's output.
+Token in, token out: the ids given to `add_sampled` are kept as they are; text is decoded only for parsing and never
+re-encoded. Any error in a turn becomes either a response that the policy reads or a named finish; nothing here raises
+on the policy's output.
 """
 
 import dataclasses
@@ -16,34 +16,37 @@ from tapo_jax.types import Episode, Image, Prompt, ToolCall, ToolResult, Turn, r
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Budgets. max_turns: assistant turns of an episode; max_new_tokens: tokens of one turn, its stop token included;
-    max_length: tokens of the whole episode, prompt and tool responses included; max_image_tokens: those of its images
-    among them, None: as many as max_length; max_think_tokens: tokens of a turn before its thought is closed by force,
-    None: as many as max_new_tokens."""
+    """The budgets of an episode."""
 
     max_turns: int
+    """Assistant turns of an episode."""
     max_new_tokens: int
+    """Tokens of one turn, including its stop token."""
     max_length: int
+    """Tokens of the whole episode, including prompt and tool responses."""
     max_image_tokens: int | None = None
+    """Image tokens among those of the episode; None: max_length."""
     max_think_tokens: int | None = None
+    """Tokens of a turn before its thought is closed by force; None: max_new_tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """What the samples of one prompt share: its ids and its images, and the number of placeholders of each image."""
+    """What the samples of one prompt share: its ids and its images."""
 
     prompt: Prompt
     token_T: np.ndarray
     images: tuple[Image, ...]
     image_tokens: tuple[int, ...]
+    """The number of placeholders of each image."""
 
 
 def open_prompt(
     prompt: Prompt, *, chat: Chat, image_tokens: Callable[[Image], int], tools: Sequence[dict], system: str = ""
 ) -> Opening:
-    """A prompt as the policy sees it: the system turn with the tools' schemas, the question and its images.
+    """Return a prompt as the policy sees it: the system turn with the tools' schemas, the question and its images.
 
-    image_tokens: gives the number of placeholders of an image.
+    image_tokens: returns the number of placeholders of an image.
     """
     images = tuple(root_image(pixels_HxWx3) for pixels_HxWx3 in prompt.images)
     counts = tuple(image_tokens(image) for image in images)
@@ -57,7 +60,9 @@ _TAG_TOKENS = 16  # more than "<think>" or "</think>" can be, spelt letter by le
 class Conversation:
     """One episode while it is played.
 
-    `image_tokens` gives the number of placeholders of an image. `finish` is None until the episode has ended.
+    image_tokens: returns the number of placeholders of an image.
+
+    The attribute `finish` is None until the episode has ended.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class Conversation:
         self._logp: list[float] = []
         self._turn_start = 0
         self._forced: tuple[int, int] | None = None  # tokens of the open turn that closed its thought
-        self._thought_over = True  # nobody has to watch the thought of the open turn
+        self._thought_over = True  # no need to watch the thought of the open turn
         self._image_count = 0
         if self._fits(opening.token_T, opening.image_tokens):
             self._append(opening.token_T.tolist(), opening.images, opening.image_tokens)
@@ -88,13 +93,15 @@ class Conversation:
 
     @property
     def turn_tokens(self) -> int:
-        """Tokens of the turn that is open: what the policy wrote, and what closed its thought by force."""
+        """Return the number of tokens of the open turn, including those that closed its thought by force."""
         return len(self.token) - self._turn_start
 
     @property
     def allowance(self) -> int:
-        """Tokens that the open turn may still get before the conversation looks at it again; 0: the turn is over. While
-        a thought has a budget these are at most what is left of it."""
+        """Return the max tokens that may be added to the open turn before the next check; 0: the turn is over.
+
+        While a thought has a budget, this is at most the rest of that budget.
+        """
         if self._thought_over:
             return self._left
         return min(self._left, self.limits.max_think_tokens - self.turn_tokens)
@@ -104,10 +111,10 @@ class Conversation:
         return min(self.limits.max_new_tokens - self.turn_tokens, self.limits.max_length - len(self.token))
 
     def add_sampled(self, token_N: Sequence[int], logp_N: Sequence[float]) -> None:
-        """Tokens of the open turn as the sampler drew them, the stop token included, with their log-probabilities.
+        """Add tokens that the sampler drew for the open turn, including the stop token, with their log-probabilities.
 
-        Where they spend the budget of an open thought, the tokens that close it are appended too, outside of the mask:
-        then `token` has grown by more than what was drawn, and the next draw has to follow all of it.
+        If they use up the budget of an open thought, the tokens that close it are appended too, outside the mask:
+        `token` then grows by more than what was drawn, and the next draw has to follow all of it.
         """
         self.token.extend(int(token) for token in token_N)
         self._logp.extend(float(logp) for logp in logp_N)
@@ -120,8 +127,10 @@ class Conversation:
         self._thought_over = self.limits.max_think_tokens is None or "</think>" in self._chat.opening
 
     def _watch_thought(self, drawn: int) -> None:
-        """Ends the watch where the thought is closed or was never opened, and closes one whose budget is spent. Only
-        the first and the last tokens are decoded, so that a long thought costs no more than a short one."""
+        """Stop watching if the thought is closed or was never opened, and close a thought whose budget is spent.
+
+        Only the first and the last tokens are decoded, so that a long thought costs no more than a short one.
+        """
         start, chat = self._turn_start, self._chat
         head = (chat.opening + chat.decode(self.token[start : start + _TAG_TOKENS])).lstrip()
         opened = head.startswith("<think>")
@@ -134,8 +143,10 @@ class Conversation:
             self._append(chat.end_of_thought, (), ())
 
     def end_turn(self) -> ToolCall | None:
-        """Closes the turn. Returns the call to execute, or None: then the episode has finished or a response was
-        appended."""
+        """Close the turn and return the call to execute.
+
+        None: the episode has finished or a response was appended.
+        """
         stopped = self.token[-1] in self._chat.stop_ids
         written = self.token[self._turn_start : len(self.token) - int(stopped)]
         opening = self._chat.opening
@@ -158,7 +169,7 @@ class Conversation:
         elif parsed.call is None and parsed.error is None:
             self.finish = "malformed"
         elif len(self.turns) >= self.limits.max_turns:
-            self.finish = "turns"  # a call whose result nobody can read is not executed
+            self.finish = "turns"  # a call is not executed if no turn is left to read its result
         elif parsed.call is None:
             self.add_result(None, ToolResult(text=parsed.error, error="unparsable"))
         else:
@@ -166,11 +177,13 @@ class Conversation:
         return None
 
     def add_result(self, call: ToolCall | None, result: ToolResult) -> None:
-        """The response to the turn just closed. Where it does not fit into the budget as a whole nothing is appended:
-        an image is never cut."""
+        """Append the response to the turn just closed.
+
+        If the whole response does not fit into the budget, nothing is appended: an image is never cut.
+        """
         try:
             counts = [self._image_tokens(image) for image in result.images]
-        except ValueError as error:  # a crop 300 times as long as wide: the model cannot be shown it
+        except ValueError as error:  # e.g. a crop 300 times as long as wide: the model cannot take it
             result, counts = ToolResult(text=f"Error: {error}.", error="bad_image", seconds=result.seconds), []
         self.turns[-1].call = call
         self.turns[-1].result = result
@@ -182,12 +195,12 @@ class Conversation:
         self._begin_turn()
 
     def _fits(self, tokens: Sequence[int], counts: Sequence[int]) -> bool:
-        """Whether tokens that the policy did not write, `counts` of them of images, leave room for one that it does."""
+        """Return whether tokens not from the policy, `counts` of them of images, leave room for one from the policy."""
         most = self.limits.max_length if self.limits.max_image_tokens is None else self.limits.max_image_tokens
         return len(self.token) + len(tokens) < self.limits.max_length and self._image_count + sum(counts) <= most
 
     def _append(self, tokens: Sequence[int], images: Sequence[Image], counts: Sequence[int]) -> None:
-        """Tokens that the policy did not write."""
+        """Append tokens that the policy did not write."""
         places = [at for at, token in enumerate(tokens) if token == self._chat.image_token]
         if len(places) != sum(counts):
             raise ValueError(
@@ -202,7 +215,7 @@ class Conversation:
         self._logp.extend([0.0] * len(tokens))
 
     def episode(self) -> Episode:
-        """The finished episode. Raises ValueError while it is still being played."""
+        """Return the finished episode, or raise ValueError while it is still being played."""
         if self.finish is None:
             raise ValueError("the conversation has not finished")
         return Episode(

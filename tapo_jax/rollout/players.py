@@ -1,4 +1,4 @@
-"""What a rollout is played with."""
+"""Everything that a rollout needs besides the weights and the prompts."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tapo_jax.tools.base import ToolRunner
 
 @dataclasses.dataclass(frozen=True)
 class Players:
-    """Everything that a rollout needs besides the weights and the prompts. Made once for a run."""
+    """Everything that a rollout needs besides the weights and the prompts. Created once for a run."""
 
     sampler: Sampler
     chat: Chat
@@ -19,7 +19,7 @@ class Players:
     runner: ToolRunner
     limits: Limits
     system: str = ""
-    """System prompt: what the policy is told before everything else."""
+    """System prompt."""
     tool_wait_s: float = float("inf")
     """Seconds that a round waits for tools after its decoding.
 

@@ -19,9 +19,10 @@ ERRORS = (
 
 
 def summary(episodes: Sequence[Episode], tools: Sequence[str], seconds: float) -> dict[str, float]:
-    """Return means over the episodes, under the same names whatever happened.
+    """Return means over the episodes; the names of the metrics are always the same.
 
-    A call of an unknown tool counts only as an error."""
+    A call of an unknown tool counts only as an error.
+    """
     turns = [turn for episode in episodes for turn in episode.turns]
     calls = [turn for turn in turns if turn.result is not None]
     count = max(len(episodes), 1)

@@ -1,4 +1,4 @@
-"""What one assistant turn says: a thought, then a call or an answer. Nothing here raises: the text is the policy's."""
+"""Parse one assistant turn: a thought, then a call or an answer. Nothing here raises: the text is the policy's."""
 
 import dataclasses
 import json
@@ -17,22 +17,23 @@ _WHOLE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class ParsedTurn:
-    """What a turn asks for: a call, an answer, or an error that the policy can read. format_ok: exactly
-    `<think>…</think>` followed by one `<tool_call>…</tool_call>` with a readable call or one `<answer>…</answer>`."""
+    """What a turn asks for: a call, an answer, or an error that the policy can read."""
 
     think: str = ""
     call: ToolCall | None = None
     answer: str | None = None
     error: str | None = None
     format_ok: bool = False
+    """Exactly `<think>…</think>`, then a `<tool_call>…</tool_call>` with a readable call or an `<answer>…</answer>`."""
 
 
 def parse_turn(text: str, opening: str | None = None) -> ParsedTurn:
-    """Reads one assistant turn, its stop token already removed.
+    """Parse one assistant turn, its stop token already removed.
 
     opening: what the chat template wrote at the beginning of the turn (`Chat.opening`); thinking models open the
-    thought there. None: not known, then a turn whose first tag closes a thought had it opened.
-    Calls and answers inside of a thought are only mentioned: they count for nothing.
+        thought there. None: not known; a turn whose first tag closes a thought is then taken to have opened it.
+
+    Calls and answers inside a thought are only mentioned and do not count.
     """
     text = whole_text(text)
     if opening is None:
@@ -58,8 +59,10 @@ def parse_turn(text: str, opening: str | None = None) -> ParsedTurn:
 
 
 def _parts(text: str) -> tuple[list[tuple[str, str]], set[str]]:
-    """(kind, body) of the tags from left to right, what is inside of one left alone, and the kinds of which one is
-    never closed. In time proportional to the text, whatever it is."""
+    """Return (kind, body) of the outermost tags from left to right, and the kinds of tag that are left unclosed.
+
+    Takes time proportional to the length of any text.
+    """
     parts, unclosed, at = [], set(), 0
     while tag := _TAG.search(text, at):
         kind = tag[1]
@@ -70,14 +73,13 @@ def _parts(text: str) -> tuple[list[tuple[str, str]], set[str]]:
             continue
         unclosed.add(kind)
         if kind == "think":
-            break  # all that follows is inside of the thought
+            break  # everything after it is inside the thought
         at = tag.end()
     return parts, unclosed
 
 
 def _closes_first(text: str) -> bool:
-    """Whether the first of the thought's tags is the closing one, and does not only stand inside of a call's or an
-    answer's text."""
+    """Return whether the first think tag is the closing one, and is not just part of a call's or an answer's text."""
     close = text.find("</think>")
     if close < 0 or "<think>" in text[:close]:
         return False

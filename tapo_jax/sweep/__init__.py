@@ -1,4 +1,4 @@
-"""Rows × seeds in processes, and their results in files. The parent starts no device.
+"""Run the rows × seeds of a sweep in processes, with results in files. The parent process uses no device.
 
 The program is `launch/sweep.py`; nothing here is public.
 """

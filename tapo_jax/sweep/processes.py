@@ -1,4 +1,4 @@
-"""The processes of a sweep: which run is next, on which cores, and what became of it."""
+"""Run the processes of a sweep: which run is next, on which cores, and how it ended."""
 
 import contextlib
 import dataclasses
@@ -22,19 +22,22 @@ POLL_S = 0.2
 
 @dataclasses.dataclass
 class Child:
-    """A run that is running. lock: held by this process and by the child, so that no other sweep starts the same."""
+    """A run in progress."""
 
     run: Run
     process: subprocess.Popen
     lock: IO
+    """Held by this process and by the child, so that no other sweep starts the same run."""
 
 
 def work(runs: Sequence[Run], *, jobs: int, cache: Path, watch: Callable[[Run, str], None]) -> None:
-    """Runs what has neither a result nor failed, in the order given, `jobs` at a time, each on its share of the cores.
+    """Run what has neither a result nor failed, in the given order, `jobs` at a time, each on its share of the cores.
 
-    watch(run, state) is told what happens: "running" (again and again), "done", "failed", "interrupted", and
-    "elsewhere" for a run that another process works on. SIGTERM and Ctrl-C are passed on: the runs save a checkpoint
-    and end, and the same command goes on from there. cache: for compiled programs, where the environment names none.
+    cache: folder of compiled programs, unless the environment names one.
+    watch: called as watch(run, state) with "running" (repeatedly), "done", "failed", "interrupted", and "elsewhere" for
+        a run that another process works on.
+
+    SIGTERM and Ctrl-C are passed on: the runs save a checkpoint and end, and the same command resumes from there.
     """
     shares = core_shares(jobs)
     waiting = deque(run for run in runs if sweep.state(run) == "waiting")
@@ -68,14 +71,13 @@ def work(runs: Sequence[Run], *, jobs: int, cache: Path, watch: Callable[[Run, s
 
 
 def core_shares(jobs: int) -> list[list[int]]:
-    """The cores of each of `jobs` places: all cores that this process may use, dealt out; more jobs than cores
-    share."""
+    """Return the cores of each of `jobs` workers: those that this process may use, split up; shared if too few."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     return [cores[place::jobs] or [cores[place % len(cores)]] for place in range(jobs)]
 
 
 def start(run: Run, cores: Sequence[int], jobs: int, cache: Path) -> Child | None:
-    """The child, or None where another process works on this run or has ended it."""
+    """Start a run; return None if another process works on it or has ended it."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     lock = open(run.workdir / "lock", "w")  # noqa: SIM115 - held until the child has ended
     try:
@@ -96,7 +98,7 @@ def start(run: Run, cores: Sequence[int], jobs: int, cache: Path) -> Child | Non
         process = subprocess.Popen(
             [*run.command, f"--workdir={run.workdir}"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment | os.environ,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+            start_new_session=True,  # Ctrl-C reaches only this process, which passes it on
             pass_fds=(lock.fileno(),),
         )  # fmt: skip
     return Child(run, process, lock)
@@ -104,7 +106,7 @@ def start(run: Run, cores: Sequence[int], jobs: int, cache: Path) -> Child | Non
 
 @contextlib.contextmanager
 def on_cores(cores: Sequence[int]) -> Iterator[None]:
-    """What is started inside runs on these cores alone, with as many threads (where the system has such a thing)."""
+    """Make processes started inside use only these cores, with as many threads (if the system supports affinity)."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -117,7 +119,7 @@ def on_cores(cores: Sequence[int]) -> Iterator[None]:
 
 
 def settle(child: Child, cores: int, *, stopping: bool) -> str:
-    """Keeps the result or the failure of a child that has ended: "done", "failed" or "interrupted"."""
+    """Save the result or the failure of a child that has ended; return "done", "failed" or "interrupted"."""
     run, code = child.run, child.process.returncode
     try:
         if code == 0:
@@ -137,7 +139,7 @@ def settle(child: Child, cores: int, *, stopping: bool) -> str:
 
 
 def last_words(log: Path, code: int) -> str:
-    """Why a program ended: its sentence, or what it printed last."""
+    """Return why a program ended: its error message, or the last line that it printed."""
     if code < 0:
         return f"The process was ended by {signal.Signals(-code).name}: see {log.name} in the run's folder."
     lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
@@ -146,7 +148,7 @@ def last_words(log: Path, code: int) -> str:
 
 
 def progress(run: Run) -> tuple[int, int]:
-    """(last step, of how many) of a run that is running."""
+    """Return (last step, total steps) of a run in progress."""
     total: Any = run.asked.get("total_steps", 0)
     try:
         last = (run.workdir / "metrics.jsonl").read_bytes().rstrip().rsplit(b"\n", 1)[-1]

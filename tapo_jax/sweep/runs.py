@@ -1,9 +1,9 @@
-"""What a sweep consists of and what is known about it, in files: rows × seeds, each a run with a folder of its own.
+"""Keep the plan and the state of a sweep in files: rows × seeds, each a run with a folder of its own.
 
 OUT/sweep.json                      rows, their base and reference, their seeds: what `report sweep OUT` reads
 OUT/<row>/seed_<n>/result.json      of a finished run: small (`results.condense`), with the config and the model
 OUT/<row>/seed_<n>/failed.json      of a run that failed: {"error": one sentence, "config", "model"}
-WORKDIR/<row>/seed_<n>/             the run itself: asked.json, log.txt, and what `launch/train.py` leaves
+WORKDIR/<row>/seed_<n>/             the run itself: asked.json, log.txt, and the files of `launch/train.py`
 
 WORKDIR may be OUT. Every file is written whole or not at all. The processes are in `processes.py`.
 """
@@ -22,25 +22,27 @@ from tapo_jax.config import UserError, flat
 from tapo_jax.records import read_json, write_whole
 from tapo_jax.report import results
 
-LOCATION_FIELDS = ("data.dir", "model.path")  # where something is does not say what a run is
+LOCATION_FIELDS = ("data.dir", "model.path")  # locations are not part of a run's identity
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row with one seed. command: what runs it, without its folder. asked: the flat config as JSON has it.
-    model: what the run begins with, as `fingerprint` gives it."""
+    """One row with one seed."""
 
     row: str
     seed: int
     result: Path
     workdir: Path
     command: tuple[str, ...]
+    """The command that runs it, without its folder."""
     asked: Mapping[str, Any]
+    """The flat config as JSON stores it."""
     model: str
+    """`fingerprint` of the model that the run starts from."""
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "0,1,2", "0-4" or both, "0-2,7". Raises UserError."""
+    """Parse seeds such as "0,1,2", "0-4" or both, "0-2,7". Raises UserError."""
     seeds: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part.strip())
@@ -51,8 +53,10 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_sweeps(text: str, sweeps: Mapping[str, Sequence[str]], rows: Mapping[str, Any]) -> list[str]:
-    """The rows of one or several sweeps or single rows, "support,beta_0.4", each once. Raises UserError for a name that
-    is neither."""
+    """Return the rows of one or several sweeps or single rows, such as "support,beta_0.4", each once.
+
+    Raises UserError for a name that is neither.
+    """
     names = text.split(",")
     for name in names:
         if name not in sweeps and name not in rows:
@@ -64,12 +68,12 @@ def parse_sweeps(text: str, sweeps: Mapping[str, Sequence[str]], rows: Mapping[s
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
-    """The flat config as it is read back from a file: lists for tuples."""
+    """Return the flat config as it is read back from a file: lists for tuples."""
     return flat(json.loads(config.to_json_best_effort()))
 
 
 def fingerprint(directory: Path) -> str:
-    """Of a model directory: changes when a file of it does."""
+    """Return a hash of the names and contents of a model directory's files."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(path for path in directory.iterdir() if path.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -80,16 +84,16 @@ def fingerprint(directory: Path) -> str:
 
 
 def state(run: Run) -> str:
-    """ "done", "failed" or "waiting" (an interrupted run waits too: it goes on from its checkpoint)."""
+    """Return "done", "failed" or "waiting" (also for an interrupted run, which resumes from its checkpoint)."""
     if (run.result / "result.json").exists():
         return "done"
     return "failed" if (run.result / "failed.json").exists() else "waiting"
 
 
 def check_same(run: Run) -> None:
-    """Raises UserError where the run's folders hold a run of another config or another model.
+    """Raise UserError if the run's folders hold a run of another config or another model.
 
-    Fields that only one of the two configs has are no difference: they came or went with a version of this program.
+    Fields that only one of the two configs has do not count: another version of this program added or removed them.
     """
     for path in (run.result / "result.json", run.result / "failed.json", run.workdir / "asked.json"):
         if not path.exists():
@@ -105,12 +109,12 @@ def check_same(run: Run) -> None:
 
 
 def begin(run: Run) -> None:
-    """Notes what was asked for, before the run has left anything."""
+    """Save the requested config and model, before the run has written anything."""
     save(run.workdir / "asked.json", {"config": dict(run.asked), "model": run.model})
 
 
 def keep_result(run: Run, cores: int) -> None:
-    """Raises UserError where the run has not come to its end."""
+    """Save the result of a run. Raises UserError if the run has not finished."""
     found = results.condense(run.workdir, run.row, run.seed)
     save(run.result / "result.json", found | {"model": run.model, "cores": cores})
 
@@ -120,7 +124,7 @@ def keep_failure(run: Run, sentence: str) -> None:
 
 
 def save_plan(out: Path, rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], seeds: Sequence[int]) -> None:
-    """Adds rows and seeds to OUT/sweep.json. rows: all that there are, in their order."""
+    """Add rows and seeds to OUT/sweep.json. rows: all rows, in their order."""
     path = out / "sweep.json"
     known = results.read_plan(path).get("seeds", {})
     wanted = {row: sorted({*known.get(row, []), *(seeds if row in names else [])}) for row in rows}

@@ -1,4 +1,4 @@
-"""The table that a person watches while a sweep runs: a row each, a column for every seed."""
+"""Show the progress of a sweep as a table: one line for each row, one column for each seed."""
 
 import time
 from collections.abc import Sequence
@@ -19,8 +19,10 @@ REFRESH_S = 2.0
 
 
 class Progress:
-    """`with Progress(runs) as watch: …`, where watch(run, state) is told what happens. Where the output is no terminal
-    (a log file) every event is a line."""
+    """`with Progress(runs) as watch: …`, where watch(run, state) is called at every event.
+
+    If the output is not a terminal (a log file), every event is a line.
+    """
 
     def __init__(self, runs: Sequence[Run], console: Console | None = None) -> None:
         self._runs, self._console = runs, console or Console()
@@ -61,7 +63,7 @@ class Progress:
 
 
 def cell(run: Run, state: str) -> tuple[str, str]:
-    """(text, style) of a run: its held-out accuracy, its step, or why it failed."""
+    """Return (text, style) of a run: its held-out accuracy, its step, or why it failed."""
     text = state
     if state == "done":
         found = read_json(run.result / "result.json", way=AGAIN, needs=("evals",))
