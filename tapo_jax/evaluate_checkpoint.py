@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on held-out questions: JSON, a Markdown table and, if asked, a page. Run by `launch/eval.py`."""
+"""Evaluate a checkpoint on held-out questions: JSON, a Markdown table and optionally a page (`launch/eval.py`)."""
 
 import itertools
 import json
