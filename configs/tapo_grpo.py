@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
         split="train", prompts_per_step=8,
         dir="",  # "" is a folder of the user's cache
         # Atlas: numbers of look-ups of a question, countries of a scene, its side in pixels, smallest and largest
-        # outline as a share of the side, seed of the questions, numbers of questions of the splits "train" and "held_out".
+        # outline as a share of the side, seed of the questions, sizes of the splits "train" and "held_out".
         hops=(1, 2), outlines=2, size=256, outline=(0.24, 0.36), world_seed=0, sizes=(2048, 512),
         extra=ConfigDict(),  # free, for your own function
     ))  # fmt: skip
