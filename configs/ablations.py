@@ -1,17 +1,17 @@
-"""Every row of every sweep: a config file and the fields that differ from it. Run by `launch/sweep.py`; one run alone:
+"""Define the rows of all sweeps: a config file and the fields that differ from it. For `launch/sweep.py`; one run:
 
     python launch/train.py --config=configs/ablations.py:row=beta_0.4,seed=1 --workdir=/tmp/beta_0.4
 
-A row's name stands for one config in all sweeps, so sweeps that are run into one folder share their base rows.
-`base`: the same config with TAPO off; `reference`: TAPO as published, which the row changes in one thing. Both are
-compared with the row, paired by seed. Arguments: `row=…`, `seed=…`, `steps=…`, `test` (a setting of seconds).
+A row's name means the same config in all sweeps, so sweeps that are run into one folder share their base rows.
+`base`: the same config with TAPO off; `reference`: TAPO as published, from which the row differs in one thing. Both are
+compared with the row, paired by seed. Arguments: `row=…`, `seed=…`, `steps=…`, `test` (takes seconds).
 """
 
 from ml_collections import ConfigDict
 
 from tapo_jax.config import UserError, beside, parse_arg
 
-# What every run of a sweep has in common, whatever its row. One run takes minutes.
+# Fields that all runs of a sweep share, whatever the row. One run takes minutes.
 SETTING = {
     "total_steps": 30,
     "eval.prompts": 256,
@@ -27,7 +27,7 @@ SETTING = {
 TEST_SETTING = SETTING | {
     "total_steps": 2, "eval.prompts": 8, "eval.at_start": True, "checkpoint.every": 1, "log.episodes_every": 2,
 }  # fmt: skip
-TEST_SIZES = (32, 16)  # questions, whatever the row asks for
+TEST_SIZES = (32, 16)  # numbers of questions, whatever the row sets
 
 
 def row(config: str, base: str = "", reference: str = "", fields: dict | None = None) -> dict:
@@ -35,13 +35,13 @@ def row(config: str, base: str = "", reference: str = "", fields: dict | None = 
 
 
 def changed(**tapo) -> dict:
-    """TAPO on GRPO with other fields of config.tapo."""
+    """Return the row of TAPO on GRPO with other fields of config.tapo."""
     fields = {f"tapo.{name}": value for name, value in tapo.items()}
     return row("tapo_grpo.py", "grpo", "tapo_grpo", fields)
 
 
 def pair(name: str, fields: dict) -> dict:
-    """GRPO and TAPO on it, both with other fields."""
+    """Return the rows of GRPO and of TAPO on GRPO, both with other fields."""
     return {
         f"grpo_{name}": row("grpo.py", fields=fields),
         f"tapo_{name}": row("tapo_grpo.py", f"grpo_{name}", fields=fields),
@@ -81,14 +81,14 @@ ROWS = {
     "adaptive_theta": changed(adaptive_theta=True),
     **pair("few", FEW),
     "memory": row("tapo_grpo.py", "grpo_few", "tapo_few", FEW | {"tapo.memory_steps": 16}),
-    # Rollouts of a step stay the same (`get_config`): 16 questions × 4, and 4 × 16, for the 8 × 8 of the others.
+    # The number of rollouts per step is the same (`get_config`): 16 questions × 4 and 4 × 16, instead of 8 × 8.
     **pair("group_4", {"rollout.group_size": 4}),
     **pair("group_16", {"rollout.group_size": 16}),
-    # The look-ups of all questions, in training and held out; the others mix 1 and 2.
+    # Look-ups of every question, in training and held out; the other rows mix 1 and 2.
     **pair("hops_1", {"data.hops": (1,)}),
     **pair("hops_2", {"data.hops": (2,)}),
     **pair("hops_3", {"data.hops": (3,)}),
-    # One outline in a scene instead of two: a failure holds more steps that were right (`report truth`).
+    # One outline in a scene instead of two: a failure has more steps that were right (`report truth`).
     **pair("outlines_1", {"data.outlines": 1}),
     **pair("outlines_1_hops_2", {"data.outlines": 1, "data.hops": (2,)}),
 }

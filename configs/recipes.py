@@ -1,15 +1,15 @@
 """The paper's setting for the published Qwen3-VL models on TPU slices, by size: `tapo_grpo.py:qwen3_vl_4b` and so on.
 
-128 prompts × 8 rollouts, learning rate 1e-6, one update a batch, episodes of up to 16,384 tokens and ten turns. Every
-device trains one row at a time on 64 devices; `micro_batches` × devices must be the 1,024 rows. How each of them fits:
+128 prompts × 8 rollouts, learning rate 1e-6, one update per batch, episodes of up to 16,384 tokens and ten turns. Each
+of 64 devices trains one row at a time; `micro_batches` × devices must be the 1,024 rows. To check how a size fits:
 
     python launch/compile_check.py --config=configs/tapo_grpo.py:qwen3_vl_4b --topology=v5e:8x8
 """
 
 from ml_collections import ConfigDict
 
-# Slots: conversations that are played at a time; a slot of 16,384 tokens takes 1.9 GB (2B), 2.4 GB (4B, 8B) or
-# 4.3 GB (32B) of a device's memory, and 64 devices share them.
+# Slots: conversations that are played at a time. A slot of 16,384 tokens takes 1.9 GB (2B), 2.4 GB (4B, 8B) or
+# 4.3 GB (32B) of a device's memory; 64 devices share the slots.
 SLOTS = {"2b": 256, "4b": 256, "8b": 512, "32b": 768}
 
 # The published models know from the chat template how to call a tool, but not how to answer.
@@ -20,7 +20,7 @@ SYSTEM = (
 
 
 def apply(c: ConfigDict, size: str) -> None:
-    """Changes the complete config `c` to the recipe of a size: "2b", "4b" (v5e:8x8), "8b" (v6e:8x8), "32b" (v5p)."""
+    """Change the complete config `c` to the recipe of a size: "2b", "4b" (v5e:8x8), "8b" (v6e:8x8), "32b" (v5p)."""
     c.data.prompts_per_step = 128
     c.model.update(shape=f"Qwen3-VL-{size.upper()}", dtype="bfloat16", remat="full", logp_chunk=512, train_vision=True)
     c.rollout.update(

@@ -2,7 +2,7 @@
 
     python launch/sft.py --config=configs/sft_atlas.py --workdir=/tmp/atlas_sft
 
-About an hour on two cores with nothing else to do. WORKDIR/export can take the place of tapo_jax/cold_start/atlas_tiny.
+Takes about an hour on two idle cores. WORKDIR/export can replace tapo_jax/cold_start/atlas_tiny.
 Arguments: `steps=…`, `seed=…`.
 """
 
@@ -18,9 +18,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.total_steps = a.steps
     c.log_every = 25
     c.save_every = 250
-    c.context_weight = 0.1  # of text that is read, against 1 of text that is written
+    c.context_weight = 0.1  # loss weight of text that is read; written text has 1
     c.atlas = dict(hops=(1, 2), outlines=2, outline=(0.24, 0.36))
-    # rows × tokens (× patches) of each kind of batch
+    # rows × tokens (× patches) of each batch kind
     c.shapes = dict(
         copy=dict(rows=32, length=64),
         text_part=dict(rows=20, length=136),

@@ -5,7 +5,7 @@
     python launch/train.py --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=DIR --workdir=…  # every host
 
 Without an argument: Atlas (the embedded world) and the tiny model that ships with the package; runs on any machine.
-Arguments: `steps=…`, `seed=…`, `test` (a setting of seconds, for tests), `qwen3_vl_2b`, `_4b`, `_8b`, `_32b` (the
+Arguments: `steps=…`, `seed=…`, `test` (takes seconds, for tests), `qwen3_vl_2b`, `_4b`, `_8b`, `_32b` (the
 paper's recipe, for pods: recipes.py).
 Any field can be set on the command line: `--config.tapo.beta=0.4`.
 """
@@ -29,9 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
         source="atlas",  # "atlas", "jsonl" (your own folder data.dir) or "package.module:function"
         split="train", prompts_per_step=8,
         dir="",  # "" is a folder of the user's cache
-        # Atlas: numbers of look-ups a question takes, countries of a scene, its side in pixels, smallest and largest
-        # outline as a share of it, seed of the questions, and the number of questions of the splits "train" and
-        # "held_out".
+        # Atlas: numbers of look-ups of a question, countries of a scene, its side in pixels, smallest and largest
+        # outline as a share of the side, seed of the questions, sizes of the splits "train" and "held_out".
         hops=(1, 2), outlines=2, size=256, outline=(0.24, 0.36), world_seed=0, sizes=(2048, 512),
         extra=ConfigDict(),  # free, for your own function
     ))  # fmt: skip
@@ -40,8 +39,8 @@ def get_config(arg: str = "") -> ConfigDict:
         shape="",  # the published model that this config is for; its directory has to be given then
         dtype="float32",  # of the computation
         param_dtype="float32",
-        remat="none",  # what the backward pass computes again: "none", "dots", "full"
-        logp_chunk=128,  # places of a row whose logits exist at one time
+        remat="none",  # rematerialisation in the backward pass: "none", "dots", "full"
+        logp_chunk=128,  # tokens of a row whose logits exist at one time
         train_vision=False,
         # > 0: low-rank updates of these kernels of the decoder (or "vision/qkv", …) are trained, and nothing else.
         lora_rank=0, lora_modules=("q", "k", "v", "o", "gate", "up", "down"), lora_alpha=placeholder(float),
@@ -55,9 +54,9 @@ def get_config(arg: str = "") -> ConfigDict:
         max_think_tokens=0,  # of a turn before its thought is closed by force, outside of the loss; 0: no such budget
         max_length=640,  # of a conversation, images and tool responses included
         max_image_tokens=144,  # of all images of a conversation; 0: as many as max_length
-        max_pixels=0,  # height · width of an image at most; 0: what the model directory says
+        max_pixels=0,  # max height · width of an image; 0: as in the model directory
         temperature=1.0, top_p=1.0,
-        decode_chunk=16,  # tokens between two looks at who has finished
+        decode_chunk=16,  # tokens between two checks of which turns have ended
         tool_wait_s=float("inf"),  # how long a round waits for tools; finite: faster with slow tools, not repeatable
     ))  # fmt: skip
     c.tools = ConfigDict(dict(
@@ -121,9 +120,9 @@ def get_config(arg: str = "") -> ConfigDict:
     ))  # fmt: skip
     c.train = ConfigDict(dict(
         updates_per_batch=2,
-        micro_batches=1,  # parts of a mini-batch that are computed one after another, at least
+        micro_batches=1,  # min parts of a mini-batch, computed one after another
         max_nonfinite=5,  # updates in a row without a finite loss and gradient, after which the run ends
-        # Tokens and patches to which a part is padded, the fewest that hold its rows (shortest rows first); the largest
+        # Tokens and patches to which a part is padded: the fewest that hold its rows (shortest rows first). The largest
         # possible is added.
         length_buckets=(448,), patch_buckets=(),
         warm_up=True,  # compile all that a step runs before the first one

@@ -1,11 +1,10 @@
-"""Will a run fit its machines? Compiles its train step and its decode step for a TPU topology, on a machine without a
-TPU.
+"""Check whether a run fits its machines: compile its programs for a TPU topology, on a machine without a TPU.
 
     python launch/compile_check.py --config=configs/tapo_grpo.py:qwen3_vl_4b --topology=v5e:8x8
 
-Prints, for one chip: memory (GiB) of arguments and temporaries and the peak against the chip's; flops (10¹²) with
-loops multiplied out and kernels included against the model's own count; collectives (how many, GB received); and the
-seconds that peak flops, memory and network allow. Ends with code 1 where a program does not fit. Needs the TPU
+Prints, for one chip: memory (GiB) of arguments and temporaries, and the peak next to the chip's memory; flops (10¹²),
+with loops multiplied out and kernels included, next to the model's own count; collectives (number, GB received); and
+the seconds that peak flops, memory and network allow. Exits with code 1 if a program does not fit. Needs the TPU
 compiler: pip install 'tapo_jax[tpu]'.
 """
 
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> None:
 
 
 def prepare_environment() -> None:
-    """No TPU is asked for, the TPU compiler is found, and several processes may use it at a time."""
+    """Set the environment so that jax runs on the CPU, finds the TPU compiler, and shares it between processes."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     try:

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: `python launch/eval.py --config=configs/tapo_grpo.py --checkpoint=WORKDIR`.
+"""Evaluate a checkpoint: `python launch/eval.py --config=configs/tapo_grpo.py --checkpoint=WORKDIR`.
 
 The checkpoint is a WORKDIR (its newest), a WORKDIR/checkpoints/N, or a model directory in Hugging Face form such as
 WORKDIR/export. The results are in a folder named after the data, such as WORKDIR/eval/atlas-held_out.

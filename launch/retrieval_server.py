@@ -1,4 +1,7 @@
-"""python launch/retrieval_server.py --corpus=passages.jsonl --port=8000: text search for `config.tools.endpoint`."""
+"""Serve text search over a corpus, for `config.tools.endpoint`.
+
+Run it by `python launch/retrieval_server.py --corpus=passages.jsonl --port=8000`.
+"""
 
 import socket
 
@@ -30,7 +33,7 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"--host={_HOST.value} --port={_PORT.value}: {error.strerror}.") from error
     index = open_index(_CORPUS.value, _INDEX.value)
-    listener.listen(4096)  # who connects from now on waits until the loop runs
+    listener.listen(4096)  # connections from now on wait until the loop runs
     print(f"{len(index)} passages at http://{_HOST.value}:{listener.getsockname()[1]}/retrieve", flush=True)
     config = uvicorn.Config(make_app(index), log_level="warning", backlog=4096, timeout_keep_alive=75)
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,4 +1,4 @@
-"""python launch/sft.py --config=configs/sft_atlas.py --workdir=DIR: the cold start of the tiny Atlas model."""
+"""Train the cold start of the tiny Atlas model: `python launch/sft.py --config=configs/sft_atlas.py --workdir=DIR`."""
 
 from absl import flags, logging
 from ml_collections import config_flags

@@ -1,9 +1,9 @@
-"""Runs the rows of a sweep over seeds: `python launch/sweep.py --sweep=main --seeds=0-4 --out=DIR`.
+"""Run the rows of a sweep over seeds: `python launch/sweep.py --sweep=main --seeds=0-4 --out=DIR`.
 
 The sweeps are in configs/ablations.py; `--sweep=beta,support` runs two into one folder, where they share base rows, and
-`--sweep=support,beta_0.4` a sweep and a single row of another. All rows of a seed come before the next seed, so that
-what is there is balanced at any time. The same command again goes on: finished and failed runs are left (`--retry`
-tries failed ones again), interrupted ones continue. Then: `python -m tapo_jax.report sweep DIR`.
+`--sweep=support,beta_0.4` a sweep and a single row of another. All rows of a seed run before the next seed, so that the
+results are balanced at any time. The same command resumes the sweep: finished and failed runs are skipped (`--retry`
+repeats failed ones), interrupted ones continue. Then: `python -m tapo_jax.report sweep DIR`.
 """
 
 import sys

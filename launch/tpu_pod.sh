@@ -5,11 +5,11 @@
 #   launch/tpu_pod.sh push   NAME                   # also after every change of the code
 #   launch/tpu_pod.sh run    NAME --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=/mnt/shared/Qwen3-VL-4B --workdir=/mnt/shared/run
 #   launch/tpu_pod.sh log    NAME                   # follows the first host's output
-#   launch/tpu_pod.sh stop   NAME                   # asks the run to end; the same `run` command goes on from its last checkpoint
+#   launch/tpu_pod.sh stop   NAME                   # asks the run to end; the same `run` command resumes from its last checkpoint
 #   launch/tpu_pod.sh delete NAME
 #
 # ZONE and PROJECT choose where (default: gcloud's own setting); RUNTIME the machine image. The model directory and the work directory
-# must lie on a file system that all hosts share, such as Filestore or a mounted bucket.
+# must be on a file system that all hosts share, such as Filestore or a mounted bucket.
 set -euo pipefail
 
 usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -28,10 +28,10 @@ tpu=(gcloud compute tpus tpu-vm)
 
 command -v gcloud >/dev/null || fail "gcloud is missing: install the Google Cloud CLI and run 'gcloud init'"
 
-# The command given as one string, on every host of the slice (or on the one that WORKER names).
+# Runs a command, given as one string, on every host of the slice (or only on host WORKER).
 on_hosts() { "${tpu[@]}" ssh "$name" ${place[@]+"${place[@]}"} --worker="${WORKER:-all}" --command="$1"; }
 
-# The image that a type of slice needs.
+# Prints the image that a slice type needs.
 runtime_of() {
   case $1 in
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
@@ -50,7 +50,7 @@ create() {
   "${tpu[@]}" create "$name" ${place[@]+"${place[@]}"} "${options[@]}"
 }
 
-# Copies what git knows of (so no caches and no results), then installs it in an environment of its own.
+# Copies the files that git does not ignore (so no caches and no results), then installs them in an environment of their own.
 push() {
   local archive
   archive=$(mktemp -t tapo_jax.XXXXXX.tar.gz)
@@ -67,7 +67,7 @@ push() {
   on_hosts '
     set -e
     mkdir -p tapo_jax
-    # What an earlier push brought and this one does not is removed: a renamed module would stay importable.
+    # Remove files of an earlier push that this one lacks: a renamed module would stay importable.
     tar -tzf tapo_jax.tar.gz | sort > tapo_jax.files.new
     if [ -f tapo_jax.files ]; then
       comm -23 tapo_jax.files tapo_jax.files.new | (cd tapo_jax && tr "\n" "\0" | xargs -0 -r rm -f --)
@@ -82,7 +82,7 @@ push() {
   '
 }
 
-# Starts the run on all hosts and returns; it outlives the connection. Arguments are quoted once more for the remote shell.
+# Starts the run on all hosts and returns; the run outlives the connection. Arguments are quoted again for the remote shell.
 run() {
   [ $# -ge 1 ] || usage
   local arguments

@@ -1,5 +1,7 @@
-"""Trains an agent: `python launch/train.py --config=configs/tapo_grpo.py --workdir=DIR`. The same command again goes
-on."""
+"""Train an agent: `python launch/train.py --config=configs/tapo_grpo.py --workdir=DIR`.
+
+The same command resumes a run that was stopped.
+"""
 
 from absl import flags
 from ml_collections import config_flags

@@ -1,7 +1,7 @@
-"""Reinforcement learning of vision-language agents that use tools, in JAX; TAPO's credit transfer as a library.
+"""Reinforcement learning of tool-using vision-language agents in JAX, with TAPO's credit transfer as a library.
 
-`from tapo_jax import tapo` is the method alone: it needs no model, no config and no trainer. Everything below is
-imported when it is first used, so that `import tapo_jax` does not import jax.
+`from tapo_jax import tapo` is the method alone: it needs no model, no config and no trainer. The names below are
+imported at first use, so that `import tapo_jax` does not import jax.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
-"""Everything that plays episodes besides the weights: tokenizer, image processor, tools, sampler, budgets, rewards.
+"""Build all that plays episodes except the weights: tokenizer, image processor, tools, sampler, budgets, rewards.
 
-Built once from a config; training and evaluation play with the same one.
+It is built once from a config; training and evaluation share it.
 """
 
 import dataclasses
@@ -32,8 +32,10 @@ from tapo_jax.types import Episode, Prompt
 
 
 def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL, Qwen3VLConfig]:
-    """The model of a directory, laid out over the mesh, with low-rank parameters where model.lora_rank asks for them.
-    Raises UserError where the files are not a model of this family."""
+    """Load the model of a directory onto the mesh, with low-rank parameters if model.lora_rank is set.
+
+    Raises UserError if the files are not a model of this family.
+    """
     try:
         loaded, config = hf.load(directory, mesh=mesh, dtype=model.param_dtype, compute_dtype=model.dtype)
         if model.lora_rank:
@@ -47,25 +49,23 @@ def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL,
 
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """One player of episodes and what its episodes are worth.
-
-    players: all that plays besides the weights.
-    score: gives an episode its named rewards.
-    weights: reward name -> weight in the total.
-    score_workers: threads that score; more than one only where `score` is thread-safe.
-    """
+    """One player of episodes, with the rewards of its episodes."""
 
     players: Players
+    """All that plays except the weights."""
     score: Callable[[Episode], dict[str, float] | Scored]
+    """Returns the named rewards of an episode."""
     weights: Mapping[str, float]
+    """Reward name -> weight in the total."""
     score_workers: int = 1
+    """Threads that score; more than one only if `score` is thread-safe."""
 
     def play(
         self, params: Any, prompts: Sequence[Prompt], group_size: int, sampling: Sampling
     ) -> tuple[list[Episode], dict[str, float]]:
-        """Play `group_size` scored episodes of each of this process's prompts, prompt-major.
+        """Play and score `group_size` episodes of each of this process's prompts, prompt-major.
 
-        Returns them and the rollout's metrics. In a pod every process calls this together.
+        Returns them and the rollout's metrics. In a pod all processes must call this together.
         """
         pool = ScorePool(self.score, self.score_workers)
         try:
@@ -130,7 +130,7 @@ def make_agent(
 
 
 def examiner(agent: Agent, config: ConfigDict) -> Agent:
-    """The same player with the judge of evaluations."""
+    """Return the same agent with the judge of evaluations; the agent itself if the config has no such judge."""
     if not config.eval.judge.endpoint:
         return agent
     score, workers = sources.score(config, evaluating=True), sources.score_workers(config, evaluating=True)

@@ -1,4 +1,4 @@
-"""Device arrays as pytrees: what the model reads and what the train step reads.
+"""Define the device arrays that the model and the train step read, as pytrees.
 
 Axes: B rows (one episode each, prompt-major: row = p·G + g), T tokens, N patches of one row's images,
 F = channels · temporal · patch².
@@ -39,7 +39,8 @@ class ModelInputs:
 class TrainBatch:
     """One batch of episodes.
 
-    Every per-token array is aligned with the token itself: logp[t] = log p(token[t] | token[<t])."""
+    Every per-token array is aligned with the token itself: logp[t] = log p(token[t] | token[<t]).
+    """
 
     inputs: ModelInputs
     mask_BxT: jax.Array
@@ -51,6 +52,7 @@ class TrainBatch:
     old_logp_BxT: jax.Array | None = None
     """float32, the trained model's log-probabilities before the first update on this batch.
 
-    Filled for the rows of the later updates, 0 for those of the first."""
+    Filled for the rows of the later updates, 0 for those of the first.
+    """
     advantage_BxT: jax.Array | None = None
     """float32, after TAPO."""

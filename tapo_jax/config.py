@@ -1,6 +1,7 @@
-"""Arguments of the config files, the simplest checks, and how a user's mistake ends a program.
+"""Parse the arguments of config files and flags, do the simplest checks, and end a program on a user's mistake.
 
-Holds no defaults: the files in `configs/` are complete. Imports no jax, so that a config can be read anywhere.
+This file has no defaults: the files in `configs/` are complete. It imports no jax, so that a config can be read
+anywhere.
 """
 
 import ast
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 
 
 class UserError(Exception):
-    """A mistake in what the user gave. The message is one sentence that names the field and the way out."""
+    """A mistake in the user's input. The message is one sentence that names the field and says how to fix it."""
 
 
 class BadImage(UserError):
@@ -26,10 +27,11 @@ class BadImage(UserError):
 
 
 def run_main(main: Callable[[list[str]], None], *, words: bool = False) -> None:
-    """Run `main` as absl's `app.run` does; a UserError is printed as its sentence and ends the program with code 1.
+    """Run `main` as absl's `app.run` does; a UserError is printed as its message and ends the program with code 1.
 
-    Modules of the working directory can be named in fields like data.source. words: whether the program takes words
-    beside its flags; else such a word is a mistake, because absl would ignore it.
+    Fields like data.source can name modules in the working directory.
+
+    words: whether the program takes positional arguments; if not, one is an error, because absl would ignore it.
     """
     sys.path.append(os.getcwd())
     write_to_any_terminal()
@@ -41,27 +43,27 @@ def run_main(main: Callable[[list[str]], None], *, words: bool = False) -> None:
 
 
 def write_to_any_terminal() -> None:
-    """Let a terminal without a character show a question mark for it, instead of ending the program."""
+    """Print a question mark for a character that the terminal cannot encode, instead of ending the program."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _parse_flags(args: list[str], *, words: bool) -> list[str]:
-    """Parse as absl does, but raise UserError for what absl lets pass or ends with a traceback.
+    """Parse as absl does, but raise UserError for mistakes that absl ignores or reports as a traceback.
 
-    That is: a --config.… flag that the config has no field for, a config file that does not exist, a word that belongs
-    to no flag, and a flag with an empty value.
+    These are: a --config.… flag without such a field, a config file that does not exist, a word that belongs to no
+    flag, and a flag with an empty value.
     """
     args, nothing = _take_none(args)
     args, extra = _take_extra(args)
-    sys.argv = args  # where the flags of a config look for its fields
-    # Libraries report every step of their work otherwise; --verbosity=0 shows it.
+    sys.argv = args  # ml_collections reads the fields of a config from here
+    # Otherwise libraries log every step of their work; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
     try:
         rest = app.parse_flags_with_usage(args)
         if "config" in flags.FLAGS:
-            flags.FLAGS["config"].value.is_locked  # noqa: B018 - a file that could not be read says so when it is looked at
+            flags.FLAGS["config"].value.is_locked  # noqa: B018 - an unreadable file raises when it is accessed
     except OSError as error:
         raise UserError("--config names a file that cannot be read: give FILE.py or FILE.py:ARGUMENT.") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -88,14 +90,14 @@ _NONE = re.compile(r"--config\.([\w.]+)=[Nn]one")
 
 
 def _take_none(args: list[str]) -> tuple[list[str], list[str]]:
-    """Split off --config.NAME=None, which the parsers of numbers and texts would refuse or take as a word."""
+    """Split off --config.NAME=None, which a number's parser would reject and a string's would keep as text."""
     found = [_NONE.fullmatch(arg) for arg in args]
     rest = [arg for arg, match in zip(args, found, strict=True) if match is None or ".extra." in match[1]]
     return rest, [match[1] for match in found if match is not None and ".extra." not in match[1]]
 
 
 def _set_none(config: ConfigDict, name: str) -> None:
-    """Set a field to None, whatever its type: the ranges of the fields say where None means something."""
+    """Set a field to None, whatever its type; the ranges of the fields say which of them allow None."""
     *sections, field = name.split(".")
     for section in sections:
         config = config.get(section) if isinstance(config, ConfigDict) else None
@@ -109,9 +111,9 @@ _EXTRA = re.compile(r"--config\.(data|tools|reward)\.extra\.(\w+)=(.*)", re.DOTA
 
 
 def _take_extra(args: list[str]) -> tuple[list[str], list[tuple[str, str, Any]]]:
-    """Split off the free fields for a user's own functions: --config.data.extra.NAME=VALUE, and so on.
+    """Split off the free fields of a user's own functions, such as --config.data.extra.NAME=VALUE.
 
-    A value is a Python literal, or else text.
+    A value is parsed as a Python literal if possible, else kept as text.
     """
     rest, extra = [], []
     for arg in args:
@@ -128,7 +130,7 @@ def _take_extra(args: list[str]) -> tuple[list[str], list[tuple[str, str, Any]]]
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
-    """Reads a config file's string argument, `"steps=20,seed=1,test"`, against the names and types of `defaults`.
+    """Parse a config file's string argument, such as "steps=20,seed=1,test", by the names and types of `defaults`.
 
     A bare name sets a bool to True. Raises UserError for an unknown name or a value of another type.
     """
@@ -161,12 +163,12 @@ def _parse_value(name: str, text: str, kind: type) -> Any:
 
 
 def beside(config_file: str, name: str, function: str = "get_config") -> Callable:
-    """A function of another config file in the same folder (the folder is no package)."""
+    """Return a function of another config file in the same folder (the folder is not a package)."""
     return runpy.run_path(str(Path(config_file).with_name(name)))[function]
 
 
 def total_steps(steps: int, epochs: float, examples: int, prompts_per_step: int) -> int:
-    """Steps of the loop: `steps`, or where epochs > 0 that many passes over `examples` prompts, at least one."""
+    """Return the number of training steps: `steps`, or if epochs > 0, that many passes over the prompts, at least 1."""
     if epochs > 0:
         return max(1, round(epochs * examples / prompts_per_step))
     return steps
@@ -183,7 +185,7 @@ def check_positive(field: str, value: float) -> None:
 
 
 def flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten nested names: {"a": {"b": 1}} -> {"a.b": 1}."""
     values: dict[str, Any] = {}
     for name, value in tree.items():
         values |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping | ConfigDict) else {prefix + name: value}

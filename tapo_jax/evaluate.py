@@ -1,5 +1,4 @@
-"""How good an agent is on questions that it was not trained on: the same rollout without gradient, and numbers with
-their intervals.
+"""Evaluate an agent on held-out questions: the training rollout without gradients, and metrics with intervals.
 
 `evaluate` yields (name, value) for the training loop; `evaluate_checkpoint.py` is the program for a checkpoint.
 """
@@ -26,8 +25,11 @@ Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 def evaluate(
     agent: Agent, params: Any, prompts: Sequence[Prompt], *, temperature: float, top_p: float = 1.0, seed: int
 ) -> Iterator[tuple[str, float]]:
-    """Plays every prompt once and yields what `numbers` gives. `prompts` are those of all processes; each plays its
-    part and all yield the same. temperature 0 is greedy. No prompts: yields nothing."""
+    """Play every prompt once and yield the items of `numbers`; yield nothing without prompts.
+
+    prompts: those of all processes; each process plays its share and all yield the same values.
+    temperature: 0 is greedy.
+    """
     if prompts:
         episodes, played = play(agent, params, prompts, temperature=temperature, top_p=top_p, seed=seed)
         yield from numbers(added(tally(episodes, played))).items()
@@ -36,7 +38,7 @@ def evaluate(
 def play(
     agent: Agent, params: Any, prompts: Sequence[Prompt], *, temperature: float, top_p: float = 1.0, seed: int
 ) -> tuple[list[Episode], dict[str, float]]:
-    """This process's episodes, one of each of its prompts, and their rollout's metrics."""
+    """Return one episode for each of this process's prompts, and the rollout's metrics."""
     parts = np.array_split(np.arange(len(prompts)), jax.process_count())
     mine = parts[jax.process_index()]
     first = int(mine[0]) if len(mine) else 0
@@ -45,9 +47,9 @@ def play(
 
 
 def tally(episodes: Sequence[Episode], played: Mapping[str, float]) -> dict[str, float]:
-    """Sums that add up over processes. played: the rollout's metrics, which are means over these episodes.
+    """Return sums that can be added over processes; right, reward and episodes count judged episodes only.
 
-    right, reward and episodes are of judged episodes alone.
+    played: the rollout's metrics, which are means over these episodes.
     """
     counts: dict[str, float] = {"played": len(episodes), "episodes": 0, "right": 0, "answered": 0, "reward": 0.0}
     for episode in episodes:
@@ -69,16 +71,22 @@ def tally(episodes: Sequence[Episode], played: Mapping[str, float]) -> dict[str,
 
 
 def added(counts: Mapping[str, float]) -> dict[str, float]:
-    """The sums over all processes. Every process must call this."""
+    """Return the sums over all processes. Every process must call this."""
     count = jax.process_count()
     return {name: value * count for name, value in processes.mean_over(counts).items()}
 
 
 def numbers(counts: Mapping[str, float]) -> dict[str, float]:
-    """accuracy with accuracy_low and accuracy_high (Wilson, 95 %), the same by hop count as …/hops_n, the numbers of
-    judged episodes; unjudged (a share; they are in none of these and not in reward); reward; answered (share with an
-    answer); means per episode: turns, length and written (tokens), tool_calls and errors, each also by tool and by
-    kind; finish/… (shares)."""
+    """Return the metrics of an evaluation from its sums.
+
+    accuracy, accuracy_low, accuracy_high (Wilson, 95 %), episodes (judged ones): over all questions, and by hop count
+    as …/hops_n.
+    unjudged: share of episodes without a verdict; they count in none of the above and not in reward.
+    reward: mean over the judged episodes.
+    answered: share of episodes with an answer.
+    turns, length and written (tokens), tool_calls, errors: means per episode; the last two also by tool and by kind.
+    finish/…: shares.
+    """
     total = round(counts["played"])
     values: dict[str, float] = {}
     for suffix in ("", *sorted(name.removeprefix("episodes") for name in counts if name.startswith("episodes/"))):
@@ -99,7 +107,7 @@ def numbers(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def wilson(right: int, count: int, z: float = Z95) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927): where |p̂ − p| ≤ z·sqrt(p(1−p)/n). (0, 1) where n is 0."""
+    """Return the score interval of a share (Wilson 1927): all p with |p̂ − p| ≤ z·sqrt(p(1−p)/n); (0, 1) if n is 0."""
     if count == 0:
         return 0.0, 1.0
     share, scale = right / count, 1 + z * z / count
@@ -109,15 +117,17 @@ def wilson(right: int, count: int, z: float = Z95) -> tuple[float, float]:
 
 
 def split_prompts(config: ConfigDict) -> list[Prompt]:
-    """The same questions whatever the seed: the first eval.prompts of eval.split in one fixed order, without those
-    whose images cannot be shown."""
+    """Return the first eval.prompts questions of eval.split in one fixed order, the same for every seed.
+
+    Questions whose images cannot be shown are left out.
+    """
     source = sources.prompts(config, config.eval.split)
     order = np.random.default_rng(0).permutation(len(source))[: config.eval.prompts]
     return showable([source[int(index)] for index in order])
 
 
 def table(values: Mapping[str, float]) -> str:
-    """Two Markdown tables of what `numbers` gives: accuracy by hop count, and what happened per episode."""
+    """Return two Markdown tables of the result of `numbers`: accuracy by hop count, and means per episode."""
     lines = ["| questions | episodes | accuracy | 95 % interval |", "|---|---:|---:|---:|"]
     for suffix in ("", *sorted(name.removeprefix("episodes") for name in values if name.startswith("episodes/"))):
         label = suffix.removeprefix("/hops_") + (" hop" if suffix == "/hops_1" else " hops") if suffix else "all"

@@ -1,4 +1,4 @@
-"""A checkpoint on held-out questions: JSON, a Markdown table and, on demand, a page. Run by `launch/eval.py`."""
+"""Evaluate a checkpoint on held-out questions: JSON, a Markdown table and optionally a page (`launch/eval.py`)."""
 
 import itertools
 import json
@@ -23,11 +23,13 @@ _GIVE = "give a WORKDIR, a WORKDIR/checkpoints/N or a model directory"
 
 
 def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bool = False) -> dict[str, float]:
-    """Evaluates a checkpoint, prints the table and writes NAME.json and NAME.md (page: NAME.html too) into a folder of
-    `out` that is named after the data, such as atlas-held_out.
+    """Evaluate a checkpoint, print the table, and write NAME.json and NAME.md.
+
+    The files go into a folder of `out` that is named after the data, such as atlas-held_out. Raises UserError.
 
     checkpoint: a WORKDIR (its newest checkpoint), a WORKDIR/checkpoints/N, or a model directory in Hugging Face form.
-    out: None is the run's folder `eval`, or ./eval for a model directory that is no run's. Raises UserError.
+    out: None is the run's folder `eval`, or ./eval for a model directory outside of a run.
+    page: also write NAME.html.
     """
     check.check(config)
     saved, directory, name, folder = find(Path(checkpoint), config)
@@ -71,7 +73,7 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
 
 
 def about_data(config: ConfigDict) -> dict[str, Any]:
-    """What says which questions a config evaluates on, as JSON gives it back."""
+    """Return the fields that determine which questions a config evaluates on, as values read from JSON."""
     data = json.loads(config.data.to_json_best_effort()) | {"split": config.eval.split}
     del data["prompts_per_step"]
     if data["source"] == "atlas":
@@ -80,8 +82,11 @@ def about_data(config: ConfigDict) -> dict[str, Any]:
 
 
 def results_folder(folder: Path, data: dict[str, Any]) -> Path:
-    """The folder in `folder` for results on this data: SOURCE-SPLIT, with a number where that holds results on other
-    data (another data.dir, for example), so that they never overwrite each other."""
+    """Return the subfolder of `folder` for results on this data: SOURCE-SPLIT or SOURCE-SPLIT-NUMBER.
+
+    A number is added if the folder holds results on other data (another data.dir, for example), so that they never
+    overwrite each other.
+    """
     name = "-".join(re.sub(r"[^\w.]+", "_", part) for part in (data["source"], data["split"]))
     for number in itertools.count(1):
         found = folder / (name if number == 1 else f"{name}-{number}")
@@ -92,7 +97,10 @@ def results_folder(folder: Path, data: dict[str, Any]) -> Path:
 
 
 def find(checkpoint: Path, config: ConfigDict) -> tuple[Path | None, Path, str, Path]:
-    """-> (the checkpoint's folder, None for a model directory; the model directory; a name; the folder for results)."""
+    """Resolve a checkpoint path to (checkpoint folder, model directory, name, folder for results).
+
+    The checkpoint folder is None for a model directory. Raises UserError if the path is neither.
+    """
     if not checkpoint.is_dir():
         raise UserError(f"--checkpoint is '{checkpoint}', which is no directory: {_GIVE}.")
     if (checkpoint / "checkpoints").is_dir():

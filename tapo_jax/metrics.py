@@ -1,7 +1,7 @@
-"""Where a run's numbers go: one JSON line a step, TensorBoard, a progress bar. Only process 0 writes.
+"""Write a run's metrics: one JSON line per step, TensorBoard, a progress bar. Only process 0 writes.
 
-`metrics.jsonl` is the record that everything else reads: {"step": 12, "reward/mean": 0.61, …}. A number that is not
-finite is written as null, so that every JSON reader can read the file and no maximum can hide it.
+Everything else reads `metrics.jsonl`: {"step": 12, "reward/mean": 0.61, …}. A number that is not finite is written as
+null, so that every JSON reader can read the file and no max can hide it.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
 def compile_count() -> int:
-    """How many programs XLA compiled (or read from its cache) in this process since this file was imported."""
+    """Return how many programs XLA compiled or read from its cache in this process since this module was imported."""
     return _compiles[0]
 
 
 class Clock:
-    """Seconds spent under a name: `with clock("rollout"): …`; `take()` gives {"time/rollout": …} and starts again."""
+    """Sum seconds by name: `with clock("rollout"): …`; `take()` returns {"time/rollout": …} and resets the sums."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -68,8 +68,12 @@ def throughput(
     train_vision: bool,
     lora: bool,
 ) -> dict[str, float]:
-    """perf/… of one step from its time/…: tokens that the policies of all processes wrote, per second of the whole
-    step; operations per second and device of the updates, and on devices with a known peak their share of it (mfu)."""
+    """Return perf/… of one step from its time/….
+
+    tokens_per_s: tokens that the policy wrote in all processes, per second of the whole step.
+    tflops: operations of the updates per second and device, in 10¹².
+    mfu: their share of the device's peak, if the peak is known.
+    """
     grids = [pixels.grid(image) for episode in episodes for image in episode.images]
     lengths = [len(episode.token_T) for episode in episodes]
     done = flops.update(config, lengths, [t * h * w for t, h, w in grids], train_vision=train_vision, lora=lora)
@@ -81,7 +85,7 @@ def throughput(
 
 
 class MetricWriter:
-    """Writes the numbers of steps. Lines of steps later than `resumed_step` (None: a fresh start) are cut."""
+    """Write the metrics of steps. Lines of steps after `resumed_step` (None: a fresh start) are removed."""
 
     def __init__(self, workdir: Path, *, total_steps: int, resumed_step: int | None, tensorboard: bool) -> None:
         self._main = jax.process_index() == 0
@@ -117,7 +121,7 @@ class MetricWriter:
         self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches, above the progress bar."""
+        """Print a line for the user above the progress bar."""
         if self._main:
             self._bar.write(text)
 
@@ -131,7 +135,7 @@ class MetricWriter:
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """reward 0.61  accuracy 0.42  1.2k tok/s  rollout 61% (tools 3%, prefill 20%, decode 35%) logprobs 5% update 30%"""
+    """Return a step in one line: reward 0.610  accuracy 0.420  1200 tok/s  rollout 61% tool_wait 3% … update 30%."""
     parts = []
     for label, name in (("reward", "reward/mean"), ("accuracy", "reward/accuracy"), ("held-out", "eval/accuracy")):
         if name in values:
@@ -152,7 +156,7 @@ def _json_number(value: Any) -> float | int | None:
 
 
 def reward_means(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Return the means of the named rewards over the judged episodes of all processes, and the share of the others.
+    """Return the means of the named rewards over the judged episodes of all processes, and the unjudged share.
 
     Every process must call this.
     """

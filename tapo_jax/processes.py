@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and the little that they tell each other on the host."""
+"""Connect the processes of a run and exchange small host values between them."""
 
 import contextlib
 import fcntl
@@ -20,11 +20,11 @@ from tapo_jax.config import UserError
 
 
 def join() -> None:
-    """Connects the processes of a pod or cluster; does nothing on one machine. Call it before anything else of jax.
+    """Connect the processes of a pod or cluster; do nothing on one machine. Call this before any other jax call.
 
-    On the hosts of a TPU slice everything is found by itself. Elsewhere each process is told by three environment
-    variables: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises UserError
-    where one is missing.
+    The hosts of a TPU slice find each other automatically. Elsewhere each process reads three environment variables:
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises UserError if only
+    some of them are set or a value is invalid.
     """
     if jax.distributed.is_initialized():
         return
@@ -46,7 +46,7 @@ def join() -> None:
 
 
 def on_tpu_slice() -> bool:
-    """Whether this machine is one of the hosts of a TPU slice that this program is going to use."""
+    """Return whether this machine is one of the hosts of a TPU slice that this program is going to use."""
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or importlib.util.find_spec("libtpu") is None:
         return False
     workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
@@ -55,21 +55,21 @@ def on_tpu_slice() -> bool:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process. Every process must call this."""
+    """Return whether the flag is set in any process. Every process must call this."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def largest(*numbers: int) -> tuple[int, ...]:
-    """Each number's maximum over the processes. Every process must call this."""
+    """Return each number's max over the processes. Every process must call this."""
     if jax.process_count() == 1:
         return numbers
     return tuple(int(n) for n in multihost_utils.process_allgather(np.array(numbers, np.int32)).max(axis=0))
 
 
 def gather(value: Any) -> list[Any]:
-    """Each process's value, which must be JSON-able, in the order of the processes. Every process must call this."""
+    """Return each process's value (it must be JSON-serialisable) in process order. Every process must call this."""
     if jax.process_count() == 1:
         return [value]
     text = json.dumps(value).encode()
@@ -80,8 +80,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def mean_over(values: Mapping[str, float]) -> dict[str, float]:
-    """The mean of each number over the processes; a name that a process lacks counts as 0. Every process must call
-    this."""
+    """Return the mean of each number over the processes; a name that a process lacks counts as 0.
+
+    Every process must call this.
+    """
     each = gather(dict(values))
     names = dict.fromkeys(name for one in each for name in one)
     return {name: sum(one.get(name, 0.0) for one in each) / len(each) for name in names}
@@ -89,10 +91,10 @@ def mean_over(values: Mapping[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def alone_in(workdir: Path) -> Iterator[None]:
-    """Hold the work directory of a run. The lock is the system's, so a process that dies lets go of it.
+    """Lock the work directory of a run. It is a lock of the system, which a process that dies releases.
 
-    Process 0 holds it for all. Raises UserError, in every process, where another run holds it. Every process must call
-    this. Nothing is held on a file system without locks.
+    Process 0 holds it for all, and every process must call this. Raises UserError in every process if another run holds
+    the lock. On a file system without locks nothing is locked.
     """
     taken, lock = False, None
     if jax.process_index() == 0:
@@ -116,8 +118,11 @@ def alone_in(workdir: Path) -> Iterator[None]:
 
 
 class StopRequest:
-    """Notices SIGTERM (a preemption) and Ctrl-C inside of its `with`: `requested` becomes True, so that the loop can
-    end at a whole step. A second signal does what it did before. Outside of the main thread nothing is noticed."""
+    """Catch SIGTERM (a preemption) and Ctrl-C within a `with` block, so that the loop can end after a whole step.
+
+    `requested` becomes True at the first signal; a second one has its previous effect. Outside of the main thread no
+    signal is caught.
+    """
 
     def __init__(self) -> None:
         self.requested = False

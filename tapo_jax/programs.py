@@ -1,4 +1,4 @@
-"""A config and a model -> the settings of every part, the compiled programs of a run, and what encodes its calls."""
+"""Make the settings of every part, the compiled programs of a run and the encoder of its calls from a config."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,20 +22,18 @@ from tapo_jax.tapo import adaptive, embedding, memory
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled programs of a run. Signatures are in `train_step.py` and `assign_credit.py`.
-
-    log_probs: of all rows, for the reference model.
-    old_log_probs: of the rows of the second and later updates of a batch.
-    index_U: the numbers of the mini-batches, on the device.
-    buckets: ascending (tokens, patches) that rows may be cropped to; batches have the last, which holds any episode.
-    """
+    """The compiled programs of a run. Signatures are in `train_step.py` and `assign_credit.py`."""
 
     log_probs: Callable
+    """Of all rows, for the reference model."""
     old_log_probs: Callable
+    """Of the rows of the second and later updates of a batch."""
     assign_credit: Callable
     update: Callable
     index_U: list[jax.Array]
+    """Indices of the mini-batches, on the device."""
     buckets: tuple[tuple[int, int], ...]
+    """Ascending (tokens, patches) that rows may be cropped to; batches have the last, which holds any episode."""
 
 
 def make_programs(
@@ -47,7 +45,7 @@ def make_programs(
     agent: Agent,
     mesh: Mesh,
 ) -> Programs:
-    """Make the programs of a run. chain, schedule: from `learn.optimizer`."""
+    """Return the programs of a run. chain, schedule: from `learn.optimizer`."""
     model_config = agent.players.sampler.config
     objective = make_objective(config)
     policy = train_step.Policy(graphdef, agent.players.chat.forbidden_V(model_config.vocab), mesh)
@@ -62,11 +60,11 @@ def make_programs(
     )
 
 
-# Settings: the one place where a config becomes the frozen objects that the packages take.
+# Settings: only here is a config converted to the frozen objects that the packages take.
 
 
 def picked(kind: type, section: ConfigDict, **others: Any) -> Any:
-    """Make a settings dataclass from the fields of a config's section that have its names, and `others`."""
+    """Return a settings dataclass filled from the fields of the same name in a config's section, and `others`."""
     names = {field.name for field in dataclasses.fields(kind)} - others.keys()
     return kind(**{name: section[name] for name in names if name in section}, **others)
 
@@ -78,7 +76,7 @@ def tapo_settings(config: ConfigDict) -> tapo.Settings:
 
 
 def adaptive_settings(config: ConfigDict, tools: Sequence[str]) -> adaptive.Settings | None:
-    """Return how TAPO's thresholds follow the data; None where they do not."""
+    """Return the settings of TAPO's adaptive thresholds; None if the thresholds are fixed."""
     t = config.tapo
     if config.algorithm.credit != "tapo" or not t.adaptive_theta:
         return None
@@ -86,7 +84,7 @@ def adaptive_settings(config: ConfigDict, tools: Sequence[str]) -> adaptive.Sett
 
 
 def credit_settings(config: ConfigDict, tools: Sequence[str]) -> assign_credit.Settings:
-    """Return how advantages are made. tools: the names of the tools."""
+    """Return the settings of the advantages. tools: the names of the tools."""
     a = config.algorithm
     return picked(
         assign_credit.Settings,
@@ -99,7 +97,7 @@ def credit_settings(config: ConfigDict, tools: Sequence[str]) -> assign_credit.S
 
 
 def make_objective(config: ConfigDict) -> train_step.Objective:
-    """Return what an update minimises."""
+    """Return the objective that an update minimises."""
     return train_step.Objective(
         loss=picked(losses.Settings, config.algorithm, algorithm=config.algorithm.loss),
         kl_coef=config.algorithm.kl_coef,
@@ -127,7 +125,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
 
 
 def buckets(config: ConfigDict, model_config: Qwen3VLConfig) -> tuple[tuple[int, int], ...]:
-    """Return train.length_buckets and patch_buckets with the largest that an episode can have, in pairs."""
+    """Return pairs of train.length_buckets and patch_buckets, including the largest that an episode can have."""
     longest = config.rollout.max_length
     most = most_patches(config.rollout.max_image_tokens, longest, model_config.vision.merge)
     lengths = (*(n for n in config.train.length_buckets if n < longest), longest)
@@ -135,7 +133,7 @@ def buckets(config: ConfigDict, model_config: Qwen3VLConfig) -> tuple[tuple[int,
 
 
 def make_encoder(config: ConfigDict, agent: Agent, params: Any) -> CallEncoder:
-    """Return what encodes the calls. Embedded texts are compared by the embedding table that the run begins with."""
+    """Return the encoder of tool calls. It embeds texts with the embedding table that the run begins with."""
     t, embed, features = config.tapo, None, config.tapo.features
     if config.algorithm.credit == "tapo" and t.text == "embedding":
         table_VxD = sharding.to_host(params["embedding"])

@@ -1,7 +1,7 @@
-"""Recorded episodes: what the viewer and the credit report read. One .npz file a step, no pickle.
+"""Read and write recorded episodes, for the viewer and the credit report. One .npz file per step, no pickle.
 
-The file holds one JSON text (`episodes`, uint8) and every distinct image once as PNG bytes (`image_00000`, uint8).
-Imports no jax.
+A file has one JSON text (`episodes`, uint8) and every distinct image once as PNG bytes (`image_00000`, uint8).
+This module imports no jax.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from PIL import Image as PillowImage
 from tapo_jax.config import UserError
 from tapo_jax.types import Episode
 
-MOST_PIXELS = 1 << 20  # of a recorded image
+MOST_PIXELS = 1 << 20  # max pixels of a recorded image
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file under a temporary name beside it, and rename it. Makes the folder; text is UTF-8."""
+    """Write a file atomically: to a temporary name next to it, then rename. Creates the folder; text is UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,9 +37,11 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def read_json(path: Path, *, way: str, needs: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a JSON file that holds an object with the names in `needs`.
+    """Read a JSON file that contains an object with the names in `needs`.
 
-    Raises UserError where it holds anything else; way: the end of the sentence, what the user can do.
+    Raises UserError if it contains anything else.
+
+    way: the end of the error's sentence, which says what the user can do.
     """
     try:
         found = json.loads(path.read_bytes().decode("utf-8"))
@@ -54,35 +56,35 @@ def read_json(path: Path, *, way: str, needs: tuple[str, ...] = ()) -> dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class RecordedTurn:
-    """One assistant turn. `text` is what the policy wrote: never trust it as markup.
-
-    result_images: indices into the episode's images. slot: the tool step k of the turn, -1 where it is no valid step.
-    adv_before, adv_after: the advantage of the turn's tokens before and after TAPO; sim, support: of its best cluster.
-    witness: (prompt, sample, slot) of the step that it borrowed credit from, None where there was none.
-    """
+    """One assistant turn."""
 
     text: str
+    """Written by the policy: never trust it as markup."""
     call_name: str | None = None
     call_arguments: dict[str, Any] | None = None
     result: str | None = None
     error: str | None = None
     result_images: tuple[int, ...] = ()
+    """Indices into the episode's images."""
     slot: int = -1
+    """Tool step k of the turn, -1 if it is not a valid step."""
     adv_before: float = 0.0
+    """Advantage of the turn's tokens before TAPO."""
     adv_after: float = 0.0
+    """Advantage of the turn's tokens after TAPO."""
     correctable: bool = False
     corrected: bool = False
     sim: float = 0.0
+    """Similarity to the best cluster."""
     support: float = 0.0
+    """Support of the best cluster."""
     witness: tuple[int, int, int] | None = None
+    """(prompt, sample, slot) of the step that the turn borrowed credit from, None if there was none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordedEpisode:
-    """One conversation. images: PNG bytes in the order of `img_idx`; the first `prompt_images` are the question's.
-
-    judged: False where nobody could say whether the answer is right; it is no wrong answer then.
-    """
+    """One conversation."""
 
     step: int
     prompt: int
@@ -92,6 +94,7 @@ class RecordedEpisode:
     answers: tuple[str, ...]
     hops: int
     images: tuple[bytes, ...]
+    """PNG bytes in the order of `img_idx`; the first `prompt_images` belong to the question."""
     prompt_images: int
     turns: tuple[RecordedTurn, ...]
     answer: str | None
@@ -101,10 +104,11 @@ class RecordedEpisode:
     success: bool
     advantage: float
     judged: bool = True
+    """False if there was no verdict on the answer; it does not count as a wrong answer then."""
 
 
 def png(pixels_HxWx3: np.ndarray) -> bytes:
-    """The image, reduced to about a megapixel where it has more: a page shows no more of it."""
+    """Encode an image as PNG, reduced to about a megapixel if it is larger, because a page shows no more."""
     buffer, image = io.BytesIO(), PillowImage.fromarray(pixels_HxWx3)
     shrink = (image.width * image.height / MOST_PIXELS) ** 0.5
     if shrink > 1:
@@ -116,11 +120,14 @@ def png(pixels_HxWx3: np.ndarray) -> bytes:
 def credit_fields(
     transfer: Any, prompt: int, sample: int, *, steps: int, rollouts: int, pooled: bool
 ) -> list[dict[str, Any]]:
-    """What `record` needs of each tool step of one episode, from a `tapo.CreditTransfer` of numpy arrays.
+    """Return the fields that `record` needs for each tool step of one episode.
 
-    steps: K, slots of a rollout. rollouts: of a group, remembered ones of earlier steps included: such a witness, whose
-    sample number would be beyond the group, is left out. pooled: witnesses are numbered over the whole batch (TAPO's
-    scope "batch").
+    transfer: a `tapo.CreditTransfer` of numpy arrays.
+    prompt, sample: indices of the episode.
+    steps: K, slots of a rollout.
+    rollouts: number of rollouts of a group, including remembered ones of earlier steps. A remembered witness is left
+        out, because its sample index would be outside of the group.
+    pooled: whether witnesses are numbered over the whole batch (TAPO's scope "batch").
     """
     fields = []
     samples = transfer.witness_PxS.shape[1] // steps
@@ -145,7 +152,10 @@ def credit_fields(
 def record(
     episode: Episode, *, step: int, prompt: int, advantage: float, credit: Sequence[dict[str, Any]]
 ) -> RecordedEpisode:
-    """credit[k]: the fields adv_after, correctable, corrected, sim, support, witness of tool step k."""
+    """Return the recorded form of an episode.
+
+    credit[k]: the fields adv_after, correctable, corrected, sim, support and witness of tool step k.
+    """
     turns, slot, result_image = [], 0, len(episode.prompt.images)
     for turn in episode.turns:
         shown = () if turn.result is None else tuple(range(result_image, result_image + len(turn.result.images)))
@@ -188,7 +198,7 @@ def record(
 
 
 def save(path: Path, episodes: Sequence[RecordedEpisode]) -> None:
-    """Writes all or nothing (a temporary file is renamed)."""
+    """Write the episodes of one step, atomically (a temporary file is renamed)."""
     arrays: dict[str, np.ndarray] = {}
     name_of: dict[bytes, str] = {}
     items = []
@@ -207,12 +217,12 @@ def save(path: Path, episodes: Sequence[RecordedEpisode]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-# What readers of archives, of JSON and of dataclasses raise for a file that is cut, empty or of something else.
+# Errors that reading the archive, the JSON or the dataclasses raises for a file that is cut, empty or not a recording.
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def load(path: Path) -> list[RecordedEpisode]:
-    """Read the episodes of one step. Raises UserError, which names the file, where it is no recording."""
+    """Read the episodes of one step. Raises UserError, which names the file, if it is not a recording."""
     try:
         return _load(path)
     except _DAMAGE as error:
@@ -255,9 +265,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_metrics(data: bytes) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-    """Read the bytes of a metrics.jsonl. Returns its lines, and the number and fault of each damaged one.
+    """Parse a metrics.jsonl. Returns its lines, and the line number and fault of each damaged one.
 
-    A last line without an end was cut short by a kill, which is no damage: it is left out.
+    A last line without a newline was cut short by a kill; it is left out, but does not count as damage.
     """
     lines, damaged = [], []
     *whole, cut = data.split(b"\n")
@@ -271,7 +281,7 @@ def parse_metrics(data: bytes) -> tuple[list[dict[str, Any]], list[tuple[int, st
 
 
 def _metrics(text: str) -> dict[str, Any]:
-    """Read one line. Raises ValueError."""
+    """Parse one line. Raises ValueError if it is not an object of a step and its numbers."""
     line = json.loads(text)
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         raise ValueError("it is no step with its numbers")

@@ -1,4 +1,4 @@
-"""The mesh, and the table that says what is split over it. The only file that knows PartitionSpec.
+"""Make the mesh and lay out arrays over it by a table. The only file that knows PartitionSpec.
 
 Three mesh axes: `data` (replicas), `fsdp` (parameters and batch split), `tensor` (heads, hidden units, vocabulary
 split). A model names the logical axes of its parameters (`models/parameters.py`); RULES maps logical axes to mesh axes.
@@ -82,7 +82,8 @@ def layout(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> 
     """Return the sharding of one parameter.
 
     A dimension that its mesh axes do not divide stays whole, and so does a vector (a norm's scale, a bias; stacked or
-    not): splitting it saves nothing and costs a gather."""
+    not): splitting it saves nothing and costs a gather.
+    """
     if sum(axis not in (None, "layers") for axis in axes) < 2:
         return replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(*_split(axes, shape, mesh)))
@@ -91,8 +92,8 @@ def layout(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> 
 def parameters(tree: Any, axes: Mapping[tuple[str, ...], tuple[str | None, ...]], mesh: Mesh) -> Any:
     """Return a NamedSharding for every leaf of a tree of parameters or of an optimizer state.
 
-    The paths of an optimizer's moments end like those of the parameters. A leaf of another path (a counter) is on every
-    device.
+    The paths of an optimizer's moments end like those of the parameters. A leaf with another path (a counter) is
+    replicated.
 
     axes: logical axes by parameter path.
     """
@@ -129,13 +130,13 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def pieces(logical: str) -> int:
-    """Return into how many pieces the mesh of the traced program splits a logical axis; 1 outside of `on`."""
+    """Return the number of pieces into which the traced program's mesh splits a logical axis; 1 outside of `on`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in _mesh_axes(logical))
 
 
 def on_shards(function: Callable, axes: Sequence[tuple[str | None, ...]], *arrays: jax.Array) -> jax.Array:
-    """Apply a function to every device's own part of the arrays, for kernels that the compiler cannot split.
+    """Apply a function to each device's shard of the arrays, for kernels that the compiler cannot split.
 
     Outside of `on` this is function(*arrays).
 
@@ -154,7 +155,8 @@ def on_rows(function: Callable, shared: Any, *rows: jax.Array) -> Any:
     """Apply `function(shared, *rows)` to every shard of the batch separately.
 
     `shared` (arrays that all rows read) is gathered once before, and its gradient is summed once after, instead of in
-    every iteration of a loop inside the function. Outside of `on` this is function(shared, *rows)."""
+    every iteration of a loop inside the function. Outside of `on` this is function(shared, *rows).
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or rows[0].shape[0] % pieces("batch"):
         return function(shared, *rows)
@@ -227,7 +229,7 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """Return the whole array in every process, wherever its parts are. Every process must call this."""
+    """Return the whole array in every process, wherever its shards are. Every process must call this."""
     if array.is_fully_addressable:
         return jax.device_get(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -40,14 +40,14 @@ from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.tapo import adaptive
 from tapo_jax.types import Episode, Prompt
 
-SILENT_STEPS = 3  # without one written token, after which it is the config that is wrong
+SILENT_STEPS = 3  # steps in a row without a written token after which the config must be wrong
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """Train as `config` says and leave everything in `workdir`; called again, go on where it was stopped.
+    """Train as `config` says and write everything to `workdir`; resume if the folder has a checkpoint.
 
-    Raises UserError for a mistake, for a second run in the same folder, and for a disk that is full.
+    Raises UserError for a mistake, for a second run in the same folder, and for a full disk.
     """
     if not str(workdir):
         raise UserError("--workdir is empty: name the folder of the run.")
@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
 
 def train_alone(config: ConfigDict, workdir: Path) -> None:
-    """Train in a folder that no other run uses. The config has been checked."""
+    """Train in a folder that no other run uses, with a checked config."""
     directory = model_directory(config.model.path, config.model.shape)
     # -------------------------------------------------------------------------------------- mesh
     mesh = sharding.make_mesh(**config.mesh)
@@ -137,23 +137,28 @@ def train_alone(config: ConfigDict, workdir: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same over the steps. examiner: the agent with the judge of evaluations. local: the numbers of this
-    process's prompts within a step."""
+    """What stays the same over the steps."""
 
     config: ConfigDict
     workdir: Path
     mesh: Mesh
     agent: Agent
     examiner: Agent
+    """The agent with the judge of evaluations."""
     programs: Programs
     encoder: CallEncoder
     reference: Any
+    """Parameters of the KL term's reference model; None without a KL term."""
     local: list[int]
+    """Indices of this process's prompts within a step."""
     clock: Clock
 
 
 def local_prompts(mesh: Mesh, config: ConfigDict) -> list[int]:
-    """The prompts whose rows this process holds. Raises UserError where a group would be split between processes."""
+    """Return the indices of the prompts whose rows this process holds.
+
+    Raises UserError if a group would be split between processes.
+    """
     P, G = config.data.prompts_per_step, config.rollout.group_size
     rows = sharding.local_rows(mesh, P * G)
     prompts = sorted({int(row) // G for row in rows})
@@ -166,14 +171,17 @@ def local_prompts(mesh: Mesh, config: ConfigDict) -> list[int]:
 
 
 def positions(parts: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint keeps of the parts of a run that live on the host: each has get_state and set_state."""
+    """Return the state that a checkpoint keeps of the host-side parts of a run; each has get_state and set_state."""
     return {name: part.get_state() for name, part in parts.items()}
 
 
 def restore(
     checkpoints: Checkpoints, state: TrainState, parts: dict[str, Any], config: ConfigDict
 ) -> tuple[TrainState, int | None]:
-    """The newest checkpoint's state and step, with the parts at their positions; (state, None) in a fresh folder."""
+    """Return the newest checkpoint's state and step and set the parts to its positions; (state, None) if none exists.
+
+    Raises UserError if the checkpoint was saved with another seed.
+    """
     latest = checkpoints.latest()
     if latest is None:
         return state, None
@@ -188,14 +196,14 @@ def restore(
 
 
 def load_reference(config: ConfigDict, directory: Path, mesh: Mesh) -> Any:
-    """The parameters that the KL term pulls towards: the model that the run began with. None without a KL term."""
+    """Return the parameters that the KL term pulls towards (the model that the run began with); None without KL."""
     if config.algorithm.kl_coef == 0:
         return None
     return split_model(load_model(directory, config.model, mesh)[0])[1]
 
 
 def write_config(config: ConfigDict, workdir: Path, resumed: int | None, writer: MetricWriter) -> None:
-    """Keeps the config beside the results; on resuming, says which fields are not those that the run began with."""
+    """Write config.json into `workdir`; on resume, report the fields that have changed since the last start."""
     if jax.process_index() > 0:
         return
     path, now = workdir / "config.json", json.loads(config.to_json_best_effort())
@@ -211,7 +219,7 @@ def write_config(config: ConfigDict, workdir: Path, resumed: int | None, writer:
 
 
 def warm_up(run: Run, state: TrainState) -> TrainState:
-    """Compiles all that a step runs. The update gets an advantage that is not a number, so it changes nothing."""
+    """Compile everything that a step runs. The update gets NaN advantages, so it changes no parameter."""
     config, programs = run.config, run.programs
     run.agent.players.sampler.warm_up(state.params)
     run.agent.players.sampler.release()
@@ -236,7 +244,7 @@ def warm_up(run: Run, state: TrainState) -> TrainState:
 
 
 def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) -> tuple[TrainState, dict[str, float]]:
-    """Prompts -> episodes -> advantages -> updates. The metrics are the same in every process."""
+    """Run one step: prompts -> episodes -> advantages -> updates. The metrics are the same in every process."""
     config, clock, compiled = run.config, run.clock, compile_count()
     with clock("step"):
         with clock("rollout"):
@@ -282,7 +290,7 @@ def grouped(run: Run, episodes: Sequence[Episode]) -> list[Sequence[Episode]]:
 
 
 def to_device(run: Run, episodes: Sequence[Episode], step: int) -> tuple[TrainBatch, EncodedBatch]:
-    """This process's episodes -> the batch of all processes, of the size that holds any episode."""
+    """Pack this process's episodes into the global batch, padded to the size that holds any episode."""
     agent, P, G = run.agent, run.config.data.prompts_per_step, run.config.rollout.group_size
     size = dict(zip(("length", "patches"), run.programs.buckets[-1], strict=True))
     steps = run.config.tapo.max_tool_steps
@@ -303,8 +311,10 @@ def with_advantages(
 
 
 def with_log_probs(run: Run, state: TrainState, batch: TrainBatch) -> tuple[TrainBatch, jax.Array | None]:
-    """The batch with old log-probabilities where more than one update needs them, and the reference's where there is
-    one."""
+    """Return the batch with old log-probabilities, and the reference model's log-probabilities.
+
+    The old ones are filled only if there is more than one update; the reference's are None without a reference.
+    """
     reference_BxT = None if run.reference is None else run.programs.log_probs(run.reference, batch.inputs)
     if len(run.programs.index_U) > 1:
         batch = dataclasses.replace(batch, old_logp_BxT=run.programs.old_log_probs(state.params, batch.inputs))
@@ -312,13 +322,13 @@ def with_log_probs(run: Run, state: TrainState, batch: TrainBatch) -> tuple[Trai
 
 
 def remember(run: Run, episodes: Sequence[Episode], credit: Credit, step: int) -> None:
-    """Successful rollouts become witnesses for later steps, where the config has such a memory."""
+    """Store successful rollouts as witnesses for later steps if the config has such a memory."""
     if run.encoder.remembered:
         run.encoder.remember(grouped(run, episodes), step, jax.device_get(credit.advantage_PxG)[run.local])
 
 
 def record_episodes(run: Run, episodes: Sequence[Episode], credit: Credit, step: int) -> None:
-    """Process 0 keeps its episodes with the credit of their steps, for the page and the credit report."""
+    """Write process 0's episodes with the credit of their steps, for the page and the credit report."""
     credit = jax.device_get(credit)
     if jax.process_index() > 0:
         return
@@ -335,11 +345,11 @@ def record_episodes(run: Run, episodes: Sequence[Episode], credit: Credit, step:
     records.save(run.workdir / "episodes" / f"step_{step:06d}.npz", recorded)
 
 
-# -------------------------------------------------------------------------------------------- beside the steps
+# -------------------------------------------------------------------------------------------- around the steps
 
 
 def evaluated(run: Run, state: TrainState, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Return the evaluation's numbers as eval/…"""
+    """Return the evaluation's metrics as eval/…."""
     with run.clock("eval"):
         found = evaluate.evaluate(
             run.examiner,
@@ -367,7 +377,7 @@ def raise_if_broken(metrics: dict[str, float], step: int, config: ConfigDict, wo
 
 
 def raise_if_silent(silent: int, step: int, total: int, config: ConfigDict) -> None:
-    """Raise UserError where the policy wrote nothing in the last `silent` steps, so that nothing was trained."""
+    """Raise UserError if the policy wrote nothing in the last `silent` steps, so that nothing was trained."""
     if silent >= SILENT_STEPS or (silent and silent >= min(step, total) and step == total):
         raise UserError(
             f"In the last {silent} steps the policy could not write a single token, because no question left room for "
@@ -377,8 +387,10 @@ def raise_if_silent(silent: int, step: int, total: int, config: ConfigDict) -> N
 
 
 def leave_results(run: Run, model: nnx.Module, directory: Path, writer: MetricWriter) -> None:
-    """The trained model as a directory in Hugging Face form (low-rank updates merged, and beside it as an adapter that
-    peft reads), the curve, and the page of recorded episodes."""
+    """Write the trained model as a Hugging Face directory, the curve, and the page of recorded episodes.
+
+    Low-rank updates are merged into the model and also written next to it as an adapter that peft reads.
+    """
     export, part = run.workdir / "export", run.workdir / "export.part"
     if run.config.model.lora_rank:
         if jax.process_index() == 0:

@@ -206,7 +206,7 @@ def keywords(value: ast.expr, prefix: str) -> list[tuple[str, int, int]]:
 
 
 def fields(argument: str) -> dict[str, Any]:
-    """Give the fields of the config in the order of the file; a section without fields is a field with the value {}."""
+    """Return the fields of the config in the order of the file; a section without fields is a field with value {}."""
     config = beside(str(CONFIG), CONFIG.name)(argument)
     values = flat(config)
     order = [name for section in sections(ast.parse(CONFIG.read_text(encoding="utf-8"))) for name, *_ in section]
@@ -214,7 +214,7 @@ def fields(argument: str) -> dict[str, Any]:
 
 
 def meanings() -> dict[str, str]:
-    """Give every field of the config its meaning. Raises KeyError where a field has none."""
+    """Return the meaning of every field of the config. Raises KeyError if a field has none."""
     commented = comments(CONFIG.read_text(encoding="utf-8"))
     found = {}
     for name in fields(""):
@@ -226,7 +226,7 @@ def meanings() -> dict[str, str]:
 
 
 def page() -> str:
-    """Give the text of docs/config.md."""
+    """Return the text of docs/config.md."""
     default, recipe, meaning = fields(""), fields(RECIPE), meanings()
     lines = [HEAD]
     for section in dict.fromkeys(name.rpartition(".")[0].split(".")[0] for name in default):
@@ -246,7 +246,7 @@ def page() -> str:
 
 
 def shown(value: Any) -> str:
-    """Write a value as it is written in the config; "–" where it is unset."""
+    """Return a value as it is written in the config; "–" if it is unset."""
     text = "" if value is None else repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}…"
     return f"`{text}`" if text else "–"

@@ -1,6 +1,6 @@
 """Draw TAPO in one figure: two rollouts of one question, coloured by their advantages before and after TAPO.
 
-Places, colours and the arrow are those of the viewer's credit map (`tapo_jax/viewer/credit_map.py`), from a recorded
+Positions, colours and the arrow are those of the viewer's credit map (`tapo_jax/viewer/credit_map.py`), from a recorded
 step of a run.
 """
 
@@ -29,7 +29,7 @@ def choose(paths: Sequence[Path]) -> tuple[RecordedEpisode, RecordedEpisode]:
     """Find a (successful, failing) pair of one question in which the failure borrowed most from that success.
 
     All successes of the question have the same advantage, so that Adv of every cluster is that number. Raises
-    ValueError where the recordings hold no such pair.
+    ValueError if the recordings have no such pair.
     """
     found = []
     for path in paths:
@@ -95,7 +95,7 @@ def panel(axes: Axes, credit: dict[str, Any], which: str, beta: float, title: st
 
 
 def arrow(axes: Axes, credit: dict[str, Any], beta: float) -> None:
-    """Draw the arrow from the witness to the first step that borrowed, and what the step got."""
+    """Draw the arrow from the witness to the first step that borrowed, and the credit that the step got."""
     first = credit["arrows"][0]
     numbers = [float(number) for number in first["path"].replace("M", "").replace("C", "").split()]
     points = list(zip(numbers[::2], numbers[1::2], strict=True))

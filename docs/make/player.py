@@ -24,7 +24,7 @@ CONFIGS = str(Path(__file__).parents[2] / "configs" / "x")
 
 @dataclasses.dataclass(frozen=True)
 class Player:
-    """A config, an agent that plays as it says, and the parameters that it plays with."""
+    """A config, the agent that it describes, and the agent's parameters."""
 
     config: Any
     agent: Agent
@@ -52,7 +52,7 @@ def make_player(*, slots: int) -> Player:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """What a slot did from `start` to `stop`, in seconds. kind: "extend", "copy", "decode" or "tool"."""
+    """The work of a slot from `start` to `stop`, in seconds. kind: "extend", "copy", "decode" or "tool"."""
 
     kind: str
     slot: int
@@ -62,7 +62,7 @@ class Bar:
 
 
 class Watched(Board):
-    """The host's state of a rollout that notes who calls a tool, and for how long."""
+    """The host's state of a rollout, which also records the tool calls and their times."""
 
     bars: list[Bar]
     now: list[float]

@@ -28,7 +28,7 @@ KINDS = {
 
 
 def draw_episode(player: Player, out: Path) -> None:
-    """Write the token strip of a failing episode that borrowed credit: who wrote a token, mask, step, advantages."""
+    """Write the token strip of a failing episode that borrowed credit: a token's writer, mask, step, advantages."""
     for step in range(1, 9):
         episodes = player.play(QUESTIONS, GROUP, step)
         transfer, advantage_PxG = transferred(player, episodes)
@@ -95,7 +95,7 @@ def transferred(player: Player, episodes: Sequence[Episode]) -> tuple[Any, np.nd
 
 
 def draw_round(bars: Sequence[Bar], slots: int, out: Path) -> None:
-    """Write the Gantt chart of a rollout: a row for every slot, a bar for everything that was done in it."""
+    """Write the Gantt chart of a rollout: a row for every slot, a bar for each of its operations."""
     start = min(bar.start for bar in bars)
     figure = Figure(figsize=(10, 3.8), dpi=105, layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""A config against everything that can be known before anything is compiled. Raises UserError."""
+"""Check a config for all mistakes that can be found before anything is compiled. Raises UserError."""
 
 from ml_collections import ConfigDict
 
@@ -9,7 +9,7 @@ __all__ = ["check", "check_rows"]
 
 
 def check(config: ConfigDict) -> None:
-    """Check everything about an RL config that can be wrong without looking at a device or a file. Raises UserError."""
+    """Check an RL config for all mistakes that can be found without a device or a file. Raises UserError."""
     for name in FREE:
         section, _, field = name.removesuffix(".").rpartition(".")
         part = config.get(section)
@@ -44,8 +44,10 @@ def check(config: ConfigDict) -> None:
 
 
 def check_rows(*, prompts: int, group_size: int, shards: int, processes: int, updates: int, micro_batches: int) -> None:
-    """The batch of prompts × group_size rows must divide into updates × micro_batches pieces, each over `shards`
-    devices."""
+    """Check that prompts × group_size rows divide into updates × micro_batches pieces, each over `shards` devices.
+
+    Also checks that the processes divide the prompts. Raises UserError.
+    """
     rows = prompts * group_size
     if rows % shards:
         raise UserError(

@@ -1,6 +1,6 @@
-"""What every field of a config may hold. A field that is not in the table is refused, and so is a value out of range.
+"""Define the range of every config field. A field that is not in the table is an error, and so is a value out of range.
 
-To add a field, add its line to RANGES. The sentence that a user reads is made from the line:
+To add a field, add its line to RANGES. The error message is made from the line:
 
     "rollout.slots": whole(1),      rollout.slots is 0: it must be a whole number of at least 1.
     "tapo.theta": number(0, 1),     tapo.theta is nan: it must be a number from 0 to 1.
@@ -21,29 +21,29 @@ from tapo_jax.models.stack import REMAT
 from tapo_jax.tapo import controls, similarity
 
 INF = math.inf
-SEED = 2**31 - 1  # the largest: seeds travel as 32-bit integers
+SEED = 2**31 - 1  # max seed: seeds are passed as 32-bit integers
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What one field may hold.
-
-    kind: "whole", "number", "text", "flag", "choice" or "tuple".
-    low, high: bounds of a number, or of the length of a text or tuple.
-    beyond_low, beyond_high: whether the bound itself is left out.
-    also: further values, such as None.
-    choices: of the kind "choice".
-    each: what an element of the kind "tuple" may hold.
-    """
+    """The values that one field may have."""
 
     kind: str
+    """One of "whole", "number", "text", "flag", "choice" or "tuple"."""
     low: float = -INF
+    """Lower bound of a number, or of the length of a text or tuple."""
     high: float = INF
+    """Upper bound of the same."""
     beyond_low: bool = False
+    """Whether the lower bound itself is excluded."""
     beyond_high: bool = False
+    """Whether the upper bound itself is excluded."""
     also: tuple = ()
+    """Further allowed values, such as None."""
     choices: tuple[str, ...] = ()
+    """Values of the kind "choice"."""
     each: "Range | None" = None
+    """Range of an element of the kind "tuple"."""
 
 
 def whole(low: int, high: float = INF, *, also: tuple = ()) -> Range:
@@ -55,12 +55,12 @@ def number(low: float, high: float = INF, *, also: tuple = ()) -> Range:
 
 
 def above(low: float, high: float = INF, *, also: tuple = ()) -> Range:
-    """A number greater than `low`."""
+    """Return the range of a number greater than `low`."""
     return Range("number", low, high, beyond_low=True, also=also)
 
 
 def below(low: float, high: float) -> Range:
-    """A number of at least `low` and less than `high`."""
+    """Return the range of a number of at least `low` and less than `high`."""
     return Range("number", low, high, beyond_high=True)
 
 
@@ -73,7 +73,7 @@ def choice(*choices: str, also: tuple = ()) -> Range:
 
 
 def each(element: Range, low: int = 0, high: float = INF) -> Range:
-    """A tuple of `low` to `high` elements."""
+    """Return the range of a tuple of `low` to `high` elements."""
     return Range("tuple", low, high, each=element)
 
 
@@ -217,7 +217,7 @@ RANGES: dict[str, Range] = {
     "eval.judge.cache": text(),
 }
 
-# Sections whose fields have names of the user's own: what such a field may hold, None for anything.
+# Sections whose field names the user chooses -> range of such a field, None for any value.
 FREE: dict[str, Range | None] = {
     "data.extra.": None,
     "tools.extra.": None,
@@ -241,7 +241,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def find(name: str) -> Range | None:
-    """Return the range of a field, None for one that may hold anything. Raises UserError for an unknown field."""
+    """Return the range of a field, None for one that may have any value. Raises UserError for an unknown field."""
     if name in RANGES:
         return RANGES[name]
     for prefix, allowed in FREE.items():
@@ -253,7 +253,7 @@ def find(name: str) -> Range | None:
 
 
 def holds(allowed: Range, value: Any) -> bool:
-    """Return whether a value is one that the range allows."""
+    """Return whether the range allows a value."""
     if any(value is other or (type(value) is type(other) and value == other) for other in allowed.also):
         return True
     if allowed.kind == "flag":
@@ -273,7 +273,7 @@ def holds(allowed: Range, value: Any) -> bool:
 
 
 def sentence(name: str, value: Any, allowed: Range) -> str:
-    """Return what a user is told about a value out of range."""
+    """Return the error message for a value out of range."""
     if allowed.kind == "choice":
         choices = [*allowed.choices, *(str(other) for other in allowed.also)]
         return f"{name} is {value!r}: choose one of {', '.join(choices)}."

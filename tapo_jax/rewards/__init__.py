@@ -1,4 +1,4 @@
-"""An episode and its accepted answers -> named rewards. No normalising over groups: that is `learn.advantages`."""
+"""Score an episode by its accepted answers with named rewards. `learn.advantages` normalises them over groups."""
 
 from tapo_jax.rewards.format import format_score
 from tapo_jax.rewards.matching import exact_match, exact_match_published, normalise, normalise_published

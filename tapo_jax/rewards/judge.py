@@ -1,7 +1,7 @@
-"""A language model that says whether an answer is right, over an OpenAI-compatible endpoint.
+"""Ask a language model whether an answer is right, over an OpenAI-compatible endpoint.
 
-Exact match comes first: only an answer that fails it is judged, against each accepted answer in turn. A judgement that
-failed is no verdict: `Verdict.right` is None, and whoever counts leaves the episode out.
+Exact match comes first: only an answer that fails it is judged, against each accepted answer in turn. A failed
+judgement is no verdict: `Verdict.right` is None, and statistics leave the episode out.
 """
 
 import base64
@@ -37,36 +37,43 @@ _MAX_WAIT_S = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """endpoint: "http://host:port/v1". key_variable: the environment variable that holds the key, "" for none.
-
-    max_failed: the share of failed judgements above which the run stops, looked at from min_judged judgements on.
-    image_side: images are reduced to this many pixels a side; 0 sends none. cache: a SQLite file, "" for none.
-    """
+    """The settings of a judge."""
 
     endpoint: str
+    """Such as "http://host:port/v1"."""
     model: str
     key_variable: str = "JUDGE_API_KEY"
+    """Environment variable with the key, "" for none."""
     concurrency: int = 64
     timeout_s: float = 60.0
     retries: int = 5
     backoff_s: float = 0.5
     max_failed: float = 0.05
+    """Share of failed judgements above which the run stops, checked from `min_judged` judgements on."""
     min_judged: int = 20
     max_tokens: int = 512
     image_side: int = 1024
+    """Max pixels of an image's side; larger images are reduced. 0 sends no images."""
     cache: str = ""
+    """A SQLite file, "" for none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """right: None where no verdict came. word: what the judge wrote last, or why there is none."""
+    """The judgement of one answer."""
 
     right: bool | None
+    """None if there is no verdict."""
     word: str = ""
+    """The judge's last reply, or why there is none."""
 
 
 class _NoVerdict(Exception):
-    """The endpoint gave no verdict; the message says why. wait_s: what Retry-After asked for."""
+    """The error for a request without a verdict; the message says why.
+
+    wait_s: seconds that Retry-After asked for.
+    again: whether to retry.
+    """
 
     def __init__(self, message: str, *, wait_s: float | None = None, again: bool = True):
         super().__init__(message)
@@ -74,7 +81,7 @@ class _NoVerdict(Exception):
 
 
 class Judge:
-    """Thread-safe. Call `close` at the end."""
+    """A thread-safe judge of answers. Call `close` at the end."""
 
     def __init__(self, settings: Settings):
         key = os.environ.get(settings.key_variable, "") if settings.key_variable else ""
@@ -98,7 +105,10 @@ class Judge:
             self._cache.close()
 
     def __call__(self, prompt: Prompt, answer: str | None) -> Verdict:
-        """Raises UserError where more than max_failed of the judgements have failed; no answer is wrong unjudged."""
+        """Judge an answer; a missing answer is wrong without a request.
+
+        Raises UserError if more than max_failed of the judgements have failed.
+        """
         if answer is None or not answer.strip():
             return Verdict(False, "no answer")
         images = [_data_url(pixels, self._settings.image_side) for pixels in prompt.images if self._settings.image_side]
@@ -127,7 +137,7 @@ class Judge:
             )
 
     def _word(self, messages: list[dict]) -> str:
-        """The judge's text, from the cache or the endpoint. Raises _NoVerdict."""
+        """Return the judge's reply from the cache or the endpoint. Raises _NoVerdict."""
         s = self._settings
         body = {"model": s.model, "messages": messages, "temperature": 0, "max_tokens": s.max_tokens}
         key = hashlib.sha256(json.dumps([s.endpoint, body], sort_keys=True).encode()).hexdigest()
@@ -189,7 +199,7 @@ def _retry_after(reply: httpx.Response) -> float | None:
 
 def _messages(question: str, truth: str, answer: str, images: list[str]) -> list[dict]:
     text = f"Question: {question}\nGround truth: {truth}\nResponse: {answer}"
-    text = text.encode("utf-8", "replace").decode()  # half a surrogate cannot be sent
+    text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
     shown = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     return [{"role": "system", "content": RULES}, {"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 

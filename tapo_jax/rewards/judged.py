@@ -1,4 +1,4 @@
-"""Rewards with a judge: exact match first, and only what fails it is judged."""
+"""Compute rewards with a judge: exact match first; only answers that fail it are judged."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,19 +12,19 @@ from tapo_jax.types import Episode
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """rewards: those of `scoring.score`, with exact_match and published beside them.
-
-    judged: False where the judge gave no verdict; the episode must leave all statistics then, and its accuracy of 0 is
-    no wrong answer. word: what the judge said, "" where exact match was enough.
-    """
+    """The rewards of one episode."""
 
     rewards: dict[str, float]
+    """Those of `scoring.score`, and exact_match and published."""
     judged: bool = True
+    """False if the judge gave no verdict: statistics must leave the episode out, and its accuracy of 0 does not mean
+    a wrong answer."""
     word: str = ""
+    """The judge's reply, "" if exact match was enough."""
 
 
 def make_score(judge: Judge) -> Callable[[Episode], Scored]:
-    """A thread-safe scorer of episodes."""
+    """Return a thread-safe function that scores an episode."""
 
     def score(episode: Episode) -> Scored:
         exact = accuracy(episode.answer, episode.prompt)

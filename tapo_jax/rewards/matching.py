@@ -1,7 +1,7 @@
-"""Whether an answer says what an accepted answer says, letter by letter, in any script.
+"""Match an answer with the accepted answers, letter by letter, in any script.
 
-Two answers match when their normal forms are equal, so matching is reflexive, symmetric and transitive. What the
-normal form drops and keeps is in docs/judges.md, with its differences from the published rule.
+Two answers match if their normal forms are equal, so matching is reflexive, symmetric and transitive. docs/judges.md
+says what the normal form drops and keeps, and how it differs from the published rule.
 """
 
 import re
@@ -9,20 +9,20 @@ import string
 import unicodedata
 from collections.abc import Sequence
 
-# Letters that Unicode does not decompose, as they are written without their strokes (ß folds to ss by itself).
+# Letters that Unicode does not decompose -> the same without strokes (case folding turns ß into ss already).
 _LETTERS = {
     "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ħ": "h", "ŧ": "t", "ı": "i",
     "ǥ": "g", "ɓ": "b", "ɗ": "d", "ƙ": "k", "ƴ": "y", "ɨ": "i", "ʉ": "u",
 }  # fmt: skip
-# Characters that stand for another one, whatever Unicode's category says.
+# Characters that are replaced by another one, whatever their Unicode category.
 _SAME = {
     "\u2044": "/", "\u2215": "/", "\u066b": ".", "\u066c": ",", "\u066a": "%", "\u2212": "-", "\u2019": "'",
     "\u2018": "'", "\u02bb": "'", "\u02bc": "'", "\u02be": "'", "\u02bf": "'", "\u0640": "", "\u034f": "",
 }  # fmt: skip
-# Compatibility forms that are another look of the same letters; <super>, <circle> and others have a meaning.
+# Compatibility forms that only change the look of a letter; <super>, <circle> and others carry a meaning.
 _LOOKS = ("<wide>", "<narrow>", "<font>", "<initial>", "<medial>", "<final>", "<isolated>", "<noBreak>", "<vertical>")
-_SIGNS = "+<>=~"  # ASCII's signs that keep their meaning
-# 1,000 and 1'000 and 1 000 with a space that does not break, and India's 1,00,000.
+_SIGNS = "+<>=~"  # ASCII signs that are kept, because they carry a meaning
+# 1,000 and 1'000 and 1 000 with a non-breaking space, and the Indian 1,00,000.
 _GROUPED = re.compile(
     r"(?<![\w.,'])(?:\d{1,3}([,'\u00a0\u202f\u2009])\d{3}(?:\1\d{3})*|\d{1,2}(?:,\d{2})+,\d{3})(?![\d,'])"
 )
@@ -32,36 +32,36 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """The normal form of an answer: "" only where the text has nothing but white space and invisible characters.
+    """Return the normal form of an answer; it is "" only if the text has just white space and invisible characters.
 
-    Case, accents of Latin and Greek letters, punctuation and leading articles are dropped. Signs, currencies and the
-    digits' own punctuation stay. A text that this would empty stays as it is, folded.
+    Case, accents of Latin and Greek letters, punctuation and leading articles are dropped. Signs, currencies and
+    punctuation within numbers are kept. A text that this would empty is only folded.
     """
     folded = _fold(text)
     plain = _without_punctuation(folded)
     words = plain.split() or folded.split()
-    # An article stands before something: the A of "hepatitis A" is none, and "The The" is a name.
+    # An article precedes a word: the A of "hepatitis A" is not an article, and "The The" is a name.
     rest = [word for word in words[:-1] if word not in _ARTICLES] + words[-1:]
     return " ".join(words if rest and set(rest) <= _ARTICLES else rest)
 
 
 def exact_match(answer: str | None, accepted: Sequence[str]) -> float:
-    """1.0 where the normalised answer equals one of the normalised accepted answers, and is not empty."""
+    """Return 1.0 if the normalised answer is not empty and equals a normalised accepted answer, else 0.0."""
     if answer is None or not normalise(answer):
         return 0.0
     return float(normalise(answer) in {normalise(text) for text in accepted})
 
 
 def normalise_published(text: str) -> str:
-    """The rule of SQuAD, Search-R1 and MMSearch-R1: lower case, ASCII punctuation deleted, articles removed."""
+    """Normalise as SQuAD, Search-R1 and MMSearch-R1 do: lower case, no ASCII punctuation, no articles."""
     plain = "".join(character for character in text.lower() if character not in _PUNCTUATION)
     return " ".join(_PUBLISHED_ARTICLES.sub(" ", plain).split())
 
 
 def exact_match_published(answer: str | None, accepted: Sequence[str]) -> float:
-    """1.0 where the answer equals an accepted answer by the published rule, for tables that are compared with papers.
+    """Return 1.0 if the answer equals an accepted answer by the published rule, for comparison with papers; else 0.0.
 
-    Two answers that the rule empties are equal, as in the published code; no answer is never right.
+    Two answers that the rule empties are equal, as in the published code; a missing answer is never right.
     """
     if answer is None:
         return 0.0
@@ -69,8 +69,8 @@ def exact_match_published(answer: str | None, accepted: Sequence[str]) -> float:
 
 
 def _fold(text: str) -> str:
-    """Case and looks folded, digits in ASCII, accents of Latin and Greek letters dropped; white space collapsed."""
-    for _ in range(3):  # folding may give characters that fold again (İ, ligatures in capitals)
+    """Fold case and looks, make digits ASCII, drop accents of Latin and Greek letters, collapse white space."""
+    for _ in range(3):  # a folded character may fold further (İ, ligatures in capitals)
         folded = _fold_once(text)
         if folded == text:
             break
@@ -95,7 +95,7 @@ def _fold_once(text: str) -> str:
 
 
 def _look(character: str) -> str:
-    """One character without what is only its look: wide letters, digits of any script, fractions, dashes."""
+    """Replace a character that differs only in its look: wide letters, digits of any script, fractions, dashes."""
     if character in _SAME:
         return _SAME[character]
     category = unicodedata.category(character)
@@ -113,8 +113,11 @@ def _look(character: str) -> str:
 
 
 def _optional(mark: str, base: str) -> bool:
-    """Whether a combining mark is no part of a letter: accents in Latin and Greek, points in Hebrew and Arabic, stress
-    in Cyrillic, and selectors of a look. й, が and the vowel signs of Indic scripts are letters."""
+    """Return whether a combining mark is not part of a letter.
+
+    These are accents in Latin and Greek, points in Hebrew and Arabic, stress in Cyrillic, and variation selectors.
+    й, が and the vowel signs of Indic scripts are letters.
+    """
     code, name = ord(mark), unicodedata.name(base, "") if base else ""
     if 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF:
         return True
@@ -126,7 +129,7 @@ def _optional(mark: str, base: str) -> bool:
 
 
 def _subscript(character: str, before: list[str]) -> str:
-    """The digit of a subscript that follows a letter (H₂O is H2O), else ""."""
+    """Return the digit of a subscript that follows a letter (H₂O is H2O), else ""."""
     is_subscript = unicodedata.decomposition(character).startswith("<sub>")
     if is_subscript and before and (before[-1].isalpha() or before[-1].isdigit()):
         start = len(before)
@@ -157,7 +160,7 @@ def _is_punctuation(character: str) -> bool:
 
 
 def _has_meaning(character: str, before: str, after: str) -> bool:
-    """Whether a punctuation mark is part of a number (-5, 1.5, 10:30, 1/2, 5 %, 5′) or of a name such as C#."""
+    """Return whether a punctuation mark is part of a number (-5, 1.5, 10:30, 1/2, 5 %, 5′) or of a name such as C#."""
     number_follows = bool(re.match(r"\.?\d", after))
     if before.isdigit() and after[:1].isdigit() and character not in "\"'_":
         return True

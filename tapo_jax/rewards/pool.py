@@ -1,4 +1,4 @@
-"""Scoring on threads: an episode is scored when it ends, while others still play."""
+"""Score episodes on threads: each one when it ends, while others still play."""
 
 import concurrent.futures
 import time
@@ -11,8 +11,10 @@ Rewards = dict[str, float] | Scored
 
 
 class ScorePool:
-    """Scores episodes on `workers` threads. The rewards are put into the episodes by `wait`, in the order of its
-    argument, so that nothing depends on which thread was first."""
+    """Score episodes on `workers` threads.
+
+    `wait` sets the rewards in the order of its argument, so that nothing depends on which thread was first.
+    """
 
     def __init__(self, score: Callable[[Episode], Rewards], workers: int):
         self._score = score
@@ -21,13 +23,14 @@ class ScorePool:
         self.waited_s = 0.0
 
     def submit(self, episode: Episode) -> None:
-        """Starts scoring an episode that has ended."""
+        """Start scoring an episode that has ended."""
         self._waiting[id(episode)] = episode, self._threads.submit(self._score, episode)
 
     def wait(self, episodes: Sequence[Episode]) -> None:
-        """Sets the rewards of all episodes, those never submitted too. Raises what a scorer raised first, in order.
+        """Set the rewards of all episodes, including those never submitted.
 
-        `waited_s` is then how long this call waited: what scoring added to the step.
+        Raises the error of the first episode, in order, whose scorer raised one. `waited_s` is then the seconds that
+        this call waited: the time that scoring added to the step.
         """
         began = time.perf_counter()
         for episode in episodes:

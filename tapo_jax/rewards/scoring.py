@@ -1,4 +1,4 @@
-"""The rewards of an episode, by name, and their weighted sum."""
+"""Compute the named rewards of an episode and their weighted sum."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,15 @@ from tapo_jax.types import Episode, Prompt
 
 
 def accuracy(answer: str | None, prompt: Prompt) -> float:
-    """1.0 for an accepted answer; a question with meta "ranges" takes a number in one of them too."""
+    """Return 1.0 for an accepted answer, else 0.0; a question with meta "ranges" also accepts a number in a range."""
     return max(exact_match(answer, prompt.answers), in_range(answer, prompt.meta.get("ranges", ())))
 
 
 def score(episode: Episode) -> dict[str, float]:
-    """{"accuracy": …, "format": …}, each in 0..1."""
+    """Return {"accuracy": …, "format": …}, each in 0..1."""
     return {"accuracy": accuracy(episode.answer, episode.prompt), "format": format_score(episode)}
 
 
 def total(rewards: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Σ weight · reward. Raises KeyError for a weight whose reward does not exist."""
+    """Return Σ weight · reward. Raises KeyError for a weight whose reward does not exist."""
     return float(sum(weight * rewards[name] for name, weight in weights.items()))
