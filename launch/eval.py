@@ -22,9 +22,9 @@ flags.mark_flags_as_required(["config", "checkpoint"])
 def main(argv: list[str]) -> None:
     del argv
     processes.join()
-    from tapo_jax import evaluate_checkpoint  # noqa: PLC0415 - jax may start its devices only after the processes have joined
+    from tapo_jax.evaluate import checkpoint  # noqa: PLC0415 - jax may start its devices only after the processes have joined
 
-    evaluate_checkpoint.run(CONFIG.value, CHECKPOINT.value, OUT.value, page=PAGE.value)
+    checkpoint.run(CONFIG.value, CHECKPOINT.value, OUT.value, page=PAGE.value)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from rollout_world import model
 
-from tapo_jax import evaluate, evaluate_checkpoint, records
+from tapo_jax import evaluate, records
 from tapo_jax.config import UserError
+from tapo_jax.evaluate import checkpoint as evaluate_checkpoint
 from tapo_jax.learn.checkpoints import Checkpoints, read_params
 from tapo_jax.learn.state import TrainState, split_model
 from tapo_jax.rollout.schedule import Sampling

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tapo_jax"
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py"))
-WIRING = {"agent", "check", "evaluate", "evaluate_checkpoint", "programs", "train"}
+WIRING = {"agent", "check", "evaluate", "one_step", "programs", "train"}
 
 
 @functools.cache
@@ -140,14 +140,15 @@ def test_only_the_wiring_and_whole_programs_know_the_config():
     """A config is an `ml_collections.ConfigDict`; packages take plain arguments. Programs of their own read one too."""
     programs = {
         "bench/model_jax.py",
-        "check/__init__.py",
         "cold_start/sft.py",
         "compile_check/check.py",
         "compile_check/programs.py",
         "sweep/runs.py",
     }
     users = {file for file in FILES if "ml_collections" in tops(file)}
-    allowed = {f"tapo_jax/{name}.py" for name in WIRING | {"config"}} | {f"tapo_jax/{file}" for file in programs}
+    allowed = {file for name in WIRING | {"config"} for file in files_of(name)} | {
+        f"tapo_jax/{file}" for file in programs
+    }
     assert users <= allowed, users - allowed
 
 
@@ -228,3 +229,22 @@ def test_the_package_needs_no_tensorflow_and_no_torch():
 
 def test_the_top_reads_as_a_list():
     assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 30
+
+
+def functions(file: str) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def parameters(function: ast.FunctionDef) -> int:
+    """The parameters of a function, `self` and `cls` aside."""
+    arguments = function.args
+    names = [arg.arg for arg in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_functions_and_signatures_stay_short(file):
+    assert len((ROOT / file).read_text().splitlines()) <= 400
+    for function in functions(file):
+        assert function.end_lineno - function.lineno < 80, function.name
+        assert function.name.startswith("_") or parameters(function) <= 8, function.name

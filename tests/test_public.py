@@ -13,7 +13,7 @@ import tapo_jax
 
 PACKAGES = [info.name for info in pkgutil.iter_modules(tapo_jax.__path__, "tapo_jax.") if info.ispkg]
 # Packages that may import jax at once, because nothing without jax imports them.
-ON_DEVICE = {"tapo_jax.check", "tapo_jax.tapo"}
+ON_DEVICE = {"tapo_jax.check", "tapo_jax.evaluate", "tapo_jax.tapo"}
 
 
 @pytest.mark.parametrize("name", ["tapo_jax", *PACKAGES])

@@ -1,7 +1,4 @@
-"""Evaluate an agent on held-out questions: the training rollout without gradients, and metrics with intervals.
-
-`evaluate` yields (name, value) for the training loop; `evaluate_checkpoint.py` is the program for a checkpoint.
-"""
+"""Evaluate an agent on held-out questions: play them, add up over processes, give shares with intervals."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
