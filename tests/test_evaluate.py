@@ -18,7 +18,7 @@ from rollout_world import model
 from tapo_jax import evaluate, records
 from tapo_jax.config import UserError
 from tapo_jax.evaluate import checkpoint as evaluate_checkpoint
-from tapo_jax.evaluate import play
+from tapo_jax.evaluate import measure
 from tapo_jax.learn.checkpoints import Checkpoints, read_params
 from tapo_jax.learn.state import TrainState, split_model
 from tapo_jax.rollout.schedule import Sampling
@@ -73,7 +73,7 @@ def test_wilson():
     assert evaluate.wilson(0, 0) == (0.0, 1.0)
     low, high = evaluate.wilson(37, 128)
     for end in (low, high):  # the definition itself
-        assert (37 / 128 - end) ** 2 == pytest.approx(play.Z95**2 * end * (1 - end) / 128)
+        assert (37 / 128 - end) ** 2 == pytest.approx(measure.Z95**2 * end * (1 - end) / 128)
 
 
 def test_numbers_by_hop_count():
