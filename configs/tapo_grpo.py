@@ -130,7 +130,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
     c.checkpoint = ConfigDict(dict(every=10, keep=2))
     c.export = ConfigDict(dict(dtype=""))  # of the trained model's files: "float32", "bfloat16"; "": that of model.path
-    c.log = ConfigDict(dict(episodes_every=20, tensorboard=True))
+    c.log = ConfigDict(dict(
+        episodes_every=20, tensorboard=True,
+        profile_steps=(),  # the first and the last step that the profiler traces, into WORKDIR/profile; (): none
+    ))  # fmt: skip
+    c.compilation_cache = ""  # of compiled programs: "" is in the user's cache folder, "off", a folder or gs://…
     c.eval = ConfigDict(dict(
         split="held_out", prompts=128, every=0, at_start=True, at_end=True, temperature=1.0, top_p=1.0,
         # Another judge for evaluations; without an endpoint it is that of the reward.

@@ -39,6 +39,17 @@ def compile_count() -> int:
     return _compiles[0]
 
 
+def profiling(step: int, window: Sequence[int], folder: Path) -> contextlib.AbstractContextManager:
+    """Trace what a step does with the profiler (TensorBoard and Perfetto read the trace) if it is in the window.
+
+    window: the first and the last step, or one step, or nothing.
+    folder: each process writes its traces to a subfolder of it.
+    """
+    if not window or not window[0] <= step <= window[-1]:
+        return contextlib.nullcontext()
+    return jax.profiler.trace(folder / f"process_{jax.process_index()}" / f"step_{step:06d}")
+
+
 class Clock:
     """Sum seconds by name: `with clock("rollout"): …`; `take()` returns {"time/rollout": …} and resets the sums."""
 
@@ -71,6 +82,7 @@ def throughput(
     """Return perf/… of one step from its time/….
 
     tokens_per_s: tokens that the policy wrote in all processes, per second of the whole step.
+    rollout_tokens_per_s: the same per second of the rollout.
     tflops: operations of the updates per second and device, in 10¹².
     mfu: their share of the device's peak, if the peak is known.
     """
@@ -81,6 +93,7 @@ def throughput(
     written = sum(int(episode.mask_T.sum()) for episode in episodes) * jax.process_count()
     chip = flops.chip(jax.local_devices()[0].device_kind)
     perf = {"perf/tokens_per_s": written / values["time/step"], "perf/tflops": each / 1e12}
+    perf["perf/rollout_tokens_per_s"] = written / values["time/rollout"]
     return perf if chip is None else perf | {"perf/mfu": each / chip.flops}
 
 

@@ -1,7 +1,11 @@
 """Make the settings of every part, the compiled programs of a run and the encoder of its calls from a config."""
 
 import dataclasses
+import hashlib
+import os
+import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +22,34 @@ from tapo_jax.learn.state import TrainState
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.inputs import most_patches
 from tapo_jax.tapo import adaptive, embedding, memory
+
+
+def keep_compiled(where: str) -> None:
+    """Keep every compiled program on the disk, so that the second start of a run compiles nothing.
+
+    where: the config's compilation_cache: "" is a folder in the user's cache folder (one for each kind of processor,
+        at most 4 GiB), "off" keeps nothing, anything else is a folder or a bucket (gs://…).
+
+    JAX_COMPILATION_CACHE_DIR in the environment has precedence.
+    """
+    if where == "off" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    if not where:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        where = str(Path(cache) / "tapo_jax" / "compiled" / _processor())
+        jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
+    jax.config.update("jax_compilation_cache_dir", where)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _processor() -> str:
+    """Return a name of the processor and its instructions: a program for the CPU runs only on a CPU that has them."""
+    try:
+        flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
+    except OSError:  # not Linux
+        flags = [platform.processor()]
+    return f"{platform.machine()}-{hashlib.blake2b(''.join(flags).encode(), digest_size=6).hexdigest()}"
 
 
 @dataclasses.dataclass(frozen=True)

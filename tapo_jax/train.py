@@ -23,12 +23,12 @@ from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
 from tapo_jax.learn.checkpoints import Checkpoints
 from tapo_jax.learn.state import TrainState, init_state, split_model
-from tapo_jax.metrics import Clock, MetricWriter
+from tapo_jax.metrics import Clock, MetricWriter, profiling
 from tapo_jax.models import hf, lora, safetensors_files
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.shipped import model_directory
 from tapo_jax.one_step import Run, one_step, warm_up
-from tapo_jax.programs import adaptive_settings, make_encoder, make_optimizer, make_programs
+from tapo_jax.programs import adaptive_settings, keep_compiled, make_encoder, make_optimizer, make_programs
 from tapo_jax.report.curve import write_curve
 from tapo_jax.tapo import adaptive
 from tapo_jax.types import Prompt
@@ -60,6 +60,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
 def train_alone(config: ConfigDict, workdir: Path) -> None:
     """Train in a folder that no other run uses, with a checked config."""
     directory = model_directory(config.model.path, config.model.shape)
+    keep_compiled(config.compilation_cache)
     # -------------------------------------------------------------------------------------- mesh
     mesh = sharding.make_mesh(**config.mesh)
     check.check_rows(
@@ -105,7 +106,8 @@ def train_alone(config: ConfigDict, workdir: Path) -> None:
     with processes.StopRequest() as stop:
         while step < total and not stopping:
             step += 1
-            state, metrics = one_step(run, state, next(prompts), step)
+            with profiling(step, config.log.profile_steps, workdir / "profile"):
+                state, metrics = one_step(run, state, next(prompts), step)
             metrics["data/skipped"] = sum(processes.gather(prompts.skipped))
             if (step == total and config.eval.at_end) or (config.eval.every and step % config.eval.every == 0):
                 metrics |= evaluated(run, state, held_out)

@@ -145,6 +145,21 @@ def test_a_run_without_a_folder_and_a_disk_without_room_are_one_sentence(model, 
         train.train(tiny_run.config(model), tmp_path)
 
 
+@pytest.mark.parametrize("bytes_", [b"", b'{"seed": ', b"null", b"[1]", b"\xff"])
+def test_a_damaged_config_of_a_run_is_named_and_written_again(model, tmp_path, capsys, bytes_):
+    config = tiny_run.config(model)
+    writer = metrics.MetricWriter(tmp_path, total_steps=3, resumed_step=1, tensorboard=False)
+    (tmp_path / "config.json").write_bytes(bytes_)
+    train.write_config(config, tmp_path, 1, writer)
+    said = capsys.readouterr().out
+    assert "config.json is damaged" in said and "it is written again" in said and "resumed after step 1" in said
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == config.seed
+    config.optimizer.lr = 0.5
+    train.write_config(config, tmp_path, 1, writer)
+    assert "changed since then: optimizer.lr" in capsys.readouterr().out
+    writer.close()
+
+
 def test_a_run_in_which_nothing_is_written_ends_with_a_sentence(model):
     config = tiny_run.config(model)
     train.raise_if_silent(0, 60, 60, config)

@@ -99,3 +99,14 @@ def test_compilations_are_counted_once_a_program():
     assert metrics.compile_count() - before == 1
     double(x4)
     assert metrics.compile_count() - before == 2
+
+
+def test_the_profiler_traces_the_steps_of_its_window(tmp_path):
+    for step in range(1, 5):
+        with metrics.profiling(step, (2, 3), tmp_path):
+            jax.block_until_ready(jnp.ones(3) + step)
+    assert [path.name for path in sorted((tmp_path / "process_0").iterdir())] == ["step_000002", "step_000003"]
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 2
+    with metrics.profiling(1, (), tmp_path / "none"):
+        pass
+    assert not (tmp_path / "none").exists()

@@ -34,10 +34,16 @@ NONE_IS_FINE = {
 }  # fmt: skip
 EMPTY_TEXT_IS_FINE = {
     "data.dir", "model.path", "model.shape", "rollout.system", "export.dtype", "tools.endpoint", "tools.cache",
-    "tools.record", "tools.replay",
+    "tools.record", "tools.replay", "compilation_cache",
     *(f"{section}.judge.{field}" for section in ("reward", "eval") for field in ("endpoint", "model", "cache")),
 }  # fmt: skip
-EMPTY_TUPLE_IS_FINE = {"model.lora_modules", "tools.names", "train.length_buckets", "train.patch_buckets"}
+EMPTY_TUPLE_IS_FINE = {
+    "model.lora_modules",
+    "tools.names",
+    "train.length_buckets",
+    "train.patch_buckets",
+    "log.profile_steps",
+}
 MINUS_ONE_IS_FINE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "reward.weights.format"}
 
 

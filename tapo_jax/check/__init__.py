@@ -36,6 +36,8 @@ def check(config: ConfigDict) -> None:
             f"tapo.chunks is {config.tapo.chunks} and data.prompts_per_step {config.data.prompts_per_step}: choose a "
             "divisor."
         )
+    if list(config.log.profile_steps) != sorted(config.log.profile_steps):
+        raise UserError(f"log.profile_steps is {config.log.profile_steps}: give the first step, then the last.")
     if config.model.lora_rank and not config.model.lora_modules:
         raise UserError(
             f"model.lora_rank is {config.model.lora_rank} and model.lora_modules is empty: name the kernels that get "

@@ -200,6 +200,8 @@ RANGES: dict[str, Range] = {
     "checkpoint.keep": whole(1),
     "log.episodes_every": whole(1),
     "log.tensorboard": FLAG,
+    "log.profile_steps": each(whole(1), 0, 2),
+    "compilation_cache": text(),
     "eval.split": text(1),
     "eval.prompts": whole(0),
     "eval.every": whole(0),
@@ -290,6 +292,7 @@ def said(allowed: Range) -> str:
         return f"one of {', '.join(allowed.choices)}"
     if allowed.kind == "tuple":
         counts = f"{allowed.low} values" if allowed.low == allowed.high else f"at least {allowed.low} values"
+        counts = counts if allowed.low or allowed.high == INF else f"at most {allowed.high} values"
         return f"a tuple of {counts if allowed.low != 1 else 'at least 1 value'}, each {said(allowed.each)}"
     words = "a whole number" if allowed.kind == "whole" else "a finite number" if allowed.high == INF else "a number"
     if allowed.low > -INF and allowed.high < INF:

@@ -17,6 +17,7 @@ from tapo_jax.data import sources
 from tapo_jax.learn import checkpoints
 from tapo_jax.learn.state import split_model
 from tapo_jax.models.shipped import model_directory
+from tapo_jax.programs import keep_compiled
 from tapo_jax.records import write_whole
 
 _GIVE = "give a WORKDIR, a WORKDIR/checkpoints/N or a model directory"
@@ -33,6 +34,7 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
     """
     check.check(config)
     saved, directory, name, folder = find(Path(checkpoint), config)
+    keep_compiled(config.compilation_cache)
     mesh = sharding.make_mesh(**config.mesh)
     prompts = evaluate.split_prompts(config)
     if not prompts:
