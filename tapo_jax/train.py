@@ -44,6 +44,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """
     if not str(workdir):
         raise UserError("--workdir is empty: name the folder of the run.")
+    if "://" in str(workdir):
+        raise UserError(f"--workdir is '{workdir}', an address: mount that bucket (gcsfuse) and give its folder.")
     check.check(config)
     with processes.alone_in(Path(workdir)):
         try:

@@ -134,6 +134,8 @@ def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_holds_nothing(mode
 def test_a_run_without_a_folder_and_a_disk_without_room_are_one_sentence(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--workdir is empty"):
         train.train(tiny_run.config(model), "")
+    with pytest.raises(UserError, match="'gs://bucket/run', an address: mount that bucket"):
+        train.train(tiny_run.config(model), "gs://bucket/run")
 
     def full(config, workdir):
         raise OSError(28, "No space left on device", str(workdir / "episodes"))
