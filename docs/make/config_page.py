@@ -148,7 +148,7 @@ MEANINGS = {
     "eval.top_p": "nucleus sampling in evaluations; 1: off",
     "eval.top_k": "tokens that may be drawn in evaluations; 0: all. The trainer cannot reproduce it",
     "eval.min_p": "the least probability of a token in evaluations, as a share of the most probable one's; 0: none",
-    "eval.presence_penalty": "taken from the logits of the tokens that a turn holds already, in evaluations; 0: nothing",
+    "eval.presence_penalty": "taken from the logits of tokens that a turn holds already, in evaluations; 0: nothing",
     "benchmarks.mmsearch": 'folder of MMSearch, like the others for `launch/eval.py`; "": left out',
     "benchmarks.hr_mmsearch": "folder of HR-MMSearch",
     "benchmarks.fvqa_test": "folder of FVQA, whose test split is evaluated",
