@@ -287,7 +287,7 @@ def test_run_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     assert written["metrics"]["accuracy"] == 0.25 and written["split"] == config.eval.split
     text = (out / "model.md").read_text()
     assert "| all | 4 | 25.0 % |" in text and text in capsys.readouterr().out
-    assert (out / "model.html").read_text().count("<article") == 0  # these episodes have no turns
+    assert (out / "model.html").read_text().count("<article") == 6  # turns
     assert sorted(path.suffix for path in out.iterdir()) == [".html", ".json", ".jsonl", ".md", ".npz"]
     found = answers.read(out / "model.jsonl")
     assert [one.benchmark for one in found] == ["atlas-held_out"] * 2  # four episodes of two questions
