@@ -12,12 +12,17 @@ Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def bootstrap(value_N: Sequence[float], resamples: int = RESAMPLES) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of the mean over seeds; None for fewer than two. Equal for equal values."""
+    """Return the 95 % percentile interval of the mean; None for fewer than two values. Equal for equal values.
+
+    Thousands of values are resampled in parts, so that memory stays small.
+    """
     value_N = np.asarray(value_N, float)
     if len(value_N) < 2:
         return None
-    index_RxN = np.random.default_rng(0).integers(0, len(value_N), (resamples, len(value_N)))
-    low, high = np.quantile(value_N[index_RxN].mean(axis=1), [0.025, 0.975])
+    rng, rows = np.random.default_rng(0), max(1, 10_000_000 // len(value_N))
+    parts = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    mean_R = [value_N[rng.integers(0, len(value_N), (part, len(value_N)))].mean(axis=1) for part in parts]
+    low, high = np.quantile(np.concatenate(mean_R), [0.025, 0.975])
     return float(low), float(high)
 
 
