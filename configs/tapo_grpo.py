@@ -137,6 +137,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.compilation_cache = ""  # of compiled programs: "" is in the user's cache folder, "off", a folder or gs://…
     c.eval = ConfigDict(dict(
         split="held_out", prompts=128, every=0, at_start=True, at_end=True, temperature=1.0, top_p=1.0,
+        # Only evaluations have these: the trainer cannot reproduce them. Tokens that may be drawn, 0: all; the least
+        # probability of a token as a share of the most probable one's, 0: none; taken from the logits of the tokens
+        # that a turn holds already, 0: nothing.
+        top_k=0, min_p=0.0, presence_penalty=0.0,
         # Another judge for evaluations; without an endpoint it is that of the reward.
         judge=ConfigDict(dict(
             endpoint="",  # "": that of reward.judge, with all its fields
@@ -148,6 +152,11 @@ def get_config(arg: str = "") -> ConfigDict:
             max_failed=0.05,  # as in reward.judge
             cache="",  # as in reward.judge
         )),
+    ))  # fmt: skip
+    c.benchmarks = ConfigDict(dict(
+        # Folders of published benchmarks; launch/eval.py evaluates all in one run (configs/benchmarks.py); "": none.
+        mmsearch="", hr_mmsearch="", fvqa_test="", infoseek="", simplevqa="", livevqa="", mat_search="",
+        limit=0,  # > 0: only the first so many questions of each benchmark, for a first look
     ))  # fmt: skip
 
     if a.test:

@@ -20,11 +20,11 @@ from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.inputs import PixelStore, most_patches
 from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.rewards.judged import Scored
-from tapo_jax.rewards.pool import ScorePool
+from tapo_jax.rewards.pool import ScorePool, ScoreStream
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits
 from tapo_jax.rollout.players import Players
-from tapo_jax.rollout.rounds import rollout
+from tapo_jax.rollout.rounds import rollout, stream
 from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
 from tapo_jax.tools.base import Tool, ToolRunner
@@ -61,13 +61,15 @@ class Agent:
     """Threads that score; more than one only if `score` is thread-safe."""
 
     def play(
-        self, params: Any, prompts: Sequence[Prompt], group_size: int, sampling: Sampling
+        self, params: Any, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, *, keep_images: bool = True
     ) -> tuple[list[Episode], dict[str, float]]:
         """Play and score `group_size` episodes of each of this process's prompts, prompt-major.
 
         Returns them and the rollout's metrics. In a pod all processes must call this together.
+
+        keep_images: False releases the images of each episode when it has its rewards.
         """
-        pool = ScorePool(self.score, self.score_workers)
+        pool = ScorePool(self.score if keep_images else _forgetting(self.score), self.score_workers)
         try:
             episodes, metrics = rollout(self.players, params, prompts, group_size, sampling, pool.submit)
             self.players.sampler.release()
@@ -77,6 +79,46 @@ class Agent:
         for episode in episodes:
             episode.reward = rewards.total(episode.rewards, self.weights)
         return episodes, metrics | {"time/reward": pool.waited_s}
+
+    def stream(
+        self,
+        params: Any,
+        prompts: Sequence[Prompt],
+        starts: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        on_episode: Callable[[int, Episode], None],
+    ) -> None:
+        """Play and score episodes and keep none. In a pod all processes must call this together.
+
+        starts: (index of the prompt, sample) of each episode, in the order in which they start.
+        on_episode: called with the index in `starts` and the scored episode, for one at a time, on another thread.
+        """
+
+        def scored(index: int, episode: Episode) -> None:
+            episode.reward = rewards.total(episode.rewards, self.weights)
+            on_episode(index, episode)
+
+        scores = ScoreStream(self.score, self.score_workers, scored)
+        try:
+            stream(self.players, params, prompts, starts, sampling, scores.submit)
+            self.players.sampler.release()
+            scores.finish()
+        finally:
+            scores.close()
+
+
+Scorer = Callable[[Episode], dict[str, float] | Scored]
+
+
+def _forgetting(score: Scorer) -> Scorer:
+    """Return a scorer that releases the images of an episode when it has scored it."""
+
+    def scored(episode: Episode) -> dict[str, float] | Scored:
+        found = score(episode)
+        episode.forget_images()
+        return found
+
+    return scored
 
 
 def sampler_shapes(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh, image_patches: int) -> Shapes:
@@ -112,7 +154,8 @@ def make_agent(
     processor = ImageProcessor.from_dir(directory)
     if r.max_pixels:
         processor = processor.limited(r.max_pixels)
-    pixels = PixelStore(processor, dtype=model.dtype)
+    # An evaluation meets most images once; training computes every image of a batch again in its updates.
+    pixels = PixelStore(processor, max_bytes=1 << 26 if evaluating else 1 << 30, dtype=model.dtype)
     sampler = Sampler(
         model,
         mesh,

@@ -90,18 +90,20 @@ def mean_over(values: Mapping[str, float]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
+def alone_in(workdir: Path, *, lock: str = "train.lock", flag: str = "--workdir") -> Iterator[None]:
     """Lock the work directory of a run. It is a lock of the system, which a process that dies releases.
+
+    lock: the name of the file. flag: the flag that names the folder.
 
     Process 0 holds it for all, and every process must call this. Raises UserError in every process if another run holds
     the lock. On a file system without locks nothing is locked.
     """
-    taken, lock = False, None
+    taken, held = False, None
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / "train.lock", "w")  # noqa: SIM115 - open until the run ends
+        held = open(workdir / lock, "w")  # noqa: SIM115 - open until the run ends
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             taken = True
         except OSError:  # some shared file systems have no locks
@@ -109,12 +111,12 @@ def alone_in(workdir: Path) -> Iterator[None]:
     try:
         if any_of(taken):
             raise UserError(
-                f"Another run is working in {workdir}: give another --workdir, or wait until that run has ended."
+                f"Another run is working in {workdir}: give another {flag}, or wait until that run has ended."
             )
         yield
     finally:
-        if lock is not None:
-            lock.close()
+        if held is not None:
+            held.close()
 
 
 class StopRequest:

@@ -202,15 +202,8 @@ def write_config(config: ConfigDict, workdir: Path, resumed: int | None, writer:
 def evaluated(run: Run, state: TrainState, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Return the evaluation's metrics as eval/…."""
     with run.clock("eval"):
-        found = evaluate.evaluate(
-            run.examiner,
-            state.params,
-            prompts,
-            temperature=run.config.eval.temperature,
-            top_p=run.config.eval.top_p,
-            seed=run.config.seed,
-        )
-        numbers = {f"eval/{name}": value for name, value in found}
+        found = evaluate.evaluate(run.examiner, state.params, prompts, evaluate.sampling_of(run.config))
+        numbers = {f"eval/{name}": value for name, value in found.items()}
     return numbers | run.clock.take()
 
 

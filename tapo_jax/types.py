@@ -188,8 +188,17 @@ class Episode:
 
     Such an episode is no wrong answer: it leaves the statistics of its group, and the loss.
     """
+    word: str = ""
+    """What the judge said, "" where it was not asked."""
 
     @property
     def success(self) -> bool:
         """Return whether TAPO takes the episode as a success: by the accuracy part of the reward, not the total."""
         return self.judged and self.rewards["accuracy"] >= 1.0
+
+    def forget_images(self) -> None:
+        """Release the images of the conversation, for statistics that need their tokens and turns only."""
+        self.images = []
+        for turn in self.turns:
+            if turn.result is not None:
+                turn.result = dataclasses.replace(turn.result, images=(), parts=())

@@ -1,5 +1,7 @@
 """Drawing one token: frequencies, log-probabilities, what top-p and forbidden tokens do."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tapo_jax.rollout.drawing import draw, pick, turn_keys
+from tapo_jax.rollout.drawing import DrawLimits, draw, pick, turn_keys
 
 LOGITS_V = np.log(np.array([0.5, 0.2, 0.2, 0.1], np.float32))
 NONE_V = np.zeros(4, bool)
@@ -101,3 +103,68 @@ def test_keys_differ_in_every_number():
 
     assert len({key(**numbers) for numbers in changed}) == 7
     assert key(**base) == key(**base)
+
+
+def reference(logits_V, seen_V, temperature, top_p, top_k, min_p, penalty, forbidden_V):
+    """The probabilities of one draw, step by step in float64: penalty, temperature, min_p, top_k, top_p."""
+    logits = [
+        -math.inf if bad else float(x) - penalty * bool(s)
+        for x, s, bad in zip(logits_V, seen_V, forbidden_V, strict=True)
+    ]
+    if temperature == 0:
+        return [float(i == int(np.argmax(logits))) for i in range(len(logits))]
+    scaled = [x / temperature for x in logits]
+    weights = [math.exp(x - max(scaled)) for x in scaled]
+    weights = [w if w >= min_p * max(weights) else 0.0 for w in weights]
+    if top_k:
+        least = sorted(weights, reverse=True)[min(top_k, len(weights)) - 1]
+        weights = [w if w >= least else 0.0 for w in weights]
+    p = [w / sum(weights) for w in weights]
+    kept, mass = set(), 0.0
+    for i in sorted(range(len(p)), key=lambda i: -p[i]):
+        if mass < top_p:
+            kept.add(i)
+        mass += p[i]
+    p = [x if i in kept else 0.0 for i, x in enumerate(p)]
+    return [x / sum(p) for x in p]
+
+
+@jax.jit
+def limited_draws(logits_V, seen_V, temperature, top_p, forbidden_V, limits):
+    keys = jax.random.split(jax.random.key(1), COUNT)
+    many = lambda x_V: jnp.broadcast_to(x_V[None], (COUNT, len(x_V)))  # noqa: E731
+    return draw(many(logits_V), keys, temperature, top_p, forbidden_V, limits, many(seen_V))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k", "min_p", "penalty"),
+    [
+        (1.0, 1.0, 3, 0.0, 0.0), (0.7, 0.8, 20, 0.0, 1.5), (1.3, 1.0, 0, 0.2, 0.0), (0.5, 0.9, 4, 0.05, -0.7),
+        (0.0, 1.0, 0, 0.0, 2.0), (1.0, 0.6, 2, 0.3, 0.0), (1.0, 1.0, 1, 0.0, 0.0), (1.0, 1.0, 10_000, 1.0, 0.5),
+    ],
+)  # fmt: skip
+def test_limits_of_a_draw_are_those_of_a_plain_reference(temperature, top_p, top_k, min_p, penalty):
+    rng = np.random.default_rng(top_k)
+    logits_V = rng.normal(size=12).astype(np.float32) * 1.5
+    seen_V, forbidden_V = rng.random(12) < 0.4, np.arange(12) == 5
+    limits = DrawLimits(np.int32(top_k), np.float32(min_p), np.float32(penalty))
+    token_R, logp_R = limited_draws(logits_V, seen_V, np.float32(temperature), np.float32(top_p), forbidden_V, limits)
+    expected = np.array(reference(logits_V, seen_V, temperature, top_p, top_k, min_p, penalty, forbidden_V))
+    found = np.bincount(token_R, minlength=12) / COUNT
+    np.testing.assert_allclose(found, expected, atol=0.018)
+    assert set(np.asarray(token_R)) <= set(np.flatnonzero(expected))
+    # The log-probability is still that of the distribution at this temperature, without limits and penalty.
+    whole = np.array(reference(logits_V, 0 * seen_V, temperature or 1.0, 1.0, 0, 0.0, 0.0, forbidden_V))
+    np.testing.assert_allclose(logp_R, np.log(whole[token_R]), atol=1e-4)
+
+
+def test_limits_that_limit_nothing_draw_the_same_tokens():
+    limits = DrawLimits(np.int32(0), np.float32(0), np.float32(0))
+    for temperature in (0.0, 0.8):
+        token_R, _ = limited_draws(LOGITS_V, NONE_V, np.float32(temperature), np.float32(1), NONE_V, limits)
+        keys = jax.random.split(jax.random.key(1), COUNT)
+        plain_R, _ = jax.jit(draw)(
+            jnp.broadcast_to(LOGITS_V[None], (COUNT, 4)), keys, np.float32(temperature), np.float32(1), NONE_V
+        )
+        # float32 sums divided once more: a number between two tokens may fall on either side.
+        assert (np.asarray(token_R) != np.asarray(plain_R)).sum() <= 2

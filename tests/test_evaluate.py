@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,108 +16,105 @@ import numpy as np
 import pytest
 from rollout_world import model
 
-from tapo_jax import evaluate, records
+from tapo_jax import check, evaluate, records
 from tapo_jax.config import UserError
 from tapo_jax.evaluate import checkpoint as evaluate_checkpoint
 from tapo_jax.evaluate import measure
 from tapo_jax.learn.checkpoints import Checkpoints, read_params
 from tapo_jax.learn.state import TrainState, split_model
+from tapo_jax.report import answers, statistics
 from tapo_jax.rollout.schedule import Sampling
-from tapo_jax.types import Episode, Prompt
+from tapo_jax.types import Episode, Prompt, ToolCall, ToolResult, Turn
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def episode(hops: int, right: bool, answer: str | None = "a") -> Episode:
-    empty = np.zeros(0, np.int32)
-    prompt = Prompt(f"q{hops}", "?", (), ("a",), hops=hops)
-    rewards = {"accuracy": float(right), "format": 1.0}
+def episode(hops: int, right: bool, answer: str | None = "a", *, errors: tuple[str | None, ...] = ()) -> Episode:
+    """An episode of 90 tokens, 40 of them written, whose turns called `zoom` with these errors (None: none)."""
+    token_T = np.zeros(90, np.int32)
+    turns = [Turn(0, 1, "", ToolCall("zoom", {}), ToolResult("", error=error)) for error in errors]
     return Episode(
-        prompt,
+        Prompt(f"q{hops}", "?", (), ("a",), hops=hops),
         0,
-        empty,
-        empty.astype(bool),
-        empty.astype(np.float32),
+        token_T,
+        np.arange(90) < 40,
+        np.zeros(90, np.float32),
         [],
         [],
-        [],
+        turns,
         answer,
-        "answer",
-        rewards,
+        "length" if answer is None else "answer",
+        {"accuracy": float(right), "format": 1.0},
         reward=0.5 + right,
     )
 
 
-PLAYED = {
-    "tools/calls": 2.0,
-    "tools/calls/zoom": 1.5,
-    "tools/errors": 0.5,
-    "tools/errors/timeout": 0.5,
-    "rollout/turns": 3.0,
-    "rollout/length": 90.0,
-    "rollout/written": 40.0,
-    "rollout/finish_answer": 0.75,
-    "rollout/finish_length": 0.25,
-    "rollout/finish_turns": 0.0,
-    "rollout/finish_malformed": 0.0,
-    "time/decode": 3.0,
-}
-EPISODES = [episode(1, True), episode(1, False), episode(2, False), episode(2, False, None)]
+EPISODES = [
+    episode(1, True, errors=(None, "timeout", None)),
+    episode(1, False, errors=(None, "timeout")),
+    episode(2, False, errors=(None,)),
+    episode(2, False, None),
+]
+TOOLS = ("zoom", "search")
+
+
+def tallied(episodes):
+    return evaluate.Tally.of(episodes, TOOLS).metrics()
 
 
 def test_wilson():
     """The roots of (p̂ − p)² = z² p(1 − p)/n. For 0 of n the upper end is z²/(n + z²): 3.8415/13.8415 = 0.27754 for n
     = 10; 5 of 10 gives 0.5 ± z·sqrt(0.025 + z²/400)/(1 + z²/10) = 0.5 ± 0.26341 (z² = 3.84146)."""
-    assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-5)
-    assert evaluate.wilson(10, 10) == pytest.approx((1 - 0.277533, 1.0), abs=1e-5)
-    assert evaluate.wilson(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-5)
-    assert evaluate.wilson(0, 0) == (0.0, 1.0)
-    low, high = evaluate.wilson(37, 128)
+    assert statistics.wilson(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-5)
+    assert statistics.wilson(10, 10) == pytest.approx((1 - 0.277533, 1.0), abs=1e-5)
+    assert statistics.wilson(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-5)
+    assert statistics.wilson(0, 0) == (0.0, 1.0)
+    low, high = statistics.wilson(37, 128)
     for end in (low, high):  # the definition itself
-        assert (37 / 128 - end) ** 2 == pytest.approx(measure.Z95**2 * end * (1 - end) / 128)
+        assert (37 / 128 - end) ** 2 == pytest.approx(statistics.Z95**2 * end * (1 - end) / 128)
 
 
-def test_numbers_by_hop_count():
-    values = evaluate.numbers(evaluate.tally(EPISODES, PLAYED))
+def test_metrics_by_hop_count():
+    values = tallied(EPISODES)
     assert (values["episodes"], values["accuracy"]) == (4, 0.25)
     assert (values["episodes/hops_1"], values["accuracy/hops_1"], values["accuracy/hops_2"]) == (2, 0.5, 0.0)
     assert values["accuracy_low"] < 0.25 < values["accuracy_high"]
     assert (values["answered"], values["reward"]) == (0.75, 0.75)  # rewards 1.5, 0.5, 0.5, 0.5
-    assert (values["tool_calls"], values["tool_calls/zoom"], values["errors/timeout"]) == (2.0, 1.5, 0.5)
-    assert (values["turns"], values["length"], values["finish/length"]) == (3.0, 90.0, 0.25)
+    assert (values["tool_calls"], values["tool_calls/zoom"], values["tool_calls/search"]) == (1.5, 1.5, 0.0)
+    assert (values["errors"], values["errors/timeout"], values["errors/other"]) == (0.5, 0.5, 0.0)
+    assert (values["turns"], values["length"], values["written"]) == (1.5, 90.0, 40.0)
+    assert (values["finish/answer"], values["finish/length"]) == (0.75, 0.25)
     assert not [name for name in values if "time" in name.split("/")[0]]
 
 
-def test_sums_of_two_processes_are_those_of_one():
-    """Three episodes and one: the means of the rollouts must be weighted by 3 and 1, not averaged. Calls: (3·2 +
-    1·6)/4 = 3."""
-    first, second = evaluate.tally(EPISODES[:3], PLAYED), evaluate.tally(EPISODES[3:], PLAYED | {"tools/calls": 6.0})
-    both = {name: first.get(name, 0) + second.get(name, 0) for name in first | second}
-    values = evaluate.numbers(both)
-    assert values["tool_calls"] == 3.0
-    assert values["accuracy/hops_2"] == 0.0 and values["episodes/hops_2"] == 2
-    alone = evaluate.numbers(evaluate.tally(EPISODES, PLAYED))
-    assert {k: v for k, v in values.items() if k != "tool_calls"} == pytest.approx(
-        {k: v for k, v in alone.items() if k != "tool_calls"}
-    )
+def test_sums_of_two_processes_are_those_of_one(monkeypatch):
+    """Three episodes and one: the means must be weighted by 3 and 1, not averaged."""
+    first, second = (evaluate.Tally.of(part, TOOLS) for part in (EPISODES[:3], EPISODES[3:]))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(measure.processes, "gather", lambda value: [value, dict(second.sums)])
+    values = first.over_processes().metrics()
+    assert values == pytest.approx(tallied(EPISODES))
+    assert values["episodes/hops_2"] == 2 and values["tool_calls"] == 1.5
 
 
 class FakeAgent:
     """Stands in for an Agent: remembers what it was asked to play."""
 
-    def play(self, params, prompts, group_size, sampling):
-        self.asked = (params, list(prompts), group_size, sampling)
-        return [dataclasses.replace(EPISODES[i], prompt=prompt) for i, prompt in enumerate(prompts)], PLAYED
+    players = SimpleNamespace(runner=SimpleNamespace(tools=dict.fromkeys(TOOLS)))
+
+    def play(self, params, prompts, group_size, sampling, *, keep_images=True):
+        self.asked = (params, list(prompts), group_size, sampling, keep_images)
+        return [dataclasses.replace(EPISODES[i], prompt=prompt) for i, prompt in enumerate(prompts)], {}
 
 
 def test_evaluate_plays_each_prompt_once():
     agent, prompts = FakeAgent(), [e.prompt for e in EPISODES]
-    values = dict(evaluate.evaluate(agent, "weights", prompts, temperature=0.0, seed=7))
+    values = evaluate.evaluate(agent, "weights", prompts, Sampling(temperature=0.0, seed=7))
     assert values["accuracy"] == 0.25
     params, asked, *options = agent.asked
     assert params == "weights" and asked == prompts
-    assert options == [1, Sampling(temperature=0.0, top_p=1.0, seed=7, step=0, first_prompt=0)]
-    assert dict(evaluate.evaluate(agent, "weights", [], temperature=0.0, seed=7)) == {}
+    assert options == [1, Sampling(temperature=0.0, top_p=1.0, seed=7, step=0, first_prompt=0), False]
+    assert evaluate.evaluate(agent, "weights", [], Sampling()) == {}
 
 
 def test_processes_share_the_prompts(monkeypatch):
@@ -124,12 +122,31 @@ def test_processes_share_the_prompts(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     agent, prompts = FakeAgent(), [e.prompt for e in EPISODES]
-    evaluate.play(agent, None, prompts, temperature=0.0, seed=0)
+    evaluate.play(agent, None, prompts, Sampling(temperature=0.0))
     assert agent.asked[1] == prompts[2:] and agent.asked[3].first_prompt == 2
 
 
+def test_only_evaluations_have_limits_that_the_trainer_cannot_reproduce():
+    config = get_config()
+    config.eval.update(temperature=0.7, top_p=0.8, top_k=20, min_p=0.1, presence_penalty=1.5)
+    expected = Sampling(0.7, 0.8, config.seed, top_k=20, min_p=0.1, presence_penalty=1.5)
+    assert evaluate.sampling_of(config) == expected and expected.limited
+    assert not evaluate.sampling_of(get_config()).limited
+    with pytest.raises(AttributeError):
+        config.rollout.top_k  # noqa: B018
+    config.rollout.update(top_p=0.9)
+    with pytest.raises(UserError, match=r"rollout.top_k has no range"):
+        check.check(unlocked(config))
+
+
+def unlocked(config):
+    with config.unlocked():
+        config.rollout.top_k = 5
+    return config
+
+
 def test_table():
-    text = evaluate.table(evaluate.numbers(evaluate.tally(EPISODES, PLAYED)))
+    text = evaluate.table(tallied(EPISODES))
     assert "| all | 4 | 25.0 % | 4.6 – 69.9 % |" in text  # z² = 3.84146, n = 4, by hand
     assert "| 1 hop | 2 | 50.0 % |" in text and "| 2 hops | 2 | 0.0 % |" in text
     assert "| tool_calls: zoom | 1.50 |" in text and "| errors: timeout | 0.500 |" in text
@@ -270,8 +287,10 @@ def test_run_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     assert written["metrics"]["accuracy"] == 0.25 and written["split"] == config.eval.split
     text = (out / "model.md").read_text()
     assert "| all | 4 | 25.0 % |" in text and text in capsys.readouterr().out
-    assert (out / "model.html").read_text().count("<article") == 0  # these episodes have no turns
-    assert sorted(path.suffix for path in out.iterdir()) == [".html", ".json", ".md", ".npz"]
+    assert (out / "model.html").read_text().count("<article") == 6  # turns
+    assert sorted(path.suffix for path in out.iterdir()) == [".html", ".json", ".jsonl", ".md", ".npz"]
+    found = answers.read(out / "model.jsonl")
+    assert [one.benchmark for one in found] == ["atlas-held_out"] * 2  # four episodes of two questions
 
 
 def test_results_never_overwrite_those_of_other_data(tmp_path):
@@ -294,9 +313,9 @@ def test_results_never_overwrite_those_of_other_data(tmp_path):
 def test_an_episode_that_is_not_judged_is_in_no_accuracy_and_no_reward():
     """Of 1 hop one right, one not judged; of 2 hops two wrong ones: 1 of 3; rewards 1.5 + 0.5 + 0.5."""
     episodes = [EPISODES[0], dataclasses.replace(EPISODES[1], judged=False), *EPISODES[2:]]
-    values = evaluate.numbers(evaluate.tally(episodes, PLAYED))
+    values = tallied(episodes)
     assert (values["episodes"], values["accuracy"], values["unjudged"]) == (3, 1 / 3, 0.25)
     assert (values["episodes/hops_1"], values["accuracy/hops_1"]) == (1, 1.0)
     assert values["reward"] == pytest.approx(2.5 / 3) and values["answered"] == 0.75
-    nobody = evaluate.numbers(evaluate.tally([dataclasses.replace(e, judged=False) for e in episodes], PLAYED))
-    assert np.isnan(nobody["accuracy"]) and nobody["unjudged"] == 1.0 and nobody["turns"] == 3.0
+    nobody = tallied([dataclasses.replace(e, judged=False) for e in episodes])
+    assert np.isnan(nobody["accuracy"]) and nobody["unjudged"] == 1.0 and nobody["turns"] == 1.5

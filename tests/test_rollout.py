@@ -1,12 +1,15 @@
 """Rollouts of a random model whose text is read as calls and answers (`rollout_world.read_turn`)."""
 
 import dataclasses
+import functools
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import jax
@@ -22,12 +25,14 @@ from tapo_jax.learn import batches
 from tapo_jax.learn.logprobs import token_logp
 from tapo_jax.models import qwen3_vl
 from tapo_jax.rollout import episode as episode_module
+from tapo_jax.rollout import rounds
 from tapo_jax.rollout.episode import Limits
 from tapo_jax.rollout.players import Players
 from tapo_jax.rollout.rounds import rollout
 from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
-from tapo_jax.types import Identity, Prompt
+from tapo_jax.tools.base import ToolRunner
+from tapo_jax.types import Identity, Images, Prompt
 
 CAPACITY, CHUNK, STEPS = 192, 5, 5
 CHAT = world.chat(40)  # a turn ends after about 6 tokens
@@ -406,3 +411,49 @@ def test_a_tool_that_needs_the_prompt_hears_whose_question_it_answers(sampler):
     calls = [(name, call) for name, call in calls if call.name == "say"]
     assert len(tool.heard) > 1 and tool.heard == {name for name, _ in calls}
     assert all(call.parameters[-1] == Identity(name) for name, call in calls)
+
+
+def streamed(sampler, prompts, starts, on_episode, **numbers):
+    runner = ToolRunner([world.Crop(), world.Say()], workers=2, timeout_s=5.0, retries=0, cache=0)
+    players = Players(sampler, CHAT, world.pixels(), runner, LIMITS)
+    rounds.stream(players, world.params(), prompts, starts, Sampling(seed=3, **numbers), on_episode)
+
+
+def test_the_random_keys_of_a_question_are_its_own_whatever_else_is_played(sampler):
+    """Three of ten episodes again, in another order and among others: the same tokens."""
+
+    def played(prompts, keys, starts):
+        found = {}
+
+        def keep(index, episode):
+            prompt, sample = starts[index]
+            assert episode.sample == sample and episode.prompt is prompts[prompt]
+            found[keys[prompt], sample] = episode.token_T.tolist()
+
+        streamed(sampler, prompts, starts, keep, prompt_keys=keys)
+        assert len(found) == len(starts)
+        return found
+
+    prompts = world.prompts(5)
+    whole = played(prompts, (11, 12, 13, 14, 15), [(p, g) for p in range(5) for g in range(2)])
+    again = played([*prompts[3:], prompts[0]], (14, 15, 11), [(1, 1), (0, 0), (2, 1)])
+    assert again.items() <= whole.items() and len({tuple(tokens) for tokens in whole.values()}) == 10
+
+
+def test_a_stream_keeps_no_pixels_of_episodes_that_have_ended(sampler):
+    """Twenty questions of an image each in six slots: at most those in play, and the newest that was opened."""
+    alive, most = [], 0
+
+    def image(seed):
+        alive.append(weakref.ref(pixels := world.picture(seed)))
+        return pixels
+
+    def ended(index, episode):
+        nonlocal most
+        most = max(most, sum(one() is not None for one in alive))
+
+    prompts = [Prompt(f"q{n}", "?", Images([functools.partial(image, n)]), ("x",)) for n in range(20)]
+    streamed(sampler, prompts, [(n, 0) for n in range(20)], ended)
+    assert len(alive) == 20 and 1 <= most <= 7
+    gc.collect()
+    assert not any(one() is not None for one in alive)

@@ -13,6 +13,7 @@ from tapo_jax import sharding
 from tapo_jax.models import qwen3_vl
 from tapo_jax.models.inputs import make_row
 from tapo_jax.models.qwen3_vl import Qwen3VL
+from tapo_jax.rollout import slots
 from tapo_jax.rollout.generate import continue_rows, generate, prompt_rows
 from tapo_jax.rollout.sampler import Sampler
 from tapo_jax.rollout.schedule import Draw, Extension, Needs, Round, Sampling, Shapes
@@ -22,9 +23,12 @@ CONFIG, IMAGE = world.config(), world.config().image_token
 PROMPTS = [[5, 6, 7], [9], [1, 2, CONFIG.vision_start, IMAGE, CONFIG.vision_end, 3], [4, IMAGE, IMAGE, 8]]
 IMAGES = [[], [], [world.picture(1)], [world.picture(2, 16, 24), world.picture(3, 8, 8)]]
 
+FIELDS = dataclasses.fields(Sampling)
+
 
 def gen(prompts=PROMPTS, images=IMAGES, processor=world.PROCESSOR, model=None, **options):
-    sampling = Sampling(options.pop("temperature", 0.0), options.pop("top_p", 1.0), options.pop("seed", 0))
+    numbers = {"temperature": 0.0} | {f.name: options.pop(f.name) for f in FIELDS if f.name in options}
+    sampling = Sampling(**numbers)
     rows = prompt_rows(prompts, images, CONFIG, processor)
     return continue_rows(model or world.model(), rows, sampling, **{"max_new_tokens": 12, "slots": 4, **options})
 
@@ -211,3 +215,30 @@ def test_released_slots_leave_the_device_and_begin_empty(sampler):
     assert references and not any(reference() for reference in references)
     assert not any(np.any(part) for part in jax.tree.leaves(sampler._slots()))
     assert turn(sampler, *needs) == first
+
+
+def test_a_presence_penalty_holds_over_the_chunks_of_a_turn_and_ends_with_it(greedy):
+    """A penalty beyond every logit: a greedy turn of 70 tokens, in calls of 64, holds none of them twice."""
+    assert any(len(set(written)) < 70 for written in gen(max_new_tokens=70))
+    for written in gen(max_new_tokens=70, presence_penalty=1e4):
+        assert len(written) == 70 == len(set(written))
+    # Six prompts in four slots: the last two are in slots whose last turn held other tokens, and begin with none.
+    alone = gen(PROMPTS[:2], IMAGES[:2], presence_penalty=1e4)
+    after = gen(PROMPTS + PROMPTS[:2], IMAGES + IMAGES[:2], presence_penalty=1e4)
+    assert after[4:] == after[:2] == alone
+
+
+def test_top_k_of_one_and_a_min_p_of_one_are_greedy(greedy):
+    assert gen(temperature=1.0, top_k=1) == greedy
+    assert gen(temperature=1.0, min_p=1.0) == greedy
+    assert gen(temperature=1.0, top_k=10_000, seed=2) == gen(temperature=1.0, seed=2)
+
+
+def test_limits_are_a_program_of_their_own_and_leave_the_usual_one_alone(greedy):
+    """The usual call is not compiled again by a call with limits, and its text has nothing of them."""
+    before = slots.decode_slots._cache_size()
+    gen(top_k=3)
+    limited = slots.decode_slots._cache_size()
+    gen(top_k=5, presence_penalty=0.5)  # other numbers, the same program
+    assert gen() == greedy and slots.decode_slots._cache_size() == limited
+    assert limited - before <= 1

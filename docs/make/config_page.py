@@ -34,6 +34,7 @@ SECTIONS = {
     "checkpoint": "checkpoint",
     "log": "log",
     "eval": "eval: held-out questions",
+    "benchmarks": "benchmarks: published test sets",
 }
 
 MEANINGS = {
@@ -145,6 +146,16 @@ MEANINGS = {
     "eval.at_end": "evaluate after the last step",
     "eval.temperature": "of sampling in evaluations; 0: greedy",
     "eval.top_p": "nucleus sampling in evaluations; 1: off",
+    "eval.top_k": "tokens that may be drawn in evaluations; 0: all. The trainer cannot reproduce it",
+    "eval.min_p": "the least probability of a token in evaluations, as a share of the most probable one's; 0: none",
+    "eval.presence_penalty": "taken from the logits of tokens that a turn holds already, in evaluations; 0: nothing",
+    "benchmarks.mmsearch": 'folder of MMSearch, like the others for `launch/eval.py`; "": left out',
+    "benchmarks.hr_mmsearch": "folder of HR-MMSearch",
+    "benchmarks.fvqa_test": "folder of FVQA, whose test split is evaluated",
+    "benchmarks.infoseek": "folder of InfoSeek",
+    "benchmarks.simplevqa": "folder of SimpleVQA, whose English questions are evaluated",
+    "benchmarks.livevqa": "folder of LiveVQA",
+    "benchmarks.mat_search": "folder of MAT, whose part MAT-Search is evaluated",
 }
 
 

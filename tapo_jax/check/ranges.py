@@ -209,6 +209,9 @@ RANGES: dict[str, Range] = {
     "eval.at_end": FLAG,
     "eval.temperature": number(0),
     "eval.top_p": above(0, 1),
+    "eval.top_k": whole(0),
+    "eval.min_p": number(0, 1),
+    "eval.presence_penalty": number(-2, 2),
     "eval.judge.endpoint": text(),
     "eval.judge.model": text(),
     "eval.judge.key_variable": text(1),
@@ -217,6 +220,14 @@ RANGES: dict[str, Range] = {
     "eval.judge.retries": whole(0),
     "eval.judge.max_failed": number(0, 1),
     "eval.judge.cache": text(),
+    "benchmarks.mmsearch": text(),
+    "benchmarks.hr_mmsearch": text(),
+    "benchmarks.fvqa_test": text(),
+    "benchmarks.infoseek": text(),
+    "benchmarks.simplevqa": text(),
+    "benchmarks.livevqa": text(),
+    "benchmarks.mat_search": text(),
+    "benchmarks.limit": whole(0),
 }
 
 # Sections whose field names the user chooses -> range of such a field, None for any value.

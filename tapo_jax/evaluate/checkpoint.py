@@ -1,61 +1,122 @@
 """Evaluate a checkpoint on held-out questions: JSON, a Markdown table and optionally a page (`launch/eval.py`)."""
 
+import dataclasses
 import itertools
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from tapo_jax import check, evaluate, records, sharding, viewer
-from tapo_jax.agent import load_model, make_agent
+from tapo_jax import check, evaluate, processes, records, sharding, viewer
+from tapo_jax.agent import Agent, load_model, make_agent
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
+from tapo_jax.evaluate import asking, benchmarks
 from tapo_jax.learn import checkpoints
 from tapo_jax.learn.state import split_model
 from tapo_jax.models.shipped import model_directory
 from tapo_jax.programs import keep_compiled
 from tapo_jax.records import write_whole
+from tapo_jax.report import answers
 
 _GIVE = "give a WORKDIR, a WORKDIR/checkpoints/N or a model directory"
 
 
-def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bool = False) -> dict[str, float]:
-    """Evaluate a checkpoint, print the table, and write NAME.json and NAME.md.
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that is ready to play."""
 
-    The files go into a folder of `out` that is named after the data, such as atlas-held_out. Raises UserError.
+    agent: Agent
+    params: Any
+    path: Path
+    """The checkpoint's folder, or the model directory."""
+    name: str
+    """Of its results."""
+    folder: Path
+    """For results, if the user names none."""
+
+
+def run(
+    config: ConfigDict,
+    checkpoint: str,
+    out: str | None = None,
+    *,
+    page: bool = False,
+    samples: int = 1,
+    questions: Sequence[str] = (),
+) -> None:
+    """Evaluate a checkpoint on the benchmarks that the config names, or else on its own data. Raises UserError.
 
     checkpoint: a WORKDIR (its newest checkpoint), a WORKDIR/checkpoints/N, or a model directory in Hugging Face form.
-    out: None is the run's folder `eval`, or ./eval for a model directory outside of a run.
-    page: also write NAME.html.
+    out: for results; None is the run's folder `eval`, or ./eval for a model directory outside of a run.
+    page: also write a page of episodes: of the questions with the given ids, or of all of the config's own data.
+    samples: answers to each question of a benchmark.
     """
     check.check(config)
+    if not benchmarks.named(config):
+        if samples > 1 or questions:
+            raise UserError("--samples and --questions are for benchmarks: set --config.benchmarks.NAME=DIR.")
+        evaluate_own_data(config, checkpoint, out, page=page)
+        return
+    if page != bool(questions):
+        raise UserError(
+            "--page with benchmarks shows the questions of --questions=BENCHMARK/ID,…: give both flags, or neither."
+        )
+    find(Path(checkpoint), config)
+    wanted = benchmarks.chosen(benchmarks.questions_of(config), questions)
+    loaded = load(config, checkpoint)
+    folder = Path(out) if out else loaded.folder / f"benchmarks-{loaded.name}"
+    benchmarks.run(loaded.agent, loaded.params, config, loaded.path, folder, samples=samples)
+    if page:
+        benchmarks.page(loaded.agent, loaded.params, config, folder, samples=samples, wanted=wanted)
+
+
+def load(config: ConfigDict, checkpoint: str) -> Loaded:
+    """Load a checkpoint and all that plays. Raises UserError."""
     saved, directory, name, folder = find(Path(checkpoint), config)
     keep_compiled(config.compilation_cache)
     mesh = sharding.make_mesh(**config.mesh)
-    prompts = evaluate.split_prompts(config)
-    if not prompts:
-        raise UserError(
-            f"There is nothing to evaluate: eval.prompts is {config.eval.prompts} and eval.split "
-            f"'{config.eval.split}': set eval.prompts to at least 1."
-        )
     model, _ = load_model(directory, config.model, mesh)
     agent = make_agent(config, directory, model, sources.tools(config), mesh, evaluating=True)
     params = split_model(model)[1]
     if saved is not None:
         params = checkpoints.read_params(saved, params)
-    episodes, played = evaluate.play(
-        agent, params, prompts, temperature=config.eval.temperature, top_p=config.eval.top_p, seed=config.seed
-    )
-    values = evaluate.numbers(evaluate.added(evaluate.tally(episodes, played)))
+    return Loaded(agent, params, saved or directory, name, folder)
+
+
+def evaluate_own_data(
+    config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bool = False
+) -> dict[str, float]:
+    """Evaluate on eval.split of the config's data, print the table, and write NAME.json, NAME.jsonl and NAME.md.
+
+    The files go into a folder of `out` that is named after the data, such as atlas-held_out. NAME.jsonl has a line for
+    each answer. page: also write NAME.html. Returns the metrics. Raises UserError.
+    """
+    find(Path(checkpoint), config)
+    prompts = evaluate.split_prompts(config)
+    if not prompts:
+        raise UserError(
+            f"There is nothing to evaluate: eval.prompts is {config.eval.prompts} and eval.split "
+            f"'{config.eval.split}': set eval.prompts to at least 1, or give the folder of a benchmark "
+            "(--config.benchmarks.NAME=DIR)."
+        )
+    loaded = load(config, checkpoint)
+    tools = tuple(loaded.agent.players.runner.tools)
+    episodes = evaluate.play(loaded.agent, loaded.params, prompts, evaluate.sampling_of(config), keep_images=page)
+    values = evaluate.Tally.of(episodes, tools).over_processes().metrics()
+    data, name = about_data(config), loaded.name
+    label = f"{data['source']}-{data['split']}"
+    mine = [asking.answer_of(asking.Question(label, episode.prompt), episode, tools) for episode in episodes]
+    found = [answers.from_json(one) for each in processes.gather(answers.as_json(mine)) for one in each]
     if jax.process_index() == 0:
-        data = about_data(config)
-        folder = results_folder(Path(out) if out else folder, data)
+        folder = results_folder(Path(out) if out else loaded.folder, data)
         about = {
-            "checkpoint": str(saved or directory),
+            "checkpoint": str(loaded.path),
             "data": data,
             "split": config.eval.split,
             "temperature": config.eval.temperature,
@@ -66,6 +127,7 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
         text = f"# {name}: {config.data.source}, {config.eval.split}\n\n{evaluate.table(values)}"
         write_whole(folder / f"{name}.json", json.dumps(about | {"metrics": known}, indent=2) + "\n")
         write_whole(folder / f"{name}.md", text)
+        answers.write(folder / f"{name}.jsonl", found)
         if page:
             recorded = [records.record(e, step=0, prompt=p, advantage=0.0, credit=()) for p, e in enumerate(episodes)]
             records.save(folder / f"{name}.npz", recorded)

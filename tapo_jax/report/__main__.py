@@ -5,6 +5,7 @@ credit RUN   the share of failing tool steps that a success made too, by thresho
 truth RUN    of a run on Atlas, the share of punished tool steps that were right, and how many of them TAPO finds
 page RUN     RUN/episodes.html: recorded episodes, turn by turn
 sweep DIR    DIR/report.md, DIR/report.json and figures; `results.py` says what a sweep's directory holds
+compare A B  two evaluations (folders or answer files of launch/eval.py), paired by question: a table in Markdown
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from tapo_jax import viewer
 from tapo_jax.config import UserError, write_to_any_terminal
-from tapo_jax.report import misplaced, tables, truth
+from tapo_jax.report import compare, misplaced, tables, truth
 from tapo_jax.report.curve import write_curve
 
 
@@ -42,7 +43,13 @@ def main(arguments: Sequence[str]) -> None:
             command.add_argument(
                 "--questions", type=int, default=viewer.MAX_GROUPS, help="how many the page shows at most"
             )
+    command = commands.add_parser("compare")
+    command.add_argument("first", type=Path)
+    command.add_argument("second", type=Path)
     given = parser.parse_args(arguments)
+    if given.command == "compare":
+        print(compare.compare(given.first, given.second), end="")
+        return
     if not given.directory.is_dir():
         raise UserError(f"{given.directory} is no directory: give the folder of a run or of a sweep.")
     if given.command == "curve":

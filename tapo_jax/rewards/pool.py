@@ -1,6 +1,7 @@
 """Score episodes on threads: each one when it ends, while others still play."""
 
 import concurrent.futures
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,14 @@ from tapo_jax.rewards.judged import Scored
 from tapo_jax.types import Episode
 
 Rewards = dict[str, float] | Scored
+
+
+def assign(episode: Episode, found: Rewards) -> None:
+    """Set the rewards of an episode, and the judge's verdict and word if there is one."""
+    if isinstance(found, Scored):
+        episode.rewards, episode.judged, episode.word = found.rewards, found.judged, found.word
+    else:
+        episode.rewards = found
 
 
 class ScorePool:
@@ -38,11 +47,7 @@ class ScorePool:
                 self.submit(episode)
         try:
             for episode in episodes:
-                found = self._waiting[id(episode)][1].result()
-                if isinstance(found, Scored):
-                    episode.rewards, episode.judged = found.rewards, found.judged
-                else:
-                    episode.rewards = found
+                assign(episode, self._waiting[id(episode)][1].result())
         finally:
             for _, future in self._waiting.values():
                 future.cancel()
@@ -50,4 +55,51 @@ class ScorePool:
             self.waited_s = time.perf_counter() - began
 
     def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+class ScoreStream:
+    """Score episodes on `workers` threads and pass each on when it has its rewards; none is kept.
+
+    passed: called with the index and the episode, on the thread that scored it, for one episode at a time.
+    """
+
+    def __init__(self, score: Callable[[Episode], Rewards], workers: int, passed: Callable[[int, Episode], None]):
+        self._score, self._passed = score, passed
+        self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="score")
+        self._room = threading.BoundedSemaphore(2 * workers)  # so that episodes do not pile up before a slow judge
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+
+    def submit(self, index: int, episode: Episode) -> None:
+        """Start scoring an episode that has ended; wait while twice as many as there are threads wait already.
+
+        Raises the error of a scorer that raised one before.
+        """
+        self._room.acquire()
+        if self._error is not None:
+            self._room.release()
+            raise self._error
+        self._threads.submit(self._run, index, episode)
+
+    def _run(self, index: int, episode: Episode) -> None:
+        try:
+            found = self._score(episode)
+            with self._lock:
+                assign(episode, found)
+                self._passed(index, episode)
+        except BaseException as error:
+            with self._lock:
+                self._error = self._error or error
+        finally:
+            self._room.release()
+
+    def finish(self) -> None:
+        """Wait until every episode has been passed on. Raises the first error of a scorer."""
+        self._threads.shutdown(wait=True)
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Let the scorers that run end, and drop the episodes that wait."""
         self._threads.shutdown(wait=True, cancel_futures=True)

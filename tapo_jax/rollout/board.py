@@ -9,7 +9,7 @@ import numpy as np
 from tapo_jax.models.inputs import Row, make_row
 from tapo_jax.rollout.episode import Conversation, Opening, open_prompt
 from tapo_jax.rollout.players import Players
-from tapo_jax.rollout.schedule import Draw, Extension, Needs
+from tapo_jax.rollout.schedule import Draw, Extension, Needs, Sampling
 from tapo_jax.types import Episode, Prompt
 
 
@@ -19,7 +19,7 @@ class Player:
 
     conversation: Conversation
     episode: int
-    """Index into `Board.episodes`."""
+    """Index of the episode in the order in which they start."""
     prompt: int
     """Index into this process's prompts."""
     sent: int = 0
@@ -50,35 +50,28 @@ class Slot:
 
 
 class Board:
-    """Host state of one rollout: who plays in which slot, and the episodes that have finished.
+    """Host state of one rollout: who plays in which slot. Episodes that have ended are passed on and not kept.
 
     players: the sampler, tools and limits of the run.
     prompts: the prompts of this process.
-    group_size: episodes for each prompt.
-    first_prompt: index of prompts[0] among the prompts of all processes.
-    on_episode: called with every episode when it ends.
+    starts: (index of the prompt, sample) of each episode, in the order in which they start.
+    sampling: the numbers of the prompts in the random keys.
+    on_episode: called with the index in `starts` of every episode, and the episode, when it ends.
     """
 
     def __init__(
         self,
         players: Players,
         prompts: Sequence[Prompt],
-        group_size: int,
-        first_prompt: int,
-        on_episode: Callable[[Episode], None] | None = None,
+        starts: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        on_episode: Callable[[int, Episode], None],
     ):
-        self._on_episode = on_episode
-        self._with, self._prompts, self._group_size, self._first_prompt = players, prompts, group_size, first_prompt
-        self.episodes: list[Episode | None] = [None] * (len(prompts) * group_size)
+        self._with, self._prompts, self._starts, self._on_episode = players, prompts, starts, on_episode
+        self._keys = sampling.prompt_keys or range(sampling.first_prompt, sampling.first_prompt + len(prompts))
         self._next = 0
         self._opened: tuple[int, Opening, Row | None, int] | None = None  # the newest prompt that was opened
         self._slots = [Slot() for _ in range(players.sampler.slots)]
-
-    def _finish(self, index: int, conversation: Conversation) -> None:
-        """Keep an episode that has ended and report it to `on_episode`."""
-        episode = self.episodes[index] = conversation.episode()
-        if self._on_episode is not None:
-            self._on_episode(episode)
 
     @property
     def playing(self) -> bool:
@@ -89,13 +82,13 @@ class Board:
     def fill_slots(self) -> None:
         """Give every free slot the next episode."""
         for slot in self._slots:
-            while slot.player is None and self._next < len(self.episodes):
+            while slot.player is None and self._next < len(self._starts):
                 slot.player = self._start(self._next)
                 self._next += 1
 
     def _start(self, index: int) -> Player | None:
         """Return the player of an episode, or None if the episode is over at once."""
-        prompt, sample = divmod(index, self._group_size)
+        prompt, sample = self._starts[index]
         if self._opened is None or self._opened[0] != prompt:
             self._opened = prompt, *self._open(self._prompts[prompt])
         _, opening, row, row_end = self._opened
@@ -103,7 +96,7 @@ class Board:
             opening, sample, limits=self._with.limits, chat=self._with.chat, image_tokens=self._with.pixels.tokens
         )
         if conversation.finish is not None:
-            self._finish(index, conversation)
+            self._on_episode(index, conversation.episode())
             return None
         return Player(conversation, index, prompt, row=row, row_end=row_end)
 
@@ -160,7 +153,7 @@ class Board:
             position=player.row_end if player.row else player.position,
             allowance=conversation.allowance,
             drawn=conversation.turn_tokens,
-            prompt=self._first_prompt + player.prompt,
+            prompt=self._keys[player.prompt],
             sample=conversation.sample,
             turn=len(conversation.turns),
         )
@@ -219,12 +212,12 @@ class Board:
                 self._after_turn(slot)  # the turn continues after a thought that was closed by force
 
     def _after_turn(self, slot: Slot) -> None:
-        """Keep an episode that is over; otherwise queue its new tokens for the next round."""
+        """Pass on an episode that is over; otherwise queue its new tokens for the next round."""
         player = slot.player
         conversation = player.conversation
         if conversation.finish is not None:
-            self._finish(player.episode, conversation)
             slot.player = None
+            self._on_episode(player.episode, conversation.episode())
             return
         token_T = np.array(conversation.token[player.sent :], np.int32)
         images = conversation.images[player.sent_images :]

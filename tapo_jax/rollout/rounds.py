@@ -43,14 +43,43 @@ def rollout(
     Returns the episodes in prompt-major order (p·G + g) and metrics: means over this process's episodes, and seconds
     as time/*. Raises UserError if an episode may become longer than a slot.
     """
+    starts = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(group_size)]
+    ended: dict[int, Episode] = {}
+
+    def keep(index: int, episode: Episode) -> None:
+        ended[index] = episode
+        if on_episode is not None:
+            on_episode(episode)
+
+    start = time.perf_counter()
+    seconds = stream(players, params, prompts, starts, sampling, keep)
+    episodes = [ended[index] for index in range(len(starts))]
+    return episodes, {**seconds, **summary(episodes, tuple(players.runner.tools), time.perf_counter() - start)}
+
+
+def stream(
+    players: Players,
+    params: Any,
+    prompts: Sequence[Prompt],
+    starts: Sequence[tuple[int, int]],
+    sampling: Sampling,
+    on_episode: Callable[[int, Episode], None],
+) -> dict[str, float]:
+    """Play episodes and keep none: each one is passed on when it ends. Arguments as in `rollout`, and
+
+    starts: (index of the prompt, sample) of each episode, in the order in which they start; samples of one prompt that
+        follow each other share its images and the computation of its prompt.
+    on_episode: called with the index in `starts` and the episode.
+
+    Returns seconds as time/*. Raises UserError if an episode may become longer than a slot.
+    """
     sampler, limits = players.sampler, players.limits
     if limits.max_length > sampler.shapes.capacity:
         raise UserError(
             f"rollout.max_length is {limits.max_length}: a slot of the sampler holds {sampler.shapes.capacity} tokens."
         )
-    board = Board(players, prompts, group_size, sampling.first_prompt, on_episode)
+    board = Board(players, prompts, starts, sampling, on_episode)
     seconds = {"time/prefill": 0.0, "time/decode": 0.0, "time/tool_wait": 0.0}
-    start = time.perf_counter()
     while True:
         board.fill_slots()
         needs = board.needs()
@@ -71,8 +100,7 @@ def rollout(
         board.collect_tools(_wait(board.futures(), players.tool_wait_s, idle=idle))
         seconds["time/tool_wait"] += time.perf_counter() - decoded
         board.take_turns(needs.draws, written)
-    episodes = [episode for episode in board.episodes if episode is not None]
-    return episodes, {**seconds, **summary(episodes, tuple(players.runner.tools), time.perf_counter() - start)}
+    return seconds
 
 
 def _while_decoding(futures: set[concurrent.futures.Future], chunk: Chunk | None) -> bool:

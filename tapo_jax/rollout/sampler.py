@@ -21,8 +21,18 @@ from tapo_jax.models.attention import decodes_in_place
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.inputs import model_inputs
 from tapo_jax.rollout import schedule
+from tapo_jax.rollout.drawing import DrawLimits
 from tapo_jax.rollout.schedule import Draw, Extension, Needs, Round, Sampling, Shapes
-from tapo_jax.rollout.slots import DrawRequest, DrawRule, SlotState, copy_slots, decode_slots, extend_slots, init_slots
+from tapo_jax.rollout.slots import (
+    DrawRequest,
+    DrawRule,
+    SlotState,
+    copy_slots,
+    decode_slots,
+    extend_slots,
+    init_seen,
+    init_slots,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +135,7 @@ class Sampler:
         self.slots = self.slots_per_shard * self._local_shards  # of this process
         self._dtype = model.dtype
         self._state: SlotState | None = None
+        self._seen: jax.Array | None = None
         self._constants = sharding.put_replicated(
             {"forbidden_V": np.asarray(forbidden_V, bool), "stop_E": np.array(sorted(self.stop_ids), np.int32)}, mesh
         )
@@ -172,17 +183,23 @@ class Sampler:
         request = DrawRequest.of(draws, index_ZxR, self.slots_per_shard)
         numbers = {"seed": np.int32(sampling.seed), "step": np.int32(sampling.step)}
         numbers |= {"temperature": np.float32(sampling.temperature), "top_p": np.float32(sampling.top_p)}
+        if sampling.limited:
+            numbers["limits"] = DrawLimits(
+                np.int32(sampling.top_k), np.float32(sampling.min_p), np.float32(sampling.presence_penalty)
+            )
         rule = DrawRule(**sharding.put_replicated(numbers, self.mesh), **self._constants)
         with jax.set_mesh(self.mesh):
-            self._state, drawn = decode_slots(
+            state, drawn = decode_slots(
                 self._graphdef,
                 params,
-                self._slots(),
+                self._with_seen() if sampling.limited else self._slots(),
                 self._rows(request, 1),
                 rule,
                 window=plan.decode_window,
                 chunk=self.shapes.chunk,
             )
+        # The other calls get a state without it, so that they are the same programs with and without limits.
+        self._seen, self._state = state.seen_ZxCxV, dataclasses.replace(state, seen_ZxCxV=None)
         return Chunk(drawn, index_ZxR, len(draws))
 
     def wait(self) -> None:
@@ -191,7 +208,7 @@ class Sampler:
 
     def release(self) -> None:
         """Free the memory of the slots, for the updates between two rollouts. The next call begins with empty ones."""
-        self._state = None
+        self._state = self._seen = None
 
     def warm_up(self, params: Any) -> None:
         """Compile every call that can occur, by running each on empty rows."""
@@ -209,6 +226,13 @@ class Sampler:
             sizes = (self._shards, self.slots_per_shard, self.shapes.capacity)
             self._state = init_slots(self.config, *sizes, self._dtype)
         return self._state
+
+    def _with_seen(self) -> SlotState:
+        """Return the state with the tokens of the open turns. Call inside `jax.set_mesh`."""
+        state = self._slots()
+        if self._seen is None:
+            self._seen = init_seen(self._shards, self.slots_per_shard, self.config.vocab)
+        return dataclasses.replace(state, seen_ZxCxV=self._seen)
 
     def _inside(self, slot: int) -> int:
         return slot % self.slots_per_shard

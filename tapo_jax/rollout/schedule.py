@@ -162,6 +162,17 @@ class Sampling:
     step: int = 0
     first_prompt: int = 0
     """Index of this process's first prompt among the prompts of all processes."""
+    prompt_keys: tuple[int, ...] = ()
+    """The number that stands for each of this process's prompts in the random keys; () are those from first_prompt."""
+    top_k: int = 0
+    """Of evaluations, like the two below (`drawing.DrawLimits`): tokens that may be drawn; 0: all."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+
+    @property
+    def limited(self) -> bool:
+        """Return whether draws have limits that only evaluations have. They are a program of their own."""
+        return bool(self.top_k or self.min_p or self.presence_penalty)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tapo_jax.batch import ModelInputs
 from tapo_jax.models import qwen3_vl
 from tapo_jax.models.cache import Cache, init_cache
 from tapo_jax.models.config import Qwen3VLConfig
-from tapo_jax.rollout.drawing import draw, turn_keys
+from tapo_jax.rollout.drawing import DrawLimits, draw, turn_keys
 from tapo_jax.rollout.schedule import Draw
 
 
@@ -44,6 +44,8 @@ class SlotState:
     """Hidden state of each slot's last cached token."""
     prompt_hidden_ZxCxD: jax.Array
     """Hidden state of the last token of each slot's prompt."""
+    seen_ZxCxV: Any = None
+    """bool, the tokens of each slot's open turn. Only a decoding call with limits has it."""
 
 
 @jax.tree_util.register_dataclass
@@ -99,6 +101,8 @@ class DrawRule:
     """bool, tokens that are never drawn."""
     stop_E: Any
     """int32, tokens that end a turn."""
+    limits: DrawLimits | None = None
+    """Further limits, which only evaluations have; None makes a program without them."""
 
 
 def _pin(state: SlotState) -> SlotState:
@@ -108,7 +112,11 @@ def _pin(state: SlotState) -> SlotState:
     )
     place_hidden = lambda x: sharding.constrain(x, "batch", None, None)  # noqa: E731
     return SlotState(
-        place_kv(state.k), place_kv(state.v), place_hidden(state.hidden_ZxCxD), place_hidden(state.prompt_hidden_ZxCxD)
+        place_kv(state.k),
+        place_kv(state.v),
+        place_hidden(state.hidden_ZxCxD),
+        place_hidden(state.prompt_hidden_ZxCxD),
+        None if state.seen_ZxCxV is None else place_hidden(state.seen_ZxCxV),
     )
 
 
@@ -166,6 +174,12 @@ def init_slots(config: Qwen3VLConfig, shards: int, slots: int, capacity: int, dt
     k, v = (tuple(jnp.zeros((shards, *x.shape), x.dtype) for x in part) for part in (cache.k, cache.v))
     hidden_ZxCxD = jnp.zeros((shards, slots, config.hidden), dtype)
     return _pin(SlotState(k, v, hidden_ZxCxD, hidden_ZxCxD))
+
+
+@functools.partial(jax.jit, static_argnames=("shards", "slots", "vocab"))
+def init_seen(shards: int, slots: int, vocab: int) -> jax.Array:
+    """Return seen_ZxCxV of turns that hold nothing yet."""
+    return sharding.constrain(jnp.zeros((shards, slots, vocab), bool), "batch", None, None)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "window"), donate_argnames="state")
@@ -248,11 +262,19 @@ def decode_slots(
     before_R, position_R, allowance_R, drawn_R = flat.length_ZxR, flat.position_ZxR, flat.allowance_ZxR, flat.drawn_ZxR
     key_R = turn_keys(rule.seed, rule.step, flat.prompt_ZxR, flat.sample_ZxR, flat.turn_ZxR)
 
+    seen_RxV = None
+    if rule.limits is not None:  # a turn that has drawn nothing yet holds nothing
+        seen_RxV = _take_rows(state.seen_ZxCxV, slot_ZxR).reshape(rows, -1) & (drawn_R > 0)[:, None]
+
     def step(carry: tuple) -> tuple:
-        i, active_R, cache, hidden_RxD, token_RxN, logp_RxN, count_R = carry
+        i, active_R, cache, hidden_RxD, token_RxN, logp_RxN, count_R, seen_RxV = carry
         keys_R = jax.vmap(jax.random.fold_in)(key_R, drawn_R + i)
         logits_RxV = qwen3_vl.logits(model, hidden_RxD)
-        new_R, new_logp_R = draw(logits_RxV, keys_R, rule.temperature, rule.top_p, rule.forbidden_V)
+        new_R, new_logp_R = draw(
+            logits_RxV, keys_R, rule.temperature, rule.top_p, rule.forbidden_V, rule.limits, seen_RxV
+        )
+        if seen_RxV is not None:
+            seen_RxV = seen_RxV.at[jnp.arange(rows), new_R].max(active_R)
         token_RxN = token_RxN.at[:, i].set(jnp.where(active_R, new_R, 0))
         logp_RxN = logp_RxN.at[:, i].set(jnp.where(active_R, new_logp_R, 0.0))
         count_R += active_R
@@ -264,7 +286,7 @@ def decode_slots(
         )
         next_RxTxD, cache = qwen3_vl.extend(model, cache, inputs)
         hidden_RxD = jnp.where(active_R[:, None], next_RxTxD[:, 0], hidden_RxD)
-        return i + 1, active_R, cache, hidden_RxD, token_RxN, logp_RxN, count_R
+        return i + 1, active_R, cache, hidden_RxD, token_RxN, logp_RxN, count_R, seen_RxV
 
     start = (
         jnp.int32(0),
@@ -274,13 +296,17 @@ def decode_slots(
         jnp.zeros((rows, chunk), jnp.int32),
         jnp.zeros((rows, chunk), jnp.float32),
         jnp.zeros(rows, jnp.int32),
+        seen_RxV,
     )
-    _, _, cache, hidden_RxD, token_RxN, logp_RxN, count_R = jax.lax.while_loop(
+    _, _, cache, hidden_RxD, token_RxN, logp_RxN, count_R, seen_RxV = jax.lax.while_loop(
         lambda carry: (carry[0] < chunk) & jnp.any(carry[1]), step, start
     )
     state = _put_cache(state, cache, slot_ZxR)
     hidden_ZxRxD = hidden_RxD.reshape(*slot_ZxR.shape, -1)
     state = dataclasses.replace(state, hidden_ZxCxD=_put_rows(state.hidden_ZxCxD, slot_ZxR, hidden_ZxRxD))
+    if seen_RxV is not None:
+        seen_ZxRxV = seen_RxV.reshape(*slot_ZxR.shape, -1)
+        state = dataclasses.replace(state, seen_ZxCxV=_put_rows(state.seen_ZxCxV, slot_ZxR, seen_ZxRxV))
     drawn = (x.reshape(*slot_ZxR.shape, *x.shape[1:]) for x in (token_RxN, logp_RxN, count_R))
     token, logp, count = (sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for x in drawn)
     return _pin(state), (token, logp, count)
