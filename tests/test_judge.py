@@ -14,7 +14,7 @@ from tapo_jax.config import UserError
 from tapo_jax.rewards.judge import Judge, Settings
 from tapo_jax.rewards.judged import JudgedScore
 from tapo_jax.rewards.pool import ScorePool
-from tapo_jax.types import Episode, Prompt
+from tapo_jax.types import Episode, Images, Prompt
 
 PROMPT = Prompt("q", "Which city?", (np.zeros((4, 4, 3), np.uint8),), ("Lima", "Ciudad de los Reyes"))
 
@@ -127,6 +127,23 @@ def test_a_closed_judge_holds_no_connection_and_no_file(tmp_path):
             one(PROMPT, "x")
 
 
+def test_the_images_of_a_question_are_decoded_once_for_its_group():
+    decoded = []
+
+    def picture():
+        decoded.append(1)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    shown = dataclasses.replace(PROMPT, images=Images([picture]), answers=("Lima",))
+    with served(lambda n, body: said("Yes")) as (url, bodies):
+        one = judge(url)
+        for answer in ("x", "y", "z"):
+            assert one(shown, answer).right is True
+        assert one(dataclasses.replace(shown, images=Images([picture])), "x").right is True
+    assert len(bodies) == 4 and len(decoded) == 2
+    assert len({json.dumps(body["messages"][1]["content"][0]) for body in bodies}) == 1
+
+
 @pytest.mark.parametrize("kind", ["a folder", "another kind of file"])
 def test_a_cache_that_cannot_be_used_is_a_sentence(tmp_path, kind):
     cache = tmp_path / "c.sqlite"
@@ -184,6 +201,11 @@ def judged_in(count, delay_s):
 
 def test_64_verdicts_of_a_fifth_of_a_second_add_less_than_a_second():
     assert judged_in(64, 0.2) < 1.0
+
+
+@pytest.mark.nightly
+def test_1024_verdicts_of_a_second_take_less_than_25_seconds():
+    assert judged_in(1024, 1.0) < 25.0
 
 
 def test_what_a_scorer_raises_reaches_the_caller():

@@ -190,7 +190,7 @@ def replies(number, body):
 
 
 def read_turn(text: str, opening: str | None = None) -> ParsedTurn:
-    """Stands in for `parse_turn`, because a random model writes no call: the text's hash decides."""
+    """Stands in for `parse_turn`, because neither model writes calls here: the text's hash decides."""
     kind = zlib.crc32(text.encode()) % 4
     if kind == 0:
         return ParsedTurn(call=ToolCall("image_search_tool", {}))
@@ -219,7 +219,7 @@ def job(folder: Path, model: Path | None, url: str, **changes):
     c = beside(str(ROOT / "configs" / "x"), "tapo_grpo.py")("test,steps=10")
     c.data.update(source="fvqa", dir=str(folder), prompts_per_step=2)
     c.model.path = "" if model is None else str(model)
-    c.rollout.update(slots=8, max_turns=3, max_new_tokens=20, max_length=448, system="", decode_chunk=8)
+    c.rollout.update(slots=8, max_turns=3, max_new_tokens=20, max_length=448, decode_chunk=8)
     c.tools.update(source="recorded", names=("image_zoom_in_tool", "image_search_tool"))
     c.tapo.update(max_tool_steps=3)
     c.train.update(patch_buckets=(), updates_per_batch=1)
@@ -232,41 +232,37 @@ def job(folder: Path, model: Path | None, url: str, **changes):
     return c
 
 
-def the_job_is_done(folder: Path, run: Path, bodies: list) -> list[dict]:
+def trained(tmp_path: Path, monkeypatch, model: Path | None, **changes) -> list[dict]:
+    """Run the job and look at what it leaves; return the lines of its metrics."""
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    monkeypatch.setattr(episode_module, "parse_turn", read_turn)
+    folder, run = fvqa(tmp_path / "FVQA"), tmp_path / "run"
+    with served(replies, 0.02) as (url, bodies):
+        train(job(folder, model, url, **changes), run)
     lines = records.read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11))
-    assert len(bodies) > 10 and all(np.isfinite(line["loss/total"]) for line in lines)
-    assert (run / "export" / "model.safetensors").is_file() and lines[-1]["eval/episodes"] >= 0
-    files = [path for path in folder.parent.rglob("*") if path.is_file()]
-    assert folder.parent / "verdicts.sqlite" in files
+    assert len(bodies) > 20 and all(np.isfinite(line["loss/total"]) for line in lines)
+    assert 0 < sum(line["reward/unjudged"] for line in lines) < 10 and lines[-1]["eval/unjudged"] >= 0
+    assert sum(line["tools/calls/image_search_tool"] for line in lines) > 0
+    played = [one for path in sorted((run / "episodes").glob("*.npz")) for one in records.load(path)]
+    assert all(one.judged or one.advantage == 0 for one in played)
+    results = [turn.result for one in played for turn in one.turns if turn.call_name == "image_search_tool"]
+    assert any("- Wikidata" in (result or "") for result in results)
+    assert (run / "export" / "model.safetensors").is_file()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert tmp_path / "verdicts.sqlite" in files
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
     return lines
 
 
 def test_ten_steps_on_fvqa_rows_with_the_shipped_model(tmp_path, monkeypatch):
-    """The tiny model knows Atlas alone; its answers are wrong by exact match, and so each of them is judged."""
-    monkeypatch.setenv("JUDGE_API_KEY", KEY)
-    folder = fvqa(tmp_path / "FVQA")
-    with served(replies, 0.02) as (url, bodies):
-        train(job(folder, None, url, **{"rollout.max_new_tokens": 48}), tmp_path / "run")
-    lines = the_job_is_done(folder, tmp_path / "run", bodies)
-    assert sum(line["tools/calls"] for line in lines) > 0
-    assert max(line["reward/unjudged"] for line in lines) > 0
+    trained(tmp_path, monkeypatch, None)
 
 
 def test_ten_steps_on_fvqa_rows_with_a_random_model_that_has_the_published_tokenizer(
     tmp_path, monkeypatch, random_model
 ):
-    monkeypatch.setenv("JUDGE_API_KEY", KEY)
-    monkeypatch.setattr(episode_module, "parse_turn", read_turn)
-    folder = fvqa(tmp_path / "FVQA")
-    with served(replies, 0.02) as (url, bodies):
-        train(job(folder, random_model, url, **{"rollout.max_think_tokens": 6}), tmp_path / "run")
-    lines = the_job_is_done(folder, tmp_path / "run", bodies)
-    assert all(line["rollout/thoughts_closed"] == line["rollout/turns"] for line in lines)
-    played = [one for path in sorted((tmp_path / "run" / "episodes").glob("*.npz")) for one in records.load(path)]
-    results = {turn.result for one in played for turn in one.turns if turn.call_name == "image_search_tool"}
-    assert any("- Wikidata" in (result or "") for result in results)
-    assert all(one.judged or one.advantage == 0 for one in played)
+    lines = trained(tmp_path, monkeypatch, random_model, **{"rollout.max_think_tokens": 6})
+    assert 0 < sum(line["rollout/thoughts_closed"] for line in lines) <= sum(line["rollout/turns"] for line in lines)
     exported = {path.name for path in (tmp_path / "run" / "export").iterdir()}
     assert {path.name for path in random_model.iterdir()} <= exported

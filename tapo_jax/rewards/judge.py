@@ -33,6 +33,7 @@ RULES = (
 )
 _VERDICT = re.compile(r"<judge>\s*(yes|no)\s*</judge>", re.IGNORECASE)
 _MAX_WAIT_S = 60.0
+_MAX_PROMPTS = 128  # whose images are kept as they are sent, some hundred kilobytes each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Judge:
         self._client = httpx.Client(timeout=settings.timeout_s, limits=limits, headers=headers)
         self._lock = threading.Lock()
         self._over = threading.Event()
+        self._urls: dict[int, tuple[Prompt, list[str]]] = {}
         self.judged = self.failed = self.cached = 0
         self._cache = self._open_cache() if settings.cache else None
 
@@ -130,7 +132,7 @@ class Judge:
         """
         if answer is None or not answer.strip():
             return Verdict(False, "no answer")
-        images = [_data_url(pixels, self._settings.image_side) for pixels in prompt.images if self._settings.image_side]
+        images = self._shown(prompt) if self._settings.image_side else []
         word, failure = "", None
         for truth in prompt.answers:
             try:
@@ -143,6 +145,18 @@ class Judge:
                 return Verdict(True, word)
         self._count(failed=failure is not None)
         return Verdict(False, word) if failure is None else Verdict(None, failure)
+
+    def _shown(self, prompt: Prompt) -> list[str]:
+        """Return a prompt's images as data URLs. They are made once for its group, because they are decoded for it."""
+        with self._lock:
+            kept = self._urls.get(id(prompt))
+        if kept is None or kept[0] is not prompt:
+            kept = prompt, [_data_url(pixels, self._settings.image_side) for pixels in prompt.images]
+            with self._lock:
+                self._urls[id(prompt)] = kept
+                while len(self._urls) > _MAX_PROMPTS:
+                    del self._urls[next(iter(self._urls))]
+        return kept[1]
 
     def _count(self, *, failed: bool) -> None:
         with self._lock:
