@@ -6,7 +6,7 @@
 
 Without an argument: Atlas (the embedded world) and the tiny model that ships with the package; runs on any machine.
 Arguments: `steps=…`, `seed=…`, `test` (takes seconds, for tests), `qwen3_vl_2b`, `_4b`, `_8b`, `_32b` (the
-paper's recipe, for pods: recipes.py).
+paper's recipe, for pods: recipes.py), `qwen3_vl_2b_1gpu` and `qwen3_vl_2b_v5e_8` (one GPU, one host of TPUs).
 Any field can be set on the command line: `--config.tapo.beta=0.4`.
 """
 
@@ -15,7 +15,7 @@ from ml_collections.config_dict import placeholder
 
 from tapo_jax.config import beside, parse_arg
 
-SIZES = ("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b")
+SIZES = ("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b", "qwen3_vl_2b_1gpu", "qwen3_vl_2b_v5e_8")
 
 
 def get_config(arg: str = "") -> ConfigDict:

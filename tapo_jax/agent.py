@@ -11,7 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import rewards
+from tapo_jax import processes, rewards
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
 from tapo_jax.models import hf, lora
@@ -19,7 +19,7 @@ from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.inputs import PixelStore, most_patches
 from tapo_jax.models.qwen3_vl import Qwen3VL
-from tapo_jax.rewards.judged import Scored
+from tapo_jax.rewards.judged import JudgedScore, Scored
 from tapo_jax.rewards.pool import ScorePool, ScoreStream
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits
@@ -65,17 +65,23 @@ class Agent:
     ) -> tuple[list[Episode], dict[str, float]]:
         """Play and score `group_size` episodes of each of this process's prompts, prompt-major.
 
-        Returns them and the rollout's metrics. In a pod all processes must call this together.
+        Returns them and the rollout's metrics. In a pod all processes must call this together, and an error of the
+        scoring in one of them is raised in all.
 
         keep_images: False releases the images of each episode when it has its rewards.
         """
-        pool = ScorePool(self.score if keep_images else _forgetting(self.score), self.score_workers)
+        score = self.score if keep_images else _forgetting(self.score)
+        pool, failure = ScorePool(score, self.score_workers), None
         try:
             episodes, metrics = rollout(self.players, params, prompts, group_size, sampling, pool.submit)
             self.players.sampler.release()
-            pool.wait(episodes)
+            try:
+                pool.wait(episodes)
+            except Exception as error:
+                failure = error
         finally:
             pool.close()
+        processes.raise_together(failure)
         for episode in episodes:
             episode.reward = rewards.total(episode.rewards, self.weights)
         return episodes, metrics | {"time/reward": pool.waited_s}
@@ -105,6 +111,11 @@ class Agent:
             scores.finish()
         finally:
             scores.close()
+
+    def close(self) -> None:
+        """Close the judge, if there is one. Nothing can be played afterwards."""
+        if isinstance(self.score, JudgedScore):
+            self.score.close()
 
 
 Scorer = Callable[[Episode], dict[str, float] | Scored]
@@ -168,7 +179,7 @@ def make_agent(
     )
     limits = Limits(r.max_turns, r.max_new_tokens, r.max_length, r.max_image_tokens or None, r.max_think_tokens or None)
     players = Players(sampler, chat, pixels, runner, limits, system=r.system, tool_wait_s=r.tool_wait_s)
-    score, workers = sources.score(config, evaluating=evaluating), sources.score_workers(config, evaluating=evaluating)
+    score, workers = _scorer(config, evaluating=evaluating)
     return Agent(players, score, dict(config.reward.weights), workers)
 
 
@@ -176,5 +187,16 @@ def examiner(agent: Agent, config: ConfigDict) -> Agent:
     """Return the same agent with the judge of evaluations; the agent itself if the config has no such judge."""
     if not config.eval.judge.endpoint:
         return agent
-    score, workers = sources.score(config, evaluating=True), sources.score_workers(config, evaluating=True)
+    score, workers = _scorer(config, evaluating=True)
     return dataclasses.replace(agent, score=score, score_workers=workers)
+
+
+def _scorer(config: ConfigDict, *, evaluating: bool) -> tuple[Callable[[Episode], dict[str, float] | Scored], int]:
+    """Return the function that scores and its number of threads. A key that one process lacks is an error of all."""
+    failure = None
+    try:
+        made = sources.score(config, evaluating=evaluating), sources.score_workers(config, evaluating=evaluating)
+    except UserError as error:
+        failure = error
+    processes.raise_together(failure)
+    return made

@@ -79,6 +79,20 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
 
 
+def raise_together(error: Exception | None) -> None:
+    """Raise in every process if one of them has an error, so that none waits for a process that has ended.
+
+    A process with an error raises its own; the others raise UserError with the first one's sentence. Every process must
+    call this.
+    """
+    if any_of(error is not None):
+        said = gather(None if error is None else str(error) or type(error).__name__)
+        if error is not None:
+            raise error
+        process, text = next((process, text) for process, text in enumerate(said) if text is not None)
+        raise UserError(f"Process {process} of {len(said)} ended the run: {text}")
+
+
 def mean_over(values: Mapping[str, float]) -> dict[str, float]:
     """Return the mean of each number over the processes; a name that a process lacks counts as 0.
 

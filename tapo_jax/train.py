@@ -3,6 +3,7 @@
 prompts → rollout (sampler × tools) → rewards → advantages → TAPO → updates → metrics → checkpoint → evaluation
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -47,9 +48,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
     if "://" in str(workdir):
         raise UserError(f"--workdir is '{workdir}', an address: mount that bucket (gcsfuse) and give its folder.")
     check.check(config)
-    with processes.alone_in(Path(workdir)):
+    with processes.alone_in(Path(workdir)), contextlib.ExitStack() as at_end:
         try:
-            train_alone(config, Path(workdir))
+            train_alone(config, Path(workdir), at_end)
         except OSError as error:
             if error.errno not in DISK:
                 raise
@@ -59,8 +60,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
             ) from error
 
 
-def train_alone(config: ConfigDict, workdir: Path) -> None:
-    """Train in a folder that no other run uses, with a checked config."""
+def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack) -> None:
+    """Train in a folder that no other run uses, with a checked config. at_end: gets what has to be closed."""
     directory = model_directory(config.model.path, config.model.shape)
     keep_compiled(config.compilation_cache)
     # -------------------------------------------------------------------------------------- mesh
@@ -82,6 +83,9 @@ def train_alone(config: ConfigDict, workdir: Path) -> None:
     # -------------------------------------------------------------------------------------- model
     model, model_config = load_model(directory, config.model, mesh)
     agent = make_agent(config, directory, model, sources.tools(config), mesh)
+    at_end.callback(agent.close)
+    evaluator = examiner(agent, config)
+    at_end.callback(evaluator.close)
     graphdef, params = split_model(model)
     # -------------------------------------------------------------------------------------- init or restore
     optimizer, schedule = make_optimizer(config, total)
@@ -94,7 +98,7 @@ def train_alone(config: ConfigDict, workdir: Path) -> None:
     state, resumed = restore(checkpoints, state, parts, config)
     programs = make_programs(config, graphdef, optimizer, schedule, state, agent, mesh)
     reference = load_reference(config, directory, mesh)
-    run = Run(config, workdir, mesh, agent, examiner(agent, config), programs, encoder, reference, local, Clock())
+    run = Run(config, workdir, mesh, agent, evaluator, programs, encoder, reference, local, Clock())
     writer = MetricWriter(workdir, total_steps=total, resumed_step=resumed, tensorboard=config.log.tensorboard)
     write_config(config, workdir, resumed, writer)
     if config.train.warm_up:

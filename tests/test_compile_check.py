@@ -111,6 +111,16 @@ def abstract(tmp_path: Path, **changes):
     return programs.abstract_run(config, jax.devices()[:4])
 
 
+def test_a_model_that_is_not_covered_is_the_users_mistake(tmp_path):
+    raw = model.ATLAS.to_hf() | {"model_type": "qwen3_vl_moe"}
+    directory = model_directory(tmp_path)
+    (directory / "config.json").write_text(json.dumps(raw))
+    config = beside(str(ROOT / "configs" / "x"), "tapo_grpo.py")("test")
+    config.model.path = str(directory)
+    with pytest.raises(check.UserError, match="a mixture of experts; dense models only"):
+        programs.model_shapes(config.model)
+
+
 def test_low_rank_updates_are_checked_as_they_are_trained(tmp_path):
     """Adam's moments are of the low-rank parameters alone, and the gradient reaches them: the update's program has a
     product for each of them, which a program without a backward pass has not."""

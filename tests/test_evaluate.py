@@ -106,6 +106,9 @@ class FakeAgent:
         self.asked = (params, list(prompts), group_size, sampling, keep_images)
         return [dataclasses.replace(EPISODES[i], prompt=prompt) for i, prompt in enumerate(prompts)], {}
 
+    def close(self):
+        pass
+
 
 def test_evaluate_plays_each_prompt_once():
     agent, prompts = FakeAgent(), [e.prompt for e in EPISODES]

@@ -137,7 +137,7 @@ def test_a_run_without_a_folder_and_a_disk_without_room_are_one_sentence(model, 
     with pytest.raises(UserError, match="'gs://bucket/run', an address: mount that bucket"):
         train.train(tiny_run.config(model), "gs://bucket/run")
 
-    def full(config, workdir):
+    def full(config, workdir, at_end):
         raise OSError(28, "No space left on device", str(workdir / "episodes"))
 
     monkeypatch.setattr(train, "train_alone", full)

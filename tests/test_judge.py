@@ -12,9 +12,9 @@ import pytest
 
 from tapo_jax.config import UserError
 from tapo_jax.rewards.judge import Judge, Settings
-from tapo_jax.rewards.judged import make_score
+from tapo_jax.rewards.judged import JudgedScore
 from tapo_jax.rewards.pool import ScorePool
-from tapo_jax.types import Episode, Prompt
+from tapo_jax.types import Episode, Images, Prompt
 
 PROMPT = Prompt("q", "Which city?", (np.zeros((4, 4, 3), np.uint8),), ("Lima", "Ciudad de los Reyes"))
 
@@ -116,6 +116,67 @@ def test_a_key_that_is_not_set_is_a_sentence(monkeypatch):
         Judge(Settings("http://127.0.0.1:1/v1", "m"))
 
 
+def test_a_closed_judge_holds_no_connection_and_no_file(tmp_path):
+    with served(lambda n, body: said("Yes")) as (url, _):
+        one = judge(url, cache=str(tmp_path / "c.sqlite"))
+        assert one(PROMPT, "x").right is True
+        one.close()
+        one.close()
+        assert one._client.is_closed
+        with pytest.raises(UserError, match=r"cache .*c\.sqlite cannot be used .*closed database"):
+            one(PROMPT, "x")
+
+
+def test_the_images_of_a_question_are_decoded_once_for_its_group():
+    decoded = []
+
+    def picture():
+        decoded.append(1)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    shown = dataclasses.replace(PROMPT, images=Images([picture]), answers=("Lima",))
+    with served(lambda n, body: said("Yes")) as (url, bodies):
+        one = judge(url)
+        for answer in ("x", "y", "z"):
+            assert one(shown, answer).right is True
+        assert one(dataclasses.replace(shown, images=Images([picture])), "x").right is True
+    assert len(bodies) == 4 and len(decoded) == 2
+    assert len({json.dumps(body["messages"][1]["content"][0]) for body in bodies}) == 1
+
+
+@pytest.mark.parametrize("kind", ["a folder", "another kind of file"])
+def test_a_cache_that_cannot_be_used_is_a_sentence(tmp_path, kind):
+    cache = tmp_path / "c.sqlite"
+    if kind == "a folder":
+        cache.mkdir()
+    else:
+        cache.write_bytes(b"x" * 4096)
+    with pytest.raises(UserError, match=r"cache .*c\.sqlite cannot be used .*give another file"):
+        judge("http://127.0.0.1:1", cache=str(cache))
+
+
+def test_when_too_many_have_failed_the_others_do_not_ask_again():
+    """Seven wait ten seconds or more before they would ask again; the eighth may not ask again, and ends the run."""
+
+    def replies(number, body):
+        last = body["messages"][1]["content"][-1]["text"].endswith("Response: 7")
+        return (400, {}, "") if last else (500, {"Retry-After": "30"}, "")
+
+    with served(replies) as (url, _):
+        one = judge(url, min_judged=1)
+        pool = ScorePool(lambda e: {"accuracy": float(one(e.prompt, e.answer).right is True)}, 8)
+        episodes = [episode(number) for number in range(8)]
+        for given in episodes[:7]:
+            pool.submit(given)
+        time.sleep(0.5)
+        began = time.perf_counter()
+        with pytest.raises(UserError, match="judgements failed"):
+            pool.wait(episodes)
+        pool.close()
+        one.close()
+    assert time.perf_counter() - began < 8
+
+
 def episode(number):
     nothing = np.zeros(0, np.float32)
     prompt = Prompt(str(number), "?", (), ("Lima",))
@@ -142,6 +203,11 @@ def test_64_verdicts_of_a_fifth_of_a_second_add_less_than_a_second():
     assert judged_in(64, 0.2) < 1.0
 
 
+@pytest.mark.nightly
+def test_1024_verdicts_of_a_second_take_less_than_25_seconds():
+    assert judged_in(1024, 1.0) < 25.0
+
+
 def test_what_a_scorer_raises_reaches_the_caller():
     def broken(episode):
         raise UserError("stop")
@@ -157,7 +223,7 @@ def test_only_what_fails_exact_match_is_judged_and_a_failure_is_marked():
         return dataclasses.replace(episode(0), answer=answer)
 
     with served(lambda n, body: said("Yes") if n == 0 else (500, {}, "")) as (url, bodies):
-        score = make_score(judge(url, retries=0))
+        score = JudgedScore(judge(url, retries=0))
         exact, right, failed = score(ended("Lima")), score(ended("the capital")), score(ended("x"))
     assert len(bodies) == 2
     assert (exact.rewards["accuracy"], exact.judged, exact.rewards["published"]) == (1.0, True, 1.0)

@@ -1,8 +1,15 @@
 """Whole runs with a judge on this machine that is late and wrong-headed for a third of its calls."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +22,12 @@ from tapo_jax import records, viewer
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
 from tapo_jax.report import misplaced
+from tapo_jax.rewards import judge
 from tapo_jax.rewards.judged import Scored
 from tapo_jax.rollout import episode
 from tapo_jax.train import train
 
+ROOT = Path(__file__).parents[1]
 KEY = "sk-planted-7f3a"
 FAULTS = [(429, {"Retry-After": "0"}, ""), (500, {}, "x"), (200, {}, "garbage")]
 
@@ -42,8 +51,8 @@ def planned(tmp_path, url, monkeypatch, **fields):
     monkeypatch.setattr(episode, "parse_turn", read_turn)
     prompts = [dataclasses.replace(prompt, answers=("nothing that is said",)) for prompt in world.prompts(24)]
     monkeypatch.setattr(sources, "prompts", lambda config, split: prompts)
-    judge = {"endpoint": url, "model": "m", "max_failed": 0.9, "cache": str(tmp_path / "cache" / "verdicts.sqlite")}
-    fields = {f"reward.judge.{name}": value for name, value in judge.items()} | fields
+    asked = {"endpoint": url, "model": "m", "max_failed": 0.9, "cache": str(tmp_path / "cache" / "verdicts.sqlite")}
+    fields = {f"reward.judge.{name}": value for name, value in asked.items()} | fields
     config = tiny_run.config(tiny_run.write_model(tmp_path / "model"), **{"total_steps": 3, "log.episodes_every": 1})
     config.update_from_flattened_dict(fields)
     config.eval.update(at_start=False, at_end=True)
@@ -82,6 +91,68 @@ def test_a_judge_that_always_fails_ends_the_run_with_a_sentence(tmp_path, monkey
         config.data.prompts_per_step, config.total_steps = 8, 20
         with pytest.raises(UserError, match=r"judgements failed, more than max_failed \(0.05\) allows"):
             train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_closes_its_judges_however_it_ends(tmp_path, monkeypatch, fails):
+    made = []
+
+    class Watched(judge.Judge):
+        def __init__(self, settings):
+            super().__init__(settings)
+            made.append(self)
+
+    monkeypatch.setattr(judge, "Judge", Watched)
+    with served(lambda number, body: (400, {}, "") if fails else said("Yes")) as (url, _):
+        evaluations = {"endpoint": url, "model": "other", "key_variable": ""}
+        fields = {"reward.judge.max_failed": 0.05} | {f"eval.judge.{name}": text for name, text in evaluations.items()}
+        config = planned(tmp_path, url, monkeypatch, **fields)
+        config.data.prompts_per_step, config.total_steps = 8, 20 if fails else 1
+        with pytest.raises(UserError, match="judgements failed") if fails else contextlib.nullcontext():
+            train(config, tmp_path / "run")
+    assert [one._settings.model for one in made] == ["m", "other"] and all(one._client.is_closed for one in made)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        made[0]._cache.execute("SELECT 1")
+
+
+@pytest.mark.parametrize("case", ["failing", "without a key"])
+def test_a_judge_that_fails_in_one_process_ends_all_of_them(tmp_path, case):
+    """Two processes; only the second one's judge fails. The first has its sentence, and nobody is left waiting."""
+    model = tiny_run.write_model(tmp_path / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    failing = lambda number, body: (400, {}, "")  # noqa: E731
+    with served(lambda number, body: said("Yes")) as (good, _), served(failing) as (bad, _):
+        started = []
+        for rank, url in enumerate((good, bad)):
+            environment = os.environ | {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(rank),
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JUDGE_API_KEY": KEY,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            }  # fmt: skip
+            if case == "without a key" and rank == 1:
+                del environment["JUDGE_API_KEY"]
+            command = [
+                sys.executable,
+                str(ROOT / "tests" / "judged_process.py"),
+                str(tmp_path / "run"),
+                str(model),
+                url,
+            ]
+            with open(tmp_path / f"{rank}.log", "w") as log:
+                started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            codes = [process.wait(timeout=300) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+    said_0, said_1 = ((tmp_path / f"{rank}.log").read_text() for rank in (0, 1))
+    sentence = "judgements failed, more than" if case == "failing" else "set the environment variable JUDGE_API_KEY"
+    assert codes == [1, 1], (said_0, said_1)
+    assert "error: Process 1 of 2 ended the run: " in said_0 and sentence in said_0
+    assert "error: " in said_1 and sentence in said_1 and "Process 1 of 2" not in said_1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ They are the programs that training runs, made by the same functions; nothing is
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,13 @@ from tapo_jax import sharding
 from tapo_jax.agent import sampler_shapes
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.check import check, check_rows
-from tapo_jax.config import check_choice
+from tapo_jax.config import UserError, check_choice
 from tapo_jax.learn import train_step
 from tapo_jax.learn.state import TrainState, split_model
 from tapo_jax.models import flops, lora
 from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.models.model_files import read_json
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.published import MODELS
 from tapo_jax.models.qwen3_vl import Qwen3VL
@@ -67,7 +67,10 @@ class Abstract:
 def model_shapes(model: ConfigDict) -> Qwen3VLConfig:
     """Return the shapes of model.path, or of the published model that model.shape names."""
     if model.path:
-        return Qwen3VLConfig.from_hf(json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8")))
+        try:
+            return Qwen3VLConfig.from_hf(read_json(Path(model.path) / "config.json"))
+        except ValueError as error:
+            raise UserError(f"{model.path} cannot be checked ({error}): give a Qwen3-VL model.") from error
     check_choice("model.shape", model.shape, tuple(MODELS))
     return MODELS[model.shape]
 

@@ -25,7 +25,7 @@ from tapo_jax.config import UserError
 from tapo_jax.data import atlas
 from tapo_jax.data.readers import READERS, read
 from tapo_jax.rewards import judge
-from tapo_jax.rewards.judged import Scored, make_score
+from tapo_jax.rewards.judged import JudgedScore, Scored
 from tapo_jax.tools.base import Tool
 from tapo_jax.tools.recorded_image_search import RecordedImageSearch
 from tapo_jax.tools.remote_search import RemoteTextSearch
@@ -113,7 +113,7 @@ def score(config: Any, *, evaluating: bool = False) -> Callable[[Episode], dict[
     """
     settings = judge_settings(config, evaluating=evaluating)
     if config.reward.source == "rewards":
-        return rewards.score if settings is None else make_score(judge.Judge(settings))
+        return rewards.score if settings is None else JudgedScore(judge.Judge(settings))
     if settings is not None:
         raise UserError(
             f"reward.source is '{config.reward.source}' and a judge has an endpoint: your own function asks its own "

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint on held-out questions: JSON, a Markdown table and optionally a page (`launch/eval.py`)."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -71,9 +72,10 @@ def run(
     wanted = benchmarks.chosen(benchmarks.questions_of(config), questions)
     loaded = load(config, checkpoint)
     folder = Path(out) if out else loaded.folder / f"benchmarks-{loaded.name}"
-    benchmarks.run(loaded.agent, loaded.params, config, loaded.path, folder, samples=samples)
-    if page:
-        benchmarks.page(loaded.agent, loaded.params, config, folder, samples=samples, wanted=wanted)
+    with contextlib.closing(loaded.agent):
+        benchmarks.run(loaded.agent, loaded.params, config, loaded.path, folder, samples=samples)
+        if page:
+            benchmarks.page(loaded.agent, loaded.params, config, folder, samples=samples, wanted=wanted)
 
 
 def load(config: ConfigDict, checkpoint: str) -> Loaded:
@@ -82,10 +84,10 @@ def load(config: ConfigDict, checkpoint: str) -> Loaded:
     keep_compiled(config.compilation_cache)
     mesh = sharding.make_mesh(**config.mesh)
     model, _ = load_model(directory, config.model, mesh)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh, evaluating=True)
     params = split_model(model)[1]
     if saved is not None:
         params = checkpoints.read_params(saved, params)
+    agent = make_agent(config, directory, model, sources.tools(config), mesh, evaluating=True)
     return Loaded(agent, params, saved or directory, name, folder)
 
 
@@ -107,7 +109,8 @@ def evaluate_own_data(
         )
     loaded = load(config, checkpoint)
     tools = tuple(loaded.agent.players.runner.tools)
-    episodes = evaluate.play(loaded.agent, loaded.params, prompts, evaluate.sampling_of(config), keep_images=page)
+    with contextlib.closing(loaded.agent):
+        episodes = evaluate.play(loaded.agent, loaded.params, prompts, evaluate.sampling_of(config), keep_images=page)
     values = evaluate.Tally.of(episodes, tools).over_processes().metrics()
     data, name = about_data(config), loaded.name
     label = f"{data['source']}-{data['split']}"

@@ -15,7 +15,7 @@ import random
 import re
 import sqlite3
 import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -33,6 +33,7 @@ RULES = (
 )
 _VERDICT = re.compile(r"<judge>\s*(yes|no)\s*</judge>", re.IGNORECASE)
 _MAX_WAIT_S = 60.0
+_MAX_PROMPTS = 128  # whose images are kept as they are sent, some hundred kilobytes each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,10 @@ class _NoVerdict(Exception):
 
 
 class Judge:
-    """A thread-safe judge of answers. Call `close` at the end."""
+    """A thread-safe judge of answers. Call `close` at the end.
+
+    After a UserError for failed judgements, those that still wait to ask again give up.
+    """
 
     def __init__(self, settings: Settings):
         key = os.environ.get(settings.key_variable, "") if settings.key_variable else ""
@@ -92,14 +96,31 @@ class Judge:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(timeout=settings.timeout_s, limits=limits, headers=headers)
         self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._urls: dict[int, tuple[Prompt, list[str]]] = {}
         self.judged = self.failed = self.cached = 0
-        self._cache = None
-        if settings.cache:
-            Path(settings.cache).parent.mkdir(parents=True, exist_ok=True)
-            self._cache = sqlite3.connect(settings.cache, timeout=_MAX_WAIT_S, check_same_thread=False)
-            self._cache.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, word TEXT)")
+        self._cache = self._open_cache() if settings.cache else None
+
+    def _open_cache(self) -> sqlite3.Connection:
+        with self._cache_errors():
+            Path(self._settings.cache).parent.mkdir(parents=True, exist_ok=True)
+            cache = sqlite3.connect(self._settings.cache, timeout=_MAX_WAIT_S, check_same_thread=False)
+            cache.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, word TEXT)")
+        return cache
+
+    @contextlib.contextmanager
+    def _cache_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(
+                f"The judge's cache {self._settings.cache} cannot be used ({error}): make room, give another file, or "
+                "none."
+            ) from error
 
     def close(self) -> None:
+        """Close the connections and the cache; calling it twice is fine. Nothing can be judged afterwards."""
+        self._over.set()
         self._client.close()
         if self._cache is not None:
             self._cache.close()
@@ -111,7 +132,7 @@ class Judge:
         """
         if answer is None or not answer.strip():
             return Verdict(False, "no answer")
-        images = [_data_url(pixels, self._settings.image_side) for pixels in prompt.images if self._settings.image_side]
+        images = self._shown(prompt) if self._settings.image_side else []
         word, failure = "", None
         for truth in prompt.answers:
             try:
@@ -125,12 +146,25 @@ class Judge:
         self._count(failed=failure is not None)
         return Verdict(False, word) if failure is None else Verdict(None, failure)
 
+    def _shown(self, prompt: Prompt) -> list[str]:
+        """Return a prompt's images as data URLs. They are made once for its group, because they are decoded for it."""
+        with self._lock:
+            kept = self._urls.get(id(prompt))
+        if kept is None or kept[0] is not prompt:
+            kept = prompt, [_data_url(pixels, self._settings.image_side) for pixels in prompt.images]
+            with self._lock:
+                self._urls[id(prompt)] = kept
+                while len(self._urls) > _MAX_PROMPTS:
+                    del self._urls[next(iter(self._urls))]
+        return kept[1]
+
     def _count(self, *, failed: bool) -> None:
         with self._lock:
             self.judged += 1
             self.failed += failed
             judged, bad = self.judged, self.failed
         if judged >= self._settings.min_judged and bad > self._settings.max_failed * judged:
+            self._over.set()
             raise UserError(
                 f"{bad} of {judged} judgements failed, more than max_failed ({self._settings.max_failed}) allows: "
                 f"look at the judge at {self._settings.endpoint}, then start again; the run resumes."
@@ -150,7 +184,8 @@ class Judge:
                 if attempt == s.retries or not error.again:
                     raise
                 wait_s = s.backoff_s * 2**attempt * random.uniform(0.5, 1.5)
-                time.sleep(min(error.wait_s if error.wait_s is not None else wait_s, _MAX_WAIT_S))
+                if self._over.wait(min(error.wait_s if error.wait_s is not None else wait_s, _MAX_WAIT_S)):
+                    raise
             else:
                 self._remember(key, word)
                 return word
@@ -175,14 +210,14 @@ class Judge:
     def _remembered(self, key: str) -> str | None:
         if self._cache is None:
             return None
-        with self._lock:
+        with self._lock, self._cache_errors():
             row = self._cache.execute("SELECT word FROM verdicts WHERE key = ?", (key,)).fetchone()
             self.cached += row is not None
         return row[0] if row else None
 
     def _remember(self, key: str, word: str) -> None:
         if self._cache is not None:
-            with self._lock, self._cache:
+            with self._lock, self._cache_errors(), self._cache:
                 self._cache.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, word))
 
 

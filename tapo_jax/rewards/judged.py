@@ -1,7 +1,6 @@
 """Compute rewards with a judge: exact match first; only answers that fail it are judged."""
 
 import dataclasses
-from collections.abc import Callable
 
 from tapo_jax.rewards.format import format_score
 from tapo_jax.rewards.judge import Judge
@@ -23,10 +22,13 @@ class Scored:
     """The judge's reply, "" if exact match was enough."""
 
 
-def make_score(judge: Judge) -> Callable[[Episode], Scored]:
-    """Return a thread-safe function that scores an episode."""
+@dataclasses.dataclass(frozen=True)
+class JudgedScore:
+    """A thread-safe function that scores an episode. Call `close` at the end."""
 
-    def score(episode: Episode) -> Scored:
+    judge: Judge
+
+    def __call__(self, episode: Episode) -> Scored:
         exact = accuracy(episode.answer, episode.prompt)
         rewards = {
             "accuracy": exact,
@@ -36,7 +38,9 @@ def make_score(judge: Judge) -> Callable[[Episode], Scored]:
         }
         if exact:
             return Scored(rewards)
-        verdict = judge(episode.prompt, episode.answer)
+        verdict = self.judge(episode.prompt, episode.answer)
         return Scored(rewards | {"accuracy": float(verdict.right is True)}, verdict.right is not None, verdict.word)
 
-    return score
+    def close(self) -> None:
+        """Close the judge's connections and its cache."""
+        self.judge.close()

@@ -31,6 +31,7 @@ def summary(episodes: Sequence[Episode], tools: Sequence[str], seconds: float) -
         "rollout/turns": len(turns) / count,
         "rollout/length": sum(len(episode.token_T) for episode in episodes) / count,
         "rollout/written": written / count,
+        "rollout/thoughts_closed": sum(turn.forced is not None for turn in turns) / count,
         "rollout/images": sum(len(episode.images) for episode in episodes) / count,
         "tools/calls": sum(turn.call is not None and turn.call.name in tools for turn in calls) / count,
         "tools/errors": sum(turn.result.error is not None for turn in calls) / count,
