@@ -15,6 +15,7 @@ from tapo_jax.tools.arguments import BadCall
 from tapo_jax.tools.dense_index import DenseIndex, HybridIndex, fuse, nearest, open_vectors
 from tapo_jax.tools.embeddings import Embeddings
 from tests.served import serving
+from tests.test_retrieval_service import program
 
 WORDS = ["lima", "peru", "chad", "river"]
 PASSAGES = ["Lima\nlima lima peru", "Peru\nperu river", "Chad\nchad", "Nile\nriver river river"]
@@ -220,6 +221,18 @@ def test_vectors_that_do_not_fit_are_one_sentence(tmp_path):
         open_vectors(str(vectors), "", 4)
     with pytest.raises(UserError, match="cannot be read"):
         open_vectors(str(tmp_path / "none.npy"), "", 4)
+
+
+def test_the_program_searches_by_words_and_vectors(tmp_path):
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"contents": text}) for text in PASSAGES))
+    np.save(tmp_path / "v.npy", VECTORS)
+    with embedding(good) as (address, requests):
+        more = (f"--vectors={tmp_path / 'v.npy'}", f"--embeddings={address}", "--embeddings_model=m")
+        with program(tmp_path, *more) as (line, service), httpx.Client(verify=False, timeout=30) as http:
+            assert line.startswith("4 passages at")
+            (hits,) = http.post(f"{service}/retrieve", json={"queries": ["chad"], "topk": 1}).json()["result"]
+    assert hits == [{"contents": PASSAGES[2]}]
+    assert [body["input"] for _, _, body in requests] == [["test"], ["chad"]]
 
 
 def test_the_service_says_503_while_queries_cannot_be_encoded():
