@@ -6,13 +6,19 @@
 #   launch/tpu_pod.sh run    NAME --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=/mnt/shared/Qwen3-VL-4B --workdir=/mnt/shared/run
 #   launch/tpu_pod.sh log    NAME                   # follows the first host's output
 #   launch/tpu_pod.sh stop   NAME                   # asks the run to end; the same `run` command resumes from its last checkpoint
+#   launch/tpu_pod.sh search NAME --corpus=/mnt/shared/passages.jsonl --index=/mnt/shared/index    # see below
+#   launch/tpu_pod.sh stop-search NAME
 #   launch/tpu_pod.sh delete NAME
+#
+# `search` starts the search service (launch/retrieval_server.py, with these flags) on the first host, where it uses no chip, and prints its
+# address inside of the network, for `run NAME … --config.tools.endpoint=ADDRESS`. All hosts reach it there, as they would a service on a
+# CPU machine of the same zone and network. From outside of the network it is not reached, unless a firewall rule opens its port.
 #
 # ZONE and PROJECT choose where (default: gcloud's own setting); RUNTIME the machine image. The model directory and the work directory
 # must be on a file system that all hosts share, such as Filestore or a mounted bucket.
 set -euo pipefail
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,19s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 fail() { echo "error: $1" >&2; exit 1; }
 
@@ -77,7 +83,7 @@ push() {
     command -v uv >/dev/null || [ -x ~/.local/bin/uv ] || python3 -m pip install --quiet --user uv
     PATH=$HOME/.local/bin:$PATH
     [ -d venv ] || uv venv --python 3.12 venv
-    VIRTUAL_ENV=$HOME/venv uv pip install --quiet -e "tapo_jax[tpu]"
+    VIRTUAL_ENV=$HOME/venv uv pip install --quiet -e "tapo_jax[tpu,serve]"
     venv/bin/python -c "import jax; print(jax.__version__)"
   '
 }
@@ -100,12 +106,43 @@ run() {
   "
 }
 
+# Starts the search service on the first host, waits a little for it to listen, and prints its address. It outlives the connection.
+search() {
+  [ $# -ge 1 ] || usage
+  local arguments
+  arguments=$(printf '%q ' "$@")
+  WORKER=0 on_hosts "
+    if [ ! -d tapo_jax ] || [ ! -x venv/bin/python ]; then
+      echo 'the program is not on this host: push it first' >&2; exit 1
+    fi
+    if [ -f search.pid ] && kill -0 \$(cat search.pid) 2>/dev/null; then
+      echo 'a search service is running here: stop-search it first' >&2; exit 1
+    fi
+    rm -f search.log
+    cd tapo_jax
+    touch ../search.log
+    nohup ../venv/bin/python launch/retrieval_server.py --host=0.0.0.0 $arguments > ../search.log 2>&1 < /dev/null &
+    echo \$! > ../search.pid
+    for second in \$(seq ${SEARCH_WAIT_S:-60}); do
+      if grep -q 'passages at' ../search.log; then
+        own=\$(hostname -I | cut -d' ' -f1)
+        sed -n \"s|.* passages at http://0.0.0.0:\\([0-9]*\\)/retrieve|http://\$own:\\1|p\" ../search.log; exit 0
+      fi
+      if ! kill -0 \$(cat ../search.pid) 2>/dev/null; then cat ../search.log >&2; exit 1; fi
+      sleep 1
+    done
+    echo 'it makes its index: once search.log on this host has its address, it can be used' >&2
+  "
+}
+
 case $action in
   create) create "$@" ;;
   push) push ;;
   run) run "$@" ;;
   log) WORKER=${WORKER:-0} on_hosts 'tail -n 50 -f train.log' ;;
   stop) on_hosts 'if [ -f train.pid ]; then kill -TERM "$(cat train.pid)" 2>/dev/null || true; fi' ;;
+  search) search "$@" ;;
+  stop-search) WORKER=0 on_hosts 'if [ -f search.pid ]; then kill -TERM "$(cat search.pid)" 2>/dev/null || true; rm -f search.pid; fi' ;;
   delete) "${tpu[@]}" delete "$name" ${place[@]+"${place[@]}"} ;;
   *) usage ;;
 esac

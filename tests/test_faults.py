@@ -1,12 +1,16 @@
 """Damaged files, two runs in one place, and hosts: each ends with one sentence, or the run goes on and says so."""
 
+import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import tiny_run
@@ -214,7 +218,9 @@ esac
 """
 
 
-def test_a_push_brings_what_there_is_and_removes_what_it_brought_before(tmp_path):
+@pytest.fixture
+def pod(tmp_path):
+    """A small checkout, an empty host, and the script between them; a call of it returns how it ended."""
     repo, host, programs = (tmp_path / name for name in ("repo", "host", "bin"))
     for folder in (repo / "launch", repo / "tapo_jax", host / "venv" / "bin", programs):
         folder.mkdir(parents=True)
@@ -222,14 +228,21 @@ def test_a_push_brings_what_there_is_and_removes_what_it_brought_before(tmp_path
     for path, text in ((programs / "gcloud", GCLOUD), (programs / "uv", "#!/bin/sh\n")):
         path.write_text(text)
         path.chmod(0o755)
-    env = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "HOST": str(host)}
+    env = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "HOST": str(host), "PYTHONPATH": str(ROOT)}
 
-    def pod(*words: str) -> subprocess.CompletedProcess:
+    def call(*words: str) -> subprocess.CompletedProcess:
         command = ["bash", str(repo / "launch" / "tpu_pod.sh"), *words]
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
 
-    early = pod("run", "name", "--workdir=x")
-    assert early.returncode != 0 and "push it first" in early.stderr
+    call.repo, call.host = repo, host
+    return call
+
+
+def test_a_push_brings_what_there_is_and_removes_what_it_brought_before(pod):
+    repo, host = pod.repo, pod.host
+    for action in ("run", "search"):
+        early = pod(action, "name", "--workdir=x")
+        assert early.returncode != 0 and "push it first" in early.stderr
     (host / "venv" / "bin" / "python").symlink_to("/bin/true")
     (repo / "tapo_jax" / "old.py").write_text("")
     (repo / "tapo_jax" / "kept.py").write_text("")
@@ -244,3 +257,39 @@ def test_a_push_brings_what_there_is_and_removes_what_it_brought_before(tmp_path
     assert found.returncode == 0, found.stderr
     brought = sorted(path.name for path in (host / "tapo_jax" / "tapo_jax").iterdir())
     assert brought == ["kept.py", "new name.py"] and (host / "tapo_jax" / "run" / "metrics.jsonl").exists()
+
+
+def answers(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/health", verify=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_the_search_service_of_a_pod_runs_on_its_first_host(pod, tmp_path):
+    (pod.host / "venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (pod.host / "venv" / "bin" / "python").chmod(0o755)
+    (pod.host / "tapo_jax" / "launch").mkdir(parents=True)
+    script = "launch/retrieval_server.py"
+    (pod.host / "tapo_jax" / script).write_text((ROOT / script).read_text())
+    corpus = tmp_path / "a corpus.jsonl"
+    wrong = pod("search", "name", f"--corpus={corpus}", "--port=0")
+    assert wrong.returncode != 0 and "a corpus.jsonl', which is no file" in wrong.stderr
+    corpus.write_text('{"contents": "Lima"}')
+    started = pod("search", "name", f"--corpus={corpus}", "--port=0")
+    assert started.returncode == 0, started.stderr
+    number = int((pod.host / "search.pid").read_text())
+    try:
+        address = started.stdout.strip()  # that of this machine in its network, as another host would ask it
+        reply = httpx.post(f"{address}/retrieve", json={"queries": ["lima"]}, verify=False)
+        assert reply.json() == {"result": [[{"contents": "Lima"}]]}
+        again = pod("search", "name", f"--corpus={corpus}", "--port=0")
+        assert again.returncode != 0 and "stop-search it first" in again.stderr
+        assert pod("stop-search", "name").returncode == 0
+        deadline = time.monotonic() + 60
+        while answers(address) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not answers(address)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)

@@ -186,6 +186,17 @@ def test_the_host_side_imports_no_jax(file):
         assert not {"jax", "jaxlib", "flax"} & tops(other), f"{file} runs {other}"
 
 
+def test_the_retrieval_service_runs_without_jax_and_its_accelerators():
+    """bm25s imports jax where it is installed, and starts it: on a TPU host it would take the chips of the run."""
+    assert "bm25s" in {top for file in reached("tapo_jax/tools/text_search.py") for top in tops(file)}
+    service = ast.parse((ROOT / "launch" / "retrieval_server.py").read_text())
+    modules = {node.module for node in ast.walk(service) if isinstance(node, ast.ImportFrom)}
+    files = ["tapo_jax/data/corpus.py", "tapo_jax/tools/retrieval_service.py", "tapo_jax/tools/dense_index.py"]
+    assert {file.removesuffix(".py").replace("/", ".") for file in files[:2]} <= modules
+    for other in {other for file in [*files, "tapo_jax/tools/embeddings.py"] for other in reached(file)}:
+        assert not {"bm25s", "jax", "jaxlib", "flax"} & tops(other), other
+
+
 def test_configs_import_no_jax():
     for path in sorted((ROOT / "configs").glob("*.py")):
         assert not {"jax", "flax", "optax"} & tops(path.relative_to(ROOT).as_posix()), path.name

@@ -1,6 +1,7 @@
 """The retrieval service: Search-R1's contract, many clients at once, an index that is saved."""
 
 import concurrent.futures
+import contextlib
 import gzip
 import json
 import os
@@ -118,6 +119,50 @@ def test_64_clients_lose_no_request(app, service):
     assert app.state.batcher.batches - batches < 1024
 
 
+PLAYERS = """
+import concurrent.futures, sys
+import httpx
+
+address, process = sys.argv[1], int(sys.argv[2])
+
+def play(worker):
+    right = 0
+    with httpx.Client(base_url=address, timeout=120, verify=False) as client:
+        for turn in range(16):
+            page = (process * 1024 + worker * 16 + turn) % 300
+            body = {"queries": [f"page {page}"], "topk": 1}
+            (hits,) = client.post("/retrieve", json=body).raise_for_status().json()["result"]
+            right += hits[0]["contents"].startswith(f"Page {page}\\n")
+    return right
+
+with concurrent.futures.ThreadPoolExecutor(64) as pool:
+    print(sum(pool.map(play, range(64))))
+"""
+
+
+@contextlib.contextmanager
+def program(folder, *arguments):
+    """The service as a process of its own, over c.jsonl of a folder; gives the line that it prints and its address."""
+    command = [sys.executable, "launch/retrieval_server.py", "--port=0", f"--corpus={folder / 'c.jsonl'}", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            yield line, line.split()[-1].removesuffix("/retrieve")
+        finally:
+            process.terminate()
+
+
+@pytest.mark.nightly
+def test_four_processes_of_64_workers_lose_no_request(tmp_path):
+    """4096 requests from 256 connections to the program itself, each with its own answer."""
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"contents": text}) for text in passages()))
+    with program(tmp_path) as (_, address):
+        command = [sys.executable, "-c", PLAYERS, address]
+        players = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(4)]
+        assert [int(player.communicate(timeout=500)[0]) for player in players] == [1024] * 4
+
+
 def test_a_failing_search_is_a_500_and_the_service_goes_on(monkeypatch):
     index = passage_index.build(passages(5))
     with serving(retrieval_service.make_app(index)) as address:
@@ -134,7 +179,7 @@ def test_a_saved_index_is_loaded_and_belongs_to_its_corpus(tmp_path, monkeypatch
     built = corpus.open_index(str(file), str(folder))
     monkeypatch.setattr(passage_index, "build", lambda passages: 1 / 0)
     loaded = corpus.open_index(str(file), str(folder))
-    assert isinstance(loaded._text, np.memmap) and isinstance(loaded._bm25.scores["data"], np.memmap)
+    assert all(isinstance(array, np.memmap) for array in loaded.arrays.values())
     memory = TextSearch(passages(50), top_k=3, budget=1)
     for index in (built, loaded):
         assert len(index) == 50 and index.search(["lima café"], [5]) == [memory.search("lima café", 5)]
@@ -164,7 +209,7 @@ def test_corpora_of_every_form(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
-        assert corpus.read_corpus(str(tmp_path / name)) == ["Peru\nLima.", "Chad."], name
+        assert list(corpus.read_corpus(str(tmp_path / name))) == ["Peru\nLima.", "Chad."], name
     pyarrow.parquet.write_table(pyarrow.table({"contents": ["x", None]}), tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
@@ -176,24 +221,41 @@ def test_corpora_of_every_form(tmp_path):
         ("d.jsonl.gz", "cannot be unpacked"),
     ):
         with pytest.raises(UserError, match=says):
-            corpus.read_corpus(str(tmp_path / name))
+            list(corpus.read_corpus(str(tmp_path / name)))
 
 
 def test_the_program_restarts_from_its_saved_index(tmp_path):
     """As a process of its own, twice; the second start needs no corpus that can be parsed, only its bytes."""
     (tmp_path / "c.jsonl").write_text('{"contents": "Peru\\nThe capital is Lima."}\n')
-    command = [sys.executable, "launch/retrieval_server.py", "--port=0"]
-    command += [f"--corpus={tmp_path / 'c.jsonl'}", f"--index={tmp_path / 'index'}"]
     made = []
     for _ in range(2):
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                line = process.stdout.readline()
-                assert line.startswith("1 passages at http://127.0.0.1:")
-                address = line.split()[-1].removesuffix("/retrieve")
-                assert retrieve(address, queries=["lima"]) == [[{"contents": "Peru\nThe capital is Lima."}]]
-            finally:
-                process.terminate()
+        with program(tmp_path, f"--index={tmp_path / 'index'}") as (line, address):
+            assert line.startswith("1 passages at http://127.0.0.1:")
+            assert retrieve(address, queries=["lima"]) == [[{"contents": "Peru\nThe capital is Lima."}]]
         made.append((tmp_path / "index" / "about.json").stat().st_mtime_ns)
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--search=hybrid"], "error: --search=hybrid needs --vectors."),
+        (["--vectors=v.npy"], "error: --search=hybrid needs --embeddings."),
+        (
+            ["--search=dense", "--vectors=v.npy", "--embeddings=http://x/v1"],
+            "error: --search=dense needs --embeddings_model.",
+        ),
+        (["--search=bm25", "--vectors=v.npy"], "error: --vectors has no use with --search=bm25"),
+        (["--query_prefix=query: "], "error: --query_prefix has no use with --search=bm25"),
+        (
+            ["--vectors=none.npy", "--embeddings=http://x/v1", "--embeddings_model=m"],
+            "error: --vectors is 'none.npy', which cannot be read",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_sentence(tmp_path, arguments, says):
+    (tmp_path / "c.jsonl").write_text('{"contents": "lima"}')
+    command = [sys.executable, str(ROOT / "launch" / "retrieval_server.py"), "--port=0", "--corpus=c.jsonl", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and ended.stderr.startswith(says) and len(ended.stderr.splitlines()) == 1

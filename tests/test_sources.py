@@ -184,14 +184,14 @@ def test_a_service_that_is_gone_is_an_observation():
 def test_a_corpus_that_cannot_be_searched_is_one_sentence(tmp_path, data, says):
     (tmp_path / "c.jsonl").write_bytes(data)
     with pytest.raises(UserError, match=says):
-        read_corpus(str(tmp_path / "c.jsonl"))
+        list(read_corpus(str(tmp_path / "c.jsonl")))
 
 
 def test_no_character_of_a_passage_ends_a_line(tmp_path):
     texts = ["one\u2028two", "three\x85four", "five\u2029six"]
     lines = "\n\n".join(json.dumps({"contents": text}, ensure_ascii=False) for text in texts)
     (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n")
-    assert read_corpus(str(tmp_path / "c.jsonl")) == texts
+    assert list(read_corpus(str(tmp_path / "c.jsonl"))) == texts
 
 
 def test_a_package_that_an_own_module_lacks_is_named(tmp_path, monkeypatch):

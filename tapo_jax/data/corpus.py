@@ -16,16 +16,19 @@ from tapo_jax.tools import passage_index
 FIELDS = ("contents", "title", "text")
 
 
-def read_corpus(path: str) -> list[str]:
-    """Read the passages of a .jsonl, .jsonl.gz or .parquet file.
+def read_corpus(path: str) -> Iterator[str]:
+    """Read the passages of a .jsonl, .jsonl.gz or .parquet file, one after the other.
 
     Raises UserError if a row has none (it is named), or the corpus has no word.
     """
     file = _file(path)
-    passages = [_passage(row) for row in (_parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file))]
-    if not any(re.search(r"\w", passage) for passage in passages):
+    wordless = True
+    for row in _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file):
+        passage = _passage(row)
+        wordless = wordless and not re.search(r"\w", passage)
+        yield passage
+    if wordless:
         raise UserError(f"{path} has no passage with a word in it: nothing could be found.")
-    return passages
 
 
 def open_index(path: str, folder: str) -> passage_index.PassageIndex:

@@ -1,4 +1,4 @@
-"""Text search over HTTP: a passage index behind Search-R1's contract, as a Starlette app.
+"""Text search over HTTP: an index of passages behind Search-R1's contract, as a Starlette app.
 
 POST /retrieve {"queries": [text, …], "topk": k or null, "return_scores": bool} returns {"result": [[hit, …], …]}, one
 list of hits per query; a hit is {"document": {"contents": text}, "score": number}, or without return_scores the bare
@@ -12,8 +12,8 @@ import concurrent.futures
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tapo_jax.tools.passage_index import PassageIndex
+from tapo_jax.tools.arguments import BadCall
 
 MAX_BODY = 16 << 20
 MAX_TOP_K = 100
@@ -30,6 +30,16 @@ MAX_BATCH = 256
 DEFAULT_TOP_K = 3
 
 Hits = list[tuple[str, float]]
+
+
+class Index(Protocol):
+    """What the service searches; called by one thread."""
+
+    def __len__(self) -> int: ...
+
+    def search(self, queries: Sequence[str], top_k: Sequence[int]) -> list[Hits]:
+        """Return the best top_k[i] passages of queries[i]. Raises BadCall if they cannot be had now."""
+        ...
 
 
 class BadRequest(Exception):
@@ -43,7 +53,7 @@ class BadRequest(Exception):
 class Batcher:
     """Searches all waiting queries in one call, on its own thread."""
 
-    def __init__(self, index: PassageIndex):
+    def __init__(self, index: Index):
         self._index = index
         self._waiting: asyncio.Queue[tuple[str, int, asyncio.Future[Hits]]] = asyncio.Queue()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search")
@@ -70,6 +80,8 @@ class Batcher:
             self.batches, self.queries = self.batches + 1, self.queries + len(batch)
             try:
                 found: list[Any] = await loop.run_in_executor(self._thread, self._index.search, queries, top_k)
+            except BadCall as error:  # a query could not be encoded
+                found = [BadRequest(503, str(error))] * len(futures)
             except Exception as error:  # the service continues; the requests of this batch get a 500
                 logging.exception("A search failed.")
                 found = [BadRequest(500, f"The search failed: {type(error).__name__}.")] * len(futures)
@@ -82,7 +94,7 @@ class Batcher:
                     future.set_result(hits)
 
 
-def make_app(index: PassageIndex) -> Starlette:
+def make_app(index: Index) -> Starlette:
     """Return the ASGI app; while it runs, `app.state.batcher` counts its calls."""
 
     @contextlib.asynccontextmanager

@@ -1,7 +1,6 @@
 """text_search_tool: BM25 search in a corpus of passages."""
 
 import logging
-import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +9,10 @@ import bm25s
 import numpy as np
 
 from tapo_jax.tools.base import function_schema
+from tapo_jax.tools.words import words
 from tapo_jax.types import TEXT_SEARCH, Image, ToolResult
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index that it builds
-_WORD = re.compile(r"\w+")
 SCHEMA = function_schema(
     TEXT_SEARCH,
     "Search an encyclopedia for passages of text.",
@@ -54,8 +53,3 @@ class TextSearch:
     def __call__(self, arguments: dict[str, Any], images: Sequence[Image]) -> ToolResult:
         found = self.search(arguments["query"])
         return ToolResult(text=list_passages([passage for passage, _ in found], self._budget))
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text as they are indexed and searched."""
-    return _WORD.findall(text.lower())
