@@ -91,6 +91,9 @@ ROWS = {
     # The number of rollouts per step is the same (`get_config`): 16 questions × 4 and 4 × 16, instead of 8 × 8.
     **pair("group_4", {"rollout.group_size": 4}),
     **pair("group_16", {"rollout.group_size": 16}),
+    # Learning rates other than the default's, 4e-4.
+    **pair("lr_2e-4", {"optimizer.lr": 2e-4}),
+    **pair("lr_8e-4", {"optimizer.lr": 8e-4}),
     # Look-ups of every question, in training and held out; the other rows mix 1 and 2.
     **pair("hops_1", {"data.hops": (1,)}),
     **pair("hops_2", {"data.hops": (2,)}),
@@ -117,6 +120,7 @@ SWEEPS = {
     "adaptive": (*BOTH, "adaptive_theta"),
     "memory": ("grpo_few", "tapo_few", "memory"),
     "group": (*BOTH, "grpo_group_4", "tapo_group_4", "grpo_group_16", "tapo_group_16"),
+    "lr": (*BOTH, "grpo_lr_2e-4", "tapo_lr_2e-4", "grpo_lr_8e-4", "tapo_lr_8e-4"),
     "hops": ("grpo_hops_1", "tapo_hops_1", "grpo_hops_2", "tapo_hops_2", "grpo_hops_3", "tapo_hops_3"),
     "outlines": (*BOTH, "grpo_outlines_1", "tapo_outlines_1", "grpo_outlines_1_hops_2", "tapo_outlines_1_hops_2"),
     "pair": BOTH,

@@ -14,11 +14,15 @@ WORKDIR/export can replace tapo_jax/cold_start/atlas_band. Arguments: `steps=…
 
 from ml_collections import ConfigDict
 
-from tapo_jax.config import beside, parse_arg
+from tapo_jax.config import UserError, beside, parse_arg
+
+WARM_UP = 50
 
 
 def get_config(arg: str = "") -> ConfigDict:
     a = parse_arg(arg, steps=0, seed=0, band=False, nothing=False)
+    if 0 < a.steps <= WARM_UP:
+        raise UserError(f"steps={a.steps}: give more than the {WARM_UP} steps of the warm-up.")
     return band(a.steps or 400, a.seed, a.nothing) if a.band else first(a.steps or 7000, a.seed)
 
 
@@ -47,7 +51,7 @@ def first(steps: int, seed: int) -> ConfigDict:
         ConfigDict(dict(until=4000, mixture=dict(copy=0.03, text_part=0.1, find=0.1, where=0.52, full=0.25))),
         ConfigDict(dict(until=steps, mixture=dict(copy=0.02, text_part=0.1, where=0.33, full=0.55))),
     )
-    c.lr, c.warmup_steps, c.vision_rate = 3e-3, 50, 0.4
+    c.lr, c.warmup_steps, c.vision_rate = 3e-3, WARM_UP, 0.4
     return c
 
 

@@ -33,6 +33,8 @@ from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.shipped import model_directory
 from tapo_jax.rollout.chat import Chat
 
+DTYPE = "bfloat16"  # of the weights that are written
+
 
 def mixture(step: int, config: Any) -> dict[str, float]:
     """Return the probabilities of the kinds of batch at a step: those of the first phase that has not ended."""
@@ -176,4 +178,4 @@ def _save(work: pathlib.Path, step: int, params, opt_state, graph, model_config,
     part = work / "state.part.npz"
     np.savez(part, step=step, **{f"x{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)})
     part.replace(work / "state.npz")
-    hf.save(nnx.merge(graph, params), model_config, work / "export", assets=start_dir)
+    hf.save(nnx.merge(graph, params), model_config, work / "export", dtype=DTYPE, assets=start_dir)
