@@ -4,7 +4,8 @@
 
 A row's name means the same config in all sweeps, so sweeps that are run into one folder share their base rows.
 `base`: the same config with TAPO off; `reference`: TAPO as published, from which the row differs in one thing. Both are
-compared with the row, paired by seed. Arguments: `row=…`, `seed=…`, `steps=…`, `test` (takes seconds).
+compared with the row, paired by seed. Arguments: `row=…`, `seed=…`, `steps=…`, `world=…` (a key of WORLDS),
+`test` (takes seconds).
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +24,12 @@ SETTING = {
     "log.episodes_every": 40,
     "log.tensorboard": False,
     "train.warm_up": False,
+}
+# Worlds: argument of the row's config file, and what differs from SETTING in all rows. "open" is Atlas as it ships; in
+# "band" questions can also be guessed, and its runs are long enough to see whether the tools are lost.
+WORLDS = {
+    "open": ("", {}),
+    "band": ("band", {"total_steps": 100, "eval.every": 20, "eval.prompts": 512}),
 }
 TEST_SETTING = SETTING | {
     "total_steps": 2, "eval.prompts": 8, "eval.at_start": True, "checkpoint.every": 1, "log.episodes_every": 2,
@@ -84,6 +91,9 @@ ROWS = {
     # The number of rollouts per step is the same (`get_config`): 16 questions × 4 and 4 × 16, instead of 8 × 8.
     **pair("group_4", {"rollout.group_size": 4}),
     **pair("group_16", {"rollout.group_size": 16}),
+    # Learning rates other than the default's, 4e-4.
+    **pair("lr_2e-4", {"optimizer.lr": 2e-4}),
+    **pair("lr_8e-4", {"optimizer.lr": 8e-4}),
     # Look-ups of every question, in training and held out; the other rows mix 1 and 2.
     **pair("hops_1", {"data.hops": (1,)}),
     **pair("hops_2", {"data.hops": (2,)}),
@@ -110,6 +120,7 @@ SWEEPS = {
     "adaptive": (*BOTH, "adaptive_theta"),
     "memory": ("grpo_few", "tapo_few", "memory"),
     "group": (*BOTH, "grpo_group_4", "tapo_group_4", "grpo_group_16", "tapo_group_16"),
+    "lr": (*BOTH, "grpo_lr_2e-4", "tapo_lr_2e-4", "grpo_lr_8e-4", "tapo_lr_8e-4"),
     "hops": ("grpo_hops_1", "tapo_hops_1", "grpo_hops_2", "tapo_hops_2", "grpo_hops_3", "tapo_hops_3"),
     "outlines": (*BOTH, "grpo_outlines_1", "tapo_outlines_1", "grpo_outlines_1_hops_2", "tapo_outlines_1_hops_2"),
     "pair": BOTH,
@@ -117,12 +128,16 @@ SWEEPS = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    a = parse_arg(arg, row="tapo_grpo", seed=0, steps=0, test=False)
+    a = parse_arg(arg, row="tapo_grpo", seed=0, steps=0, world="open", test=False)
     if a.row not in ROWS:
         raise UserError(f"Unknown row '{a.row}': the rows of configs/ablations.py are {', '.join(ROWS)}.")
-    c = beside(__file__, ROWS[a.row]["config"])(f"seed={a.seed}" + (",test" if a.test else ""))
+    if a.world not in WORLDS:
+        raise UserError(f"world={a.world}: the worlds of configs/ablations.py are {', '.join(WORLDS)}.")
+    world, setting = WORLDS[a.world]
+    given = [f"seed={a.seed}", *([world] if world else []), *(["test"] if a.test else [])]
+    c = beside(__file__, ROWS[a.row]["config"])(",".join(given))
     rollouts = c.data.prompts_per_step * c.rollout.group_size
-    for name, value in ((TEST_SETTING if a.test else SETTING) | ROWS[a.row]["fields"]).items():
+    for name, value in ((TEST_SETTING if a.test else SETTING | setting) | ROWS[a.row]["fields"]).items():
         section, _, field = name.rpartition(".")
         (c[section] if section else c)[field] = value
     c.data.prompts_per_step = rollouts // c.rollout.group_size

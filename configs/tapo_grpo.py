@@ -5,8 +5,9 @@
     python launch/train.py --config=configs/tapo_grpo.py:qwen3_vl_4b --config.model.path=DIR --workdir=…  # every host
 
 Without an argument: Atlas (the embedded world) and the tiny model that ships with the package; runs on any machine.
-Arguments: `steps=…`, `seed=…`, `test` (takes seconds, for tests), `qwen3_vl_2b`, `_4b`, `_8b`, `_32b` (the
-paper's recipe, for pods: recipes.py), `qwen3_vl_2b_1gpu` and `qwen3_vl_2b_v5e_8` (one GPU, one host of TPUs).
+Arguments: `steps=…`, `seed=…`, `test` (takes seconds, for tests), `band` (Atlas with questions that can be guessed, and
+its own tiny model), `qwen3_vl_2b`, `_4b`, `_8b`, `_32b` (the paper's recipe, for pods: recipes.py), `qwen3_vl_2b_1gpu`
+and `qwen3_vl_2b_v5e_8` (one GPU, one host of TPUs).
 Any field can be set on the command line: `--config.tapo.beta=0.4`.
 """
 
@@ -19,7 +20,7 @@ SIZES = ("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b", "qwen3_vl_
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    a = parse_arg(arg, steps=60, seed=0, test=False, **dict.fromkeys(SIZES, False))
+    a = parse_arg(arg, steps=60, seed=0, test=False, band=False, **dict.fromkeys(SIZES, False))
     c = ConfigDict()
     c.seed = a.seed
     c.total_steps = a.steps
@@ -32,10 +33,14 @@ def get_config(arg: str = "") -> ConfigDict:
         # Atlas: numbers of look-ups of a question, countries of a scene, its side in pixels, smallest and largest
         # outline as a share of the side, seed of the questions, sizes of the splits "train" and "held_out".
         hops=(1, 2), outlines=2, size=256, outline=(0.24, 0.36), world_seed=0, sizes=(2048, 512),
+        # Shares, in any unit, of Atlas's kinds of question: "open" ones, whose answers cannot be guessed; about one
+        # country its continent and its position (landlocked or coastal); about two of the scene whether they share a
+        # border, which is larger, which is more populous.
+        mix=ConfigDict(dict(open=1.0, continent=0.0, position=0.0, border=0.0, larger=0.0, populous=0.0)),
         extra=ConfigDict(),  # free, for your own function
     ))  # fmt: skip
     c.model = ConfigDict(dict(
-        path="",  # a directory in Hugging Face form; "" is the tiny Atlas model that ships with the package
+        path="",  # a directory in Hugging Face form; "" is the tiny Atlas model that ships, "atlas_band" that of `band`
         shape="",  # the published model that this config is for; its directory has to be given then
         dtype="float32",  # of the computation
         param_dtype="float32",
@@ -159,6 +164,10 @@ def get_config(arg: str = "") -> ConfigDict:
         limit=0,  # > 0: only the first so many questions of each benchmark, for a first look
     ))  # fmt: skip
 
+    if a.band:
+        c.model.path = "atlas_band"
+        c.data.outlines = 1
+        c.data.mix.update(open=0.1, continent=0.4, position=0.4, border=0.1)
     if a.test:
         c.data.update(prompts_per_step=4, sizes=(32, 16), outlines=2)
         c.rollout.update(

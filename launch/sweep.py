@@ -24,6 +24,7 @@ OUT = flags.DEFINE_string("out", None, "Where the small results are kept.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs themselves are kept; left out: in --out.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time; each gets its share of the cores.")
 ARG = flags.DEFINE_string("arg", "", "Further arguments of the config: test, steps=20.")
+WORLD = flags.DEFINE_string("world", "open", "Which questions all runs ask: a world of configs/ablations.py.")
 RETRY = flags.DEFINE_bool("retry", False, "Also run again what has failed.")
 flags.mark_flags_as_required(["sweep", "out"])
 
@@ -34,9 +35,9 @@ CONFIG = ROOT / "configs" / "ablations.py"
 def main(argv: list[str]) -> None:
     del argv
     check_positive("--jobs", JOBS.value)
-    for name in ("row", "seed"):
+    for name in ("row", "seed", "world"):
         if any(part.partition("=")[0].strip() == name for part in ARG.value.split(",")):
-            raise UserError(f"--arg sets {name}, which --sweep and --seeds choose: leave it out of --arg.")
+            raise UserError(f"--arg sets {name}, which --sweep, --seeds and --world choose: leave it out of --arg.")
     rows, sweeps, get_config = (beside(str(CONFIG), CONFIG.name, name) for name in ("ROWS", "SWEEPS", "get_config"))
     names, seeds = sweep.parse_sweeps(SWEEP.value, sweeps, rows), sweep.parse_seeds(SEEDS.value)
     out = Path(OUT.value).absolute()
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     runs, models = [], {}
     for seed in seeds:
         for name in names:
-            arg = f"row={name},seed={seed}" + (f",{ARG.value}" if ARG.value else "")
+            arg = f"row={name},seed={seed},world={WORLD.value}" + (f",{ARG.value}" if ARG.value else "")
             config = get_config(arg)
             check(config)
             directory = model_directory(config.model.path, config.model.shape)

@@ -77,6 +77,22 @@ def test_sweeps_that_the_evidence_needs():
     assert [get_config(f"row={row}").rollout.group_size for row in SWEEPS["group"]] == [8, 8, 4, 4, 16, 16]
 
 
+@pytest.mark.parametrize("name", ["grpo", "tapo_sapo", "group_4", "gigpo"])
+def test_the_world_in_the_band_changes_the_questions_the_model_and_the_length_of_a_run_in_every_row(name):
+    name = name if name in ROWS else f"grpo_{name}"
+    open_world, band = (flat(get_config(f"row={name},world={world}")) for world in ("open", "band"))
+    check.check(get_config(f"row={name},world=band"))
+    changed = {field for field in band if band[field] != open_world[field]}
+    assert changed >= {"model.path", "data.mix.open", "data.mix.position", "data.outlines", "total_steps"}
+    assert all(field.startswith(("data.", "eval.")) for field in changed - {"model.path", "total_steps"})
+    assert band["total_steps"] >= 100 and band["eval.every"] < band["total_steps"]
+
+
+def test_an_unknown_world_is_named():
+    with pytest.raises(UserError, match="world=moon: the worlds of configs/ablations.py are open, band"):
+        get_config("row=grpo,world=moon")
+
+
 def test_arguments():
     assert get_config("row=grpo,steps=7,seed=2").total_steps == 7
     with pytest.raises(UserError, match="Unknown row 'beta_9'"):

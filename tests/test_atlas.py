@@ -88,6 +88,22 @@ def test_a_scene_that_is_too_full_is_an_error(worlds):
         draw_scene(countries, size=64, outline=(0.6, 0.7), rng=np.random.default_rng(0))
 
 
+@pytest.mark.parametrize(
+    ("count", "outline"), [(6, (0.3, 0.32)), (4, (0.46, 0.5)), (2, (0.47, 0.47)), (5, (0.25, 0.9))]
+)
+def test_a_scene_in_which_random_places_hardly_ever_fit_is_drawn_all_the_same(worlds, count, outline):
+    countries = list(worlds["train"].countries.values())[:count]
+    draw = lambda: draw_scene(countries, size=128, outline=outline, rng=np.random.default_rng(3))  # noqa: E731
+    pixels, placed = draw()
+    again, _ = draw()
+    assert np.array_equal(pixels, again)
+    boxes = np.array([item.box for item in placed])
+    assert len(boxes) == count and boxes.min() >= 0 and boxes.max() <= 1
+    for a, (x1, y1, x2, y2) in enumerate(boxes):
+        for u1, v1, u2, v2 in boxes[a + 1 :]:
+            assert x2 < u1 or u2 < x1 or y2 < v1 or v2 < y1
+
+
 def test_every_answer_stands_in_the_corpus(worlds):
     """Each question's chain can be walked through the passages, so it can be answered by looking up."""
     text = set("\n".join(corpus(worlds["train"])).splitlines())

@@ -1,5 +1,7 @@
 """The verdict on each claim, from results with known numbers."""
 
+import dataclasses
+
 import pytest
 
 from tapo_jax.config import flat
@@ -64,6 +66,17 @@ def test_gain_credit_dynamics_and_cost():
     cost = claims["TAPO costs less than 0.06 % of the training time"]
     assert cost["verdict"] == HOLDS and cost["mean"] == pytest.approx(0.0001) and cost["rows"] == ["tapo"]
     assert not any("beta" in name for name in claims)
+
+
+def test_the_area_under_the_held_out_curve_is_its_mean_over_steps():
+    """0.1 to 0.3 over ten steps, then 0.3 to 0.5 over twenty: (10 · 0.2 + 20 · 0.4) / 30."""
+    evals = ((0, 0.0, 0.1), (10, 9.0, 0.3), (30, 20.0, 0.5), (40, 30.0, 0.9))
+    one = dataclasses.replace(result("tapo", 0, 0.3), evals=evals)
+    assert report_claims.area(one, 30) == pytest.approx(1 / 3)
+    assert report_claims.area(one, 9) is None
+    claims = found(made(grpo=(0.2, OFF), tapo=(0.3, {})))
+    gain = claims["TAPO improves grpo: area under the held-out curve"]  # half of the gain at the end
+    assert gain["verdict"] == HOLDS and gain["mean"] == pytest.approx(0.05)
 
 
 def test_a_gain_that_is_a_loss():

@@ -57,6 +57,17 @@ MEANINGS = {
     "data.size": "Atlas: side of a scene, in pixels",
     "data.outline": "Atlas: smallest and largest outline, as a share of the scene's side",
     "data.world_seed": "Atlas: seed of the questions, so that runs of different `seed` get the same ones",
+    **{
+        f"data.mix.{kind}": f"Atlas: share of the questions {about}, in any unit"
+        for kind, about in (
+            ("open", "whose answers cannot be guessed"),
+            ("continent", "on which continent a country is"),
+            ("position", "whether a country is landlocked or coastal"),
+            ("border", "whether two countries of the scene share a border"),
+            ("larger", "which of two countries of the scene is larger"),
+            ("populous", "which of two countries of the scene has more people"),
+        )
+    },
     "data.sizes": 'Atlas: numbers of questions of the splits "train" and "held_out"',
     "model.param_dtype": "type of the stored parameters and of the optimizer's state",
     "model.remat": 'rematerialisation in the backward pass: "none", "dots" (keep matrix products), "full"',

@@ -24,7 +24,9 @@ class Question:
     relations: tuple[str, ...]
     """They lead from each country of the chain to the next."""
     chain: tuple[str, ...]
-    """Names from the country in the scene to the one asked about."""
+    """Names from the country in the scene to the one asked about; of a question about a pair, both."""
+    options: tuple[str, ...] = ()
+    """The small set that the answer comes from; empty for an open question."""
 
     @property
     def hops(self) -> int:

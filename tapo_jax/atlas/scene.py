@@ -1,6 +1,7 @@
 """Draw the pictures of Atlas: scenes of several outlines in different colours, and outlines for the image index."""
 
 import dataclasses
+import math
 
 import numpy as np
 import PIL.Image
@@ -13,6 +14,8 @@ COLOURS = {
     "purple": (130, 60, 170), "black": (30, 30, 30),
 }  # fmt: skip
 BACKGROUND = (244, 244, 240)
+GAP = 0.03  # min distance of two outlines, as a share of the scene
+_ROOM = 0.98  # a margin of 0.01 stays free on each side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +34,15 @@ def draw_scene(
 ) -> tuple[np.ndarray, tuple[Placed, ...]]:
     """Draw a scene; return uint8 [size, size, 3] and its outlines.
 
-    Locations are drawn until no two boxes touch.
+    Locations are drawn until no two boxes touch. Where that hardly ever happens, the outlines get the min size, and
+    random cells of a grid.
 
     countries: one outline each.
     size: side of the scene in pixels.
     outline: min and max long side of an outline, as a share of the scene.
     rng: for locations, sizes and colours.
 
-    Raises ValueError if the scene is too small for that many outlines.
+    Raises ValueError if the scene is too small for that many outlines (not `fits`).
     """
     canvas = PIL.Image.new("RGB", (size, size), BACKGROUND)
     pen = PIL.ImageDraw.Draw(canvas)
@@ -54,22 +58,33 @@ def draw_scene(
     return np.asarray(canvas), tuple(placed)
 
 
-def _places(
-    count: int, outline: tuple[float, float], rng: np.random.Generator, gap: float = 0.03
-) -> list[tuple[float, float, float]]:
+def fits(count: int, smallest: float) -> bool:
+    """Return whether that many outlines fit, all of the min size, next to each other with a gap.
+
+    Equal squares in a square are densest in a grid, unless they may be turned.
+    """
+    return math.ceil(math.sqrt(count)) * (smallest + GAP) <= _ROOM + GAP
+
+
+def _places(count: int, outline: tuple[float, float], rng: np.random.Generator) -> list[tuple[float, float, float]]:
     for _ in range(200):
         found: list[tuple[float, float, float]] = []
         for _ in range(60):
             side = rng.uniform(*outline)
             x, y = rng.uniform(0.01, 0.99 - side, 2)
-            if all(x > u + s + gap or u > x + side + gap or y > v + s + gap or v > y + side + gap for u, v, s in found):
+            if all(x > u + s + GAP or u > x + side + GAP or y > v + s + GAP or v > y + side + GAP for u, v, s in found):
                 found.append((x, y, side))
             if len(found) == count:
                 return found
-    raise ValueError(
-        f"{count} outlines of up to {outline[1]:.2f} of the scene do not fit beside each other: "
-        "use fewer or smaller ones"
-    )
+    if not fits(count, outline[0]):
+        raise ValueError(
+            f"{count} outlines of at least {outline[0]:.2f} of the scene do not fit beside each other: "
+            "use fewer or smaller ones"
+        )
+    across = math.ceil(math.sqrt(count))
+    pitch = (_ROOM + GAP) / across
+    cells = rng.choice(across * across, count, replace=False)
+    return [(0.01 + (cell % across) * pitch, 0.01 + (cell // across) * pitch, outline[0]) for cell in cells.tolist()]
 
 
 def draw_outline(country: Country, *, size: int = 96) -> np.ndarray:

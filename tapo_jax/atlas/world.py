@@ -12,6 +12,12 @@ from importlib import resources
 import numpy as np
 
 ATTRIBUTES = ("capital", "currency", "calling code", "demonym")
+CONTINENTS = ("Africa", "Americas", "Asia", "Europe", "Oceania")
+LANDLOCKED = frozenset(
+    "AFG AND ARM AUT AZE BLR BTN BOL BWA BFA BDI CAF TCD CZE ETH HUN KAZ KGZ LAO LSO LIE LUX MKD MWI MLI"
+    " MDA MNG NPL NER PRY RWA SMR SRB SVK SSD SWZ CHE TJK TKM UGA UZB VAT ZMB ZWE".split()
+)
+"""ISO codes of the countries without a coast on an ocean, which `countryinfo` does not say."""
 NEIGHBOURS = ("largest neighbour", "smallest neighbour")
 # Subregions of the held-out split. They are whole, so that chains of neighbours stay inside a split.
 HELD_OUT_REGIONS = (
@@ -33,6 +39,8 @@ class Country:
     region: str
     outline: tuple[np.ndarray, ...]
     """Polygons, float32 [n, 2] each, x right and y down, scaled into 0..1 with the aspect ratio kept."""
+    closed: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Facts with values from a small set: "continent", and "position" (landlocked or coastal)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +75,7 @@ def real_world(split: str) -> World:
             population=int(record.get("population") or 0),
             region=record.get("subregion") or "",
             outline=_outline(record["geoJSON"]["features"][0]["geometry"]),
+            closed=_closed(record),
         )
     held_out = {name for name, country in countries.items() if country.region in HELD_OUT_REGIONS}
     asked = held_out if split == "held_out" else set(countries) - held_out
@@ -90,6 +99,12 @@ def _facts(record: dict) -> dict[str, tuple[str, ...]]:
         for name, given in values.items()
     }
     return {name: given for name, given in clean.items() if given}
+
+
+def _closed(record: dict) -> dict[str, str]:
+    position = "landlocked" if record["ISO"]["alpha3"] in LANDLOCKED else "coastal"
+    continent = record.get("region") or ""
+    return {"position": position} | ({"continent": continent} if continent in CONTINENTS else {})
 
 
 def _ascii(text: str) -> str:
@@ -171,7 +186,7 @@ def _word(rng: np.random.Generator) -> str:
 
 def fictional_world(seed: int, size: int = 120) -> World:
     """Invent countries with facts and shapes, about which nothing can be known without looking it up."""
-    rng = np.random.default_rng((seed, 0xA71A5))
+    rng, closed_rng = np.random.default_rng((seed, 0xA71A5)), np.random.default_rng((seed, 0xC105ED))
     names = list(dict.fromkeys(fictional_name(rng) for _ in range(size * 2)))[:size]
     area = rng.lognormal(12, 2, size).round()
     countries = {}
@@ -193,6 +208,10 @@ def fictional_world(seed: int, size: int = 120) -> World:
             population=int(rng.lognormal(15, 2)),
             region=_word(rng),
             outline=_blob(rng),
+            closed={
+                "continent": str(closed_rng.choice(CONTINENTS)),
+                "position": str(closed_rng.choice(("coastal", "landlocked"))),
+            },
         )
     return World(countries, tuple(names))
 

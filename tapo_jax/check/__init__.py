@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from tapo_jax.atlas import closed
+from tapo_jax.atlas.scene import fits
 from tapo_jax.check.ranges import FREE, check_fields
 from tapo_jax.config import UserError, flat
 
@@ -31,6 +33,7 @@ def check(config: ConfigDict) -> None:
         )
     if config.data.outline[0] > config.data.outline[1]:
         raise UserError(f"data.outline is {config.data.outline}: give the smallest outline first, then the largest.")
+    check_atlas(config.data)
     if config.data.prompts_per_step % config.tapo.chunks:
         raise UserError(
             f"tapo.chunks is {config.tapo.chunks} and data.prompts_per_step {config.data.prompts_per_step}: choose a "
@@ -42,6 +45,21 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"model.lora_rank is {config.model.lora_rank} and model.lora_modules is empty: name the kernels that get "
             "low-rank updates."
+        )
+
+
+def check_atlas(data: ConfigDict) -> None:
+    """Check that Atlas can draw its scenes and questions. Raises UserError."""
+    if data.source != "atlas":
+        return
+    if sum(data.mix.values()) <= 0:
+        raise UserError("data.mix has no share above 0: set the share of at least one kind of question.")
+    paired = any(data.mix[kind] > 0 for kind in closed.PAIRS)
+    count = max(2, data.outlines) if paired else data.outlines
+    if not fits(count, data.outline[0]):
+        raise UserError(
+            f"data.outline begins with {data.outline[0]} and a scene has {count} outlines (data.outlines, at least two "
+            "with questions about pairs), which do not fit beside each other: choose fewer or smaller ones."
         )
 
 

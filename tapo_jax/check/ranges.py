@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tapo_jax import tapo
+from tapo_jax.atlas import closed
 from tapo_jax.atlas.scene import COLOURS
 from tapo_jax.config import UserError
 from tapo_jax.learn import advantages, assign_credit, losses, optimizer
@@ -94,6 +95,7 @@ RANGES: dict[str, Range] = {
     "data.outline": each(above(0, 0.9), 2, 2),
     "data.world_seed": whole(0, SEED),
     "data.sizes": each(whole(1), 2, 2),
+    **{f"data.mix.{kind}": number(0) for kind in ("open", *closed.KINDS)},
     "model.path": text(),
     "model.shape": text(),
     "model.dtype": choice(*FLOATS),

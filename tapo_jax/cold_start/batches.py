@@ -71,12 +71,15 @@ class ColdStart:
         self._world_number, self._session, self._uses = -1, None, 0
 
     def _draw(self, rng: np.random.Generator, outlines: int | None = None):
-        """Draw a question in an invented world, a new world after every 256. outlines: overrides that setting."""
+        """Draw a question in an invented world, a new world after every 256. outlines: overrides that setting, for an
+        open question."""
         if self._uses % 256 == 0:
             self._world_number += 1
             self._session = AtlasSession.fictional(self._seed * 1_000_003 + self._world_number, self._settings)
         self._uses += 1
-        settings = self._settings if outlines is None else dataclasses.replace(self._settings, outlines=outlines)
+        settings = self._settings
+        if outlines is not None:
+            settings = dataclasses.replace(settings, outlines=outlines, mix=())
         return make_prompt(self._session.world, settings, rng)
 
     def episode(self, rng: np.random.Generator) -> Episode:
@@ -115,7 +118,7 @@ class ColdStart:
 
     def where(self, rng: np.random.Generator, rows: int, patches: int) -> Batch:
         """Draw scenes of several outlines, a question about each and the first turn of each answer: where to look."""
-        return self._look(rng, rows, patches, outlines=int(rng.integers(2, self._settings.outlines + 1)))
+        return self._look(rng, rows, patches, outlines=int(rng.integers(2, max(2, self._settings.outlines) + 1)))
 
     def _look(self, rng: np.random.Generator, rows: int, patches: int, *, outlines: int) -> Batch:
         length = 88 + 72 * outlines

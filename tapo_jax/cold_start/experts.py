@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
+from tapo_jax.atlas import closed
 from tapo_jax.atlas.questions import Question
 from tapo_jax.atlas.scene import Placed
 from tapo_jax.atlas.world import ATTRIBUTES, NEIGHBOURS
@@ -37,6 +38,7 @@ class Flaws:
     wrong_relation: float = 0.20  # largest for smallest
     early_answer: float = 0.20  # answers with a title
     wrong_line: float = 0.10  # answers with the value of another line
+    guess: float = 0.0  # of questions with a small set of answers: answers at once, with any of the set
 
 
 def play(opening: Opening, script: Script, *, runner: ToolRunner, chat: Chat, limits: Limits, image_tokens) -> Episode:
@@ -59,7 +61,13 @@ def play(opening: Opening, script: Script, *, runner: ToolRunner, chat: Chat, li
 
 def expert(question: Question, scene: Sequence[Placed], rng: np.random.Generator, flaws: Flaws) -> Script:
     """Yield the turns of one episode."""
-    titles = yield from _identify(question.chain[0], scene, rng, flaws)
+    if question.options and _happens(rng, flaws.guess):
+        yield answer_turn(str(rng.choice(question.options)))
+        return
+    if question.attribute in closed.PAIRS:
+        yield from _compare(question, scene, rng, flaws)
+        return
+    titles, _ = yield from _identify(question.chain[0], scene, rng, flaws)
     name = titles[1] if len(titles) > 1 and _happens(rng, flaws.wrong_title) else titles[0]
     if _happens(rng, flaws.early_answer):
         yield answer_turn(name)
@@ -85,9 +93,36 @@ def expert(question: Question, scene: Sequence[Placed], rng: np.random.Generator
     yield answer_turn(right or name)
 
 
+def _compare(question: Question, scene: Sequence[Placed], rng: np.random.Generator, flaws: Flaws) -> Script:
+    """Yield the turns of a question about the first two countries of the scene."""
+    names, images = [], 1
+    for placed in scene[:2]:
+        titles, images = yield from _identify(placed.name, scene, rng, flaws, images)
+        names.append(titles[1] if len(titles) > 1 and _happens(rng, flaws.wrong_title) else titles[0])
+    if _happens(rng, flaws.early_answer):
+        yield answer_turn(names[0])
+        return
+    wrong = _happens(rng, flaws.wrong_attribute)
+    _, key, words = closed.PASSAGES[question.attribute]
+    if wrong:
+        key = words = str(rng.choice(ATTRIBUTES))
+    values = []
+    for name in names[: closed.look_ups(question)]:
+        result = yield search_call(name, words)
+        values.append(_read(result, name, key) or name)
+    if wrong:
+        yield answer_turn(values[0])
+    elif question.attribute == "border":
+        yield answer_turn("yes" if names[1] in values[0].split(", ") else "no")
+    else:
+        first, second = (int(re.sub(r"\D", "", value) or "0") for value in values)
+        yield answer_turn(scene[0].colour if first > second else scene[1].colour)
+
+
 def _identify(
-    name: str, scene: Sequence[Placed], rng: np.random.Generator, flaws: Flaws
-) -> Generator[str, str, list[str]]:
+    name: str, scene: Sequence[Placed], rng: np.random.Generator, flaws: Flaws, images: int = 1
+) -> Generator[str, str, tuple[list[str], int]]:
+    """Look at a country and search its name. images: of the conversation so far. Return (titles, images)."""
     target = next(placed for placed in scene if placed.name == name)
     if _happens(rng, flaws.wrong_outline):
         target = scene[int(rng.integers(len(scene)))]
@@ -97,9 +132,9 @@ def _identify(
         if _happens(rng, flaws.bad_call):
             yield zoom_call([box[2], box[3], box[0], box[1]], target.colour)
         yield zoom_call(box, target.colour)
-        image = 0 if _happens(rng, flaws.wrong_image) else 1
+        image, images = (0 if _happens(rng, flaws.wrong_image) else images), images + 1
     result = yield tool_call("search the image", IMAGE_SEARCH, {"img_idx": image})
-    return re.findall(r"^\d+\. (.+)$", result, re.MULTILINE) or ["unknown"]
+    return re.findall(r"^\d+\. (.+)$", result, re.MULTILINE) or ["unknown"], images
 
 
 def zoom_turn(target: Placed, rng: np.random.Generator) -> str:

@@ -5,6 +5,7 @@ turns with a scene of one outline or of several, whole episodes. WORKDIR/export 
 ships with the package.
 """
 
+import hashlib
 import json
 import pathlib
 import queue
@@ -29,7 +30,10 @@ from tapo_jax.cold_start.experts import Flaws
 from tapo_jax.learn.logprobs import token_logp
 from tapo_jax.models import hf, qwen3_vl
 from tapo_jax.models.image_processor import ImageProcessor
+from tapo_jax.models.shipped import model_directory
 from tapo_jax.rollout.chat import Chat
+
+DTYPE = "bfloat16"  # of the weights that are written
 
 
 def mixture(step: int, config: Any) -> dict[str, float]:
@@ -95,17 +99,26 @@ def batches(source: ColdStart, config: Any, start: int) -> Iterator[tuple[str, B
 
 
 def run(config: Any, workdir: str) -> None:
-    """Train and write WORKDIR/export; resume from WORKDIR/state.npz if it exists."""
+    """Train and write WORKDIR/export; resume from WORKDIR/state.npz if it exists. Log the hash of the weights.
+
+    config.start: "nothing" (random weights), "shipped" (those of the package) or "base": what config.base, a config of
+    this kind, makes in WORKDIR/base.
+    """
     # ------------------------------------------------------------------------------------------ model directory
     work = pathlib.Path(workdir)
     work.mkdir(parents=True, exist_ok=True)
     start_dir = work / "start"
-    if not (start_dir / "config.json").is_file():
+    if config.start == "base":
+        run(config.base, str(work / "base"))
+        start_dir = work / "base" / "export"
+    elif config.start == "shipped":
+        start_dir = model_directory("")
+    elif not (start_dir / "config.json").is_file():
         tiny_model.create(start_dir, config.seed)
     chat, processor = Chat.from_dir(start_dir), ImageProcessor.from_dir(start_dir)
     model, model_config = hf.load(start_dir)
     source = ColdStart(
-        chat, model_config, processor, settings=Settings(**config.atlas), flaws=Flaws(), seed=config.seed,
+        chat, model_config, processor, settings=Settings(**config.atlas), flaws=Flaws(**config.flaws), seed=config.seed,
         context_weight=config.context_weight,
     )  # fmt: skip
     # ------------------------------------------------------------------------------------------ step
@@ -154,13 +167,15 @@ def run(config: Any, workdir: str) -> None:
             logging.info("%s", line)
             sums.clear()
         if (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
-            _save(work, step + 1, params, opt_state, graph, model_config)
+            _save(work, step + 1, params, opt_state, graph, model_config, start_dir)
+    digest = hashlib.sha256((work / "export" / "model.safetensors").read_bytes()).hexdigest()
+    logging.info("%s: sha256 of the weights %s, %.0f s", work / "export", digest, time.time() - begun)
 
 
-def _save(work: pathlib.Path, step: int, params, opt_state, graph, model_config) -> None:
+def _save(work: pathlib.Path, step: int, params, opt_state, graph, model_config, start_dir: str | pathlib.Path) -> None:
     """Write state and model directory, each to a temporary name that is then renamed."""
     leaves = jax.tree.leaves((params, opt_state))
     part = work / "state.part.npz"
     np.savez(part, step=step, **{f"x{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)})
     part.replace(work / "state.npz")
-    hf.save(nnx.merge(graph, params), model_config, work / "export", assets=work / "start")
+    hf.save(nnx.merge(graph, params), model_config, work / "export", dtype=DTYPE, assets=start_dir)

@@ -201,7 +201,14 @@ def atlas_settings(config: Any) -> Settings:
         thumbnails=config.tools.thumbnails,
         text_top_k=config.tools.text_top_k,
         text_budget=config.tools.text_budget,
+        mix=_mix(config.data.mix),
     )
+
+
+def _mix(shares: Any) -> tuple[tuple[str, float], ...]:
+    """Return the kinds of question with a share above 0; () if all are open, which needs no draw."""
+    kinds = tuple((kind, float(share)) for kind, share in shares.items() if share > 0)
+    return () if [kind for kind, _ in kinds] == ["open"] else kinds
 
 
 def _data_dir(config: Any) -> pathlib.Path:

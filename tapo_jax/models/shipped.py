@@ -6,10 +6,12 @@ from tapo_jax.config import UserError
 from tapo_jax.models.model_files import check_no_pointer
 
 DIRECTORY = Path(__file__).parents[1] / "cold_start" / "atlas_tiny"
+NAMED = {"": DIRECTORY, "atlas_band": DIRECTORY.with_name("atlas_band")}
+"""Values of model.path that stand for a model of the package: for the questions of Atlas, and for those of `band`."""
 
 
 def model_directory(path: str, shape: str = "") -> Path:
-    """Return the directory of a config's model.path; "" is the model that ships with the package.
+    """Return the directory of a config's model.path; the names of `NAMED` are models of the package.
 
     Raises UserError if the directory lacks a file, or if the path is "" in a config for a published model (its
     model.shape)."""
@@ -17,7 +19,7 @@ def model_directory(path: str, shape: str = "") -> Path:
         raise UserError(
             f"model.path is empty and this config is for {shape}: give --config.model.path=DIR with its files."
         )
-    directory = Path(path) if path else DIRECTORY
+    directory = NAMED[path] if path in NAMED else Path(path)
     if not directory.is_dir():
         raise UserError(
             f"model.path is '{directory}', which is no directory: give a model directory in Hugging Face form."

@@ -52,6 +52,8 @@ def claims(sweep: Sweep, step: float) -> list[dict[str, Any]]:
         paper = GAINS.get(loss, "") if base == loss else ""
         about = {"claim": f"TAPO improves {base}", "unit": "accuracy", "paper": paper, "ratio": True}
         found.append(compared(sweep, row, base, accuracy, **about))
+        about = {"claim": f"TAPO improves {base}: area under the held-out curve", "unit": "accuracy", "ratio": True}
+        found.append(compared(sweep, row, base, lambda result: area(result, step), **about))
     for row, config in configs.items():
         reference = sweep.reference.get(row)
         if reference is not None and is_published(configs[reference]):
@@ -201,6 +203,18 @@ def ending(result: Result, name: str) -> float | None:
     """Return the mean of a curve's last third; None if it was not logged."""
     curve = result.curves.get(name, ())
     return float(np.mean([value for _, value in curve[-max(1, len(curve) // 3) :]])) if len(curve) else None
+
+
+def area(result: Result, step: float) -> float | None:
+    """Return the mean held-out accuracy from the first evaluation to `step`, None with fewer than two until then.
+
+    Accuracies between two evaluations are interpolated.
+    """
+    at_N = np.array([at for at, _, _ in result.evals if at <= step])
+    if len(at_N) < 2:
+        return None
+    value_N = np.array([value for _, _, value in result.evals[: len(at_N)]])
+    return float(np.trapezoid(value_N, at_N) / (at_N[-1] - at_N[0]))
 
 
 def fall(result: Result) -> float | None:

@@ -3,8 +3,8 @@
 Reads the recorded tool steps of a run on Atlas, whose facts say which steps were right. Training does not use this.
 
 A text search was right if the first passage it found is one that the question needs; an image search if the first
-title is the country asked about; a zoom if an image search of its crop was right (without such a search this is
-unknown, and the step is left out).
+title is a country of the scene that the question asks about; a zoom if an image search of its crop was right (without
+such a search this is unknown, and the step is left out).
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tapo_jax.atlas import closed
 from tapo_jax.atlas.play import parse_id
 from tapo_jax.config import UserError
 from tapo_jax.records import RecordedEpisode, RecordedTurn, load
@@ -28,12 +29,10 @@ def steps_of(episode: RecordedEpisode) -> list[tuple[RecordedTurn, bool | None]]
     Raises ValueError if the question is not one of Atlas.
     """
     attribute, chain = parse_id(episode.prompt_id)
-    needed = {f"{name}, neighbours" for name in chain[:-1]} | {f"{chain[-1]}, {attribute}"}
+    needed, named = closed.needed(attribute, chain), closed.seen(attribute, chain)
     steps = [turn for turn in episode.turns if turn.slot >= 0]
     searched = {
-        turn.call_arguments["img_idx"]: _first_title(turn) == chain[0]
-        for turn in steps
-        if turn.call_name == IMAGE_SEARCH
+        turn.call_arguments["img_idx"]: _first_title(turn) in named for turn in steps if turn.call_name == IMAGE_SEARCH
     }
 
     def right(turn: RecordedTurn) -> bool | None:
