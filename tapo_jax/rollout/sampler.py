@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -23,6 +22,7 @@ from tapo_jax.models.inputs import model_inputs
 from tapo_jax.rollout import schedule
 from tapo_jax.rollout.schedule import Draw, Extension, Needs, Round, Sampling, Shapes
 from tapo_jax.rollout.slots import DrawRequest, DrawRule, SlotState, copy_slots, decode_slots, extend_slots, init_slots
+from tapo_jax.rollout.weights import Reshard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,8 @@ def make_shapes(
 class Sampler:
     """The slots and the calls on them. Weights are given to every call: they change, the shapes do not.
 
+    They are those that `reshard` makes of the trained parameters, once a rollout.
+
     model: for its structure, config and dtype; its weights are not kept.
     mesh: where the calls run.
     shapes: the shapes that calls may have (`make_shapes`).
@@ -119,7 +121,7 @@ class Sampler:
         self.config, self.mesh, self.shapes = model.config, mesh, shapes
         self.stop_ids = frozenset(stop_ids)
         self.slots_per_shard = shapes.slots
-        self._graphdef = nnx.graphdef(model)
+        self.reshard = Reshard(model, mesh)
         self._shards = sharding.batch_shards(mesh)
         self._local_shards = len(sharding.local_rows(mesh, self._shards))
         self.slots = self.slots_per_shard * self._local_shards  # of this process
@@ -134,7 +136,7 @@ class Sampler:
         agree = _maximum if self.mesh.is_multi_process else np.asarray
         return schedule.plan(self.shapes, needs, more=more, agree=agree)
 
-    def extend(self, params: Any, plan: Round, extensions: Sequence[Extension]) -> None:
+    def extend(self, weights: Any, plan: Round, extensions: Sequence[Extension]) -> None:
         """Add given tokens to slots."""
         waiting = schedule.group(self.shapes, extensions)
         for piece in plan.pieces:
@@ -147,8 +149,8 @@ class Sampler:
             inputs = model_inputs(rows, **sizes, config=self.config, dtype=self._dtype)
             with jax.set_mesh(self.mesh):
                 self._state = extend_slots(
-                    self._graphdef,
-                    params,
+                    self.reshard.graphdef,
+                    weights,
                     self._slots(),
                     self._rows(inputs, piece.rows),
                     self._rows(request_ZxRx3, 1),
@@ -166,7 +168,7 @@ class Sampler:
             with jax.set_mesh(self.mesh):
                 self._state = copy_slots(self._slots(), self._rows(request_ZxRx2, 1))
 
-    def decode(self, params: Any, plan: Round, draws: Sequence[Draw], sampling: Sampling) -> Chunk:
+    def decode(self, weights: Any, plan: Round, draws: Sequence[Draw], sampling: Sampling) -> Chunk:
         """Start a chunk and do not wait for it."""
         index_ZxR = self._place([draw.slot for draw in draws], plan.decode_rows)
         request = DrawRequest.of(draws, index_ZxR, self.slots_per_shard)
@@ -175,8 +177,8 @@ class Sampler:
         rule = DrawRule(**sharding.put_replicated(numbers, self.mesh), **self._constants)
         with jax.set_mesh(self.mesh):
             self._state, drawn = decode_slots(
-                self._graphdef,
-                params,
+                self.reshard.graphdef,
+                weights,
                 self._slots(),
                 self._rows(request, 1),
                 rule,
@@ -194,13 +196,17 @@ class Sampler:
         self._state = None
 
     def warm_up(self, params: Any) -> None:
-        """Compile every call that can occur, by running each on empty rows."""
+        """Compile every call that can occur, by running each on empty rows.
+
+        params: the trained parameters.
+        """
+        weights = self.reshard(params)
         for piece in self.shapes.extend_calls():
-            self.extend(params, Round(pieces=(piece,)), [])
+            self.extend(weights, Round(pieces=(piece,)), [])
         for rows in self.shapes.decode_rows:
             self.copy(Round(copy_rows=rows), [])
         for rows, window in self.shapes.decode_calls():
-            self.decode(params, Round(decode_rows=rows, decode_window=window), [], Sampling())
+            self.decode(weights, Round(decode_rows=rows, decode_window=window), [], Sampling())
         self.wait()
 
     def _slots(self) -> SlotState:
