@@ -35,13 +35,15 @@ class Chunk:
     """Index of the draw of each row, -1 for an empty row."""
     draws: int
     """Number of draws."""
+    own_Z: np.ndarray
+    """Which of the shards that this process's devices hold are its own."""
 
     def is_ready(self) -> bool:
         return self.drawn[0].is_ready()
 
     def fetch(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Wait for the call; return (token_n, logp_n) of each draw, in the order in which they were given."""
-        token_ZxRxN, logp_ZxRxN, count_ZxR = _this_process(self.drawn)
+        token_ZxRxN, logp_ZxRxN, count_ZxR = _this_process(self.drawn, self.own_Z)
         found: list = [None] * self.draws
         for (z, r), index in np.ndenumerate(self.index_ZxR):
             if index >= 0:
@@ -50,15 +52,18 @@ class Chunk:
         return found
 
 
-def _this_process(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
-    """Fetch the rows that this process holds, in order, of arrays split along their first axis, in one transfer."""
+def _this_process(arrays: tuple[jax.Array, ...], own_Z: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Fetch this process's rows, in order, of arrays split along their first axis, in one transfer.
+
+    own_Z: which of the rows that its devices hold these are.
+    """
     if all(array.is_fully_addressable for array in arrays):
         return jax.device_get(arrays)
     pieces = []
     for array in arrays:
         by_start = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
         pieces.append([by_start[start] for start in sorted(by_start)])
-    return tuple(np.concatenate(piece) for piece in jax.device_get(pieces))
+    return tuple(np.concatenate(piece)[own_Z] for piece in jax.device_get(pieces))
 
 
 def make_shapes(
@@ -73,6 +78,7 @@ def make_shapes(
 ) -> Shapes:
     """Return the shapes that the calls of a sampler may have.
 
+    mesh: where the calls run.
     slots: number of slots over all devices.
     capacity: max tokens of a slot.
     chunk: max tokens of a decoding call.
@@ -81,7 +87,7 @@ def make_shapes(
 
     Raises UserError if the mesh does not divide the slots.
     """
-    shards = sharding.batch_shards(mesh)
+    shards = sharding.batch_shards(sharding.rows_mesh(mesh))
     if slots % shards:
         raise UserError(f"rollout.slots is {slots}, split {shards} ways by the mesh: give a multiple of {shards}.")
     with jax.set_mesh(mesh):
@@ -122,8 +128,10 @@ class Sampler:
         self.stop_ids = frozenset(stop_ids)
         self.slots_per_shard = shapes.slots
         self.reshard = Reshard(model, mesh)
-        self._shards = sharding.batch_shards(mesh)
-        self._local_shards = len(sharding.local_rows(mesh, self._shards))
+        self._rows_mesh = sharding.rows_mesh(mesh)
+        self._shards = sharding.batch_shards(self._rows_mesh)
+        own_Z, held_Z = (sharding.local_rows(m, self._shards) for m in (self._rows_mesh, mesh))
+        self._local_shards, self._own_Z = len(own_Z), np.searchsorted(held_Z, own_Z)
         self.slots = self.slots_per_shard * self._local_shards  # of this process
         self._dtype = model.dtype
         self._state: SlotState | None = None
@@ -185,7 +193,7 @@ class Sampler:
                 window=plan.decode_window,
                 chunk=self.shapes.chunk,
             )
-        return Chunk(drawn, index_ZxR, len(draws))
+        return Chunk(drawn, index_ZxR, len(draws), self._own_Z)
 
     def wait(self) -> None:
         """Return when the calls made so far have ended."""
@@ -224,7 +232,7 @@ class Sampler:
 
     def _rows(self, tree: Any, rows_per_shard: int) -> Any:
         """Put host arrays of this process's rows on the devices, split over the row shards."""
-        return sharding.put_rows(tree, self.mesh, self._shards * rows_per_shard)
+        return sharding.put_rows(tree, self._rows_mesh, self._shards * rows_per_shard)
 
 
 def _maximum(vector: np.ndarray) -> np.ndarray:

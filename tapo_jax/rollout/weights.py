@@ -5,7 +5,6 @@ token that is drawn reads all weights, so a rollout begins with a copy that is a
 to the dtype of the computation, low-rank updates merged, laid out for decoding. What is so already is not copied.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,14 +32,16 @@ class Reshard:
     def __init__(self, model: Qwen3VL, mesh: Mesh):
         plain = hf.abstract(model.config, param_dtype=str(model.embedding.dtype), dtype=str(model.dtype))
         shapes = nnx.traversals.flatten_mapping(plain.arrays())
-        layouts = sharding.parameters(plain.arrays(), logical_axes(model.config), mesh)
-        layouts = nnx.traversals.flatten_mapping(layouts)
         self.graphdef = nnx.graphdef(plain)
         """The structure of the model with these weights: that of `model` without low-rank parameters."""
-        self._scale = model.lora_scale
-        self._program = functools.cache(self._make_program)
+        self._scale, self._mesh, self._axes = model.lora_scale, mesh, logical_axes(model.config)
+        self._programs: dict[tuple[Path, ...], Any] = {}
         self._weights = {
-            path: jax.ShapeDtypeStruct(x.shape, x.dtype if path in UNCAST else model.dtype, sharding=layouts[path])
+            path: jax.ShapeDtypeStruct(
+                x.shape,
+                x.dtype if path in UNCAST else model.dtype,
+                sharding=sharding.layout(mesh, self._axes[path], x.shape),
+            )
             for path, x in shapes.items()
         }
 
@@ -48,14 +49,14 @@ class Reshard:
         """Return the weights as a nested dictionary; arrays that are as they should be are those of `params`."""
         arrays = nnx.traversals.flatten_mapping(params)
         changed = self._changed(arrays)
-        made = self._program(changed)(self._read(arrays, changed)) if changed else {}
+        made = self._program(arrays, changed)(self._read(arrays, changed)) if changed else {}
         return nnx.traversals.unflatten_mapping({path: made.get(path, arrays[path]) for path in self._weights})
 
     def lower(self, params: Any) -> Any:
         """Return the lowered program for shapes in place of arrays; None if the parameters are the weights."""
         arrays = nnx.traversals.flatten_mapping(params)
         changed = self._changed(arrays)
-        return self._program(changed).lower(self._read(arrays, changed)) if changed else None
+        return self._program(arrays, changed).lower(self._read(arrays, changed)) if changed else None
 
     def weights(self) -> Any:
         """Return the shapes of the weights with their layout."""
@@ -82,13 +83,32 @@ class Reshard:
         names = [(*path[:-1], path[-1] + end) for path in changed for end in ("", "_lora_a", "_lora_b")]
         return {name: arrays[name] for name in names if name in arrays}
 
-    def _make_program(self, changed: tuple[Path, ...]) -> Any:
-        def reshard(arrays: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-            made = {}
-            for path in changed:
-                x, update = arrays[path], lora.delta(arrays, path)
-                x = x if update is None else x.astype(jnp.float32) + self._scale * update
-                made[path] = x.astype(self._weights[path].dtype)
-            return made
+    def _program(self, arrays: Mapping[Path, Any], changed: tuple[Path, ...]) -> Any:
+        """Return the compiled program; a run has one."""
+        if changed not in self._programs:
+            weights = {path: self._weights[path] for path in changed}
+            stops = {path: self._stops(path, arrays[path]) for path in changed}
 
-        return jax.jit(reshard, out_shardings={path: self._weights[path].sharding for path in changed})
+            def reshard(arrays: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+                made = {}
+                for path, weight in weights.items():
+                    x, update = arrays[path], lora.delta(arrays, path)
+                    x = (x if update is None else x.astype(jnp.float32) + self._scale * update).astype(weight.dtype)
+                    for layout in stops[path]:
+                        x = jax.lax.with_sharding_constraint(x, layout)
+                    made[path] = x
+                return made
+
+            layouts = {path: weight.sharding for path, weight in weights.items()}
+            self._programs[changed] = jax.jit(reshard, out_shardings=layouts)
+        return self._programs[changed]
+
+    def _stops(self, path: Path, x: Any) -> tuple[Any, ...]:
+        """Return the layouts that a weight passes on its way.
+
+        It is cast where it lies, so that the links carry narrow numbers; then it is split as the rollout splits it, and
+        only then gathered. In one step the compiler would gather it whole, and split it after that."""
+        weight = self._weights[path]
+        if x.sharding.is_equivalent_to(weight.sharding, x.ndim) or x.sharding.device_set != weight.sharding.device_set:
+            return ()
+        return x.sharding, sharding.layout(self._mesh, self._axes[path], weight.shape, sharding.HALFWAY)
