@@ -20,6 +20,10 @@ from ml_collections import ConfigDict
 # 4.3 GB (32B) of a device's memory; 64 devices share the slots.
 SLOTS = {"2b": 256, "4b": 256, "8b": 512, "32b": 768}
 
+# Devices that share a conversation's heads while episodes are played. Their memory holds 1 / TENSOR of the weights in
+# bfloat16, next to the slots; every token that is drawn reads both once.
+TENSOR = {"2b": 4, "4b": 4, "8b": 8, "32b": 8}
+
 # The published models know from the chat template how to call a tool, but not how to answer.
 SYSTEM = (
     "Look things up before you answer. In every turn, think between <think> and </think>; then either call one tool, "
@@ -54,6 +58,7 @@ def paper(c: ConfigDict, size: str) -> None:
         max_image_tokens=8192,
         max_pixels=1024 * 1024,  # 1,024 tokens an image
     )
+    c.rollout.mesh.update(data=-1, tensor=TENSOR[size])
     c.tools.update(zoom_size=768, image_top_k=3, text_top_k=3, text_budget=4000, workers=64)
     c.tapo.max_tool_steps = 10
     c.optimizer.update(lr=1e-6, warmup_steps=0)

@@ -62,6 +62,9 @@ def get_config(arg: str = "") -> ConfigDict:
         max_pixels=0,  # max height · width of an image; 0: as in the model directory
         temperature=1.0, top_p=1.0,
         decode_chunk=16,  # tokens between two checks of which turns have ended
+        # The devices of the run as data × tensor while episodes are played: conversations are split over data, heads,
+        # hidden units and vocabulary over tensor, and no weight is gathered. data -1: the rest; tensor 0: as in `mesh`.
+        mesh=ConfigDict(dict(data=-1, tensor=0)),
         tool_wait_s=float("inf"),  # how long a round waits for tools; finite: faster with slow tools, not repeatable
     ))  # fmt: skip
     c.tools = ConfigDict(dict(

@@ -4,7 +4,8 @@
 
 Prints, for one chip: memory (GiB) of arguments and temporaries, and the peak next to the chip's memory; flops (10¹²),
 with loops multiplied out and kernels included, next to the model's own count; collectives (number, GB received); and
-the seconds that peak flops, memory and network allow. Exits with code 1 if a program does not fit. Needs the TPU
+the seconds that peak flops, memory and network allow. Then how fast a whole rollout and a whole step can be, and what
+limits them. Exits with code 1 if a program does not fit. Needs the TPU
 compiler: pip install 'tapo_jax[tpu]'.
 """
 
@@ -19,7 +20,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with 
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Chips and their arrangement: v5e:8x8, v6e:8x8, v5p:4x4x4, tpu7x:4x4x4."
 )
-PROGRAMS = flags.DEFINE_list("programs", [], "Which: train, log_probs, extend, decode; left out: all of the run.")
+PROGRAMS = flags.DEFINE_list("programs", [], "Of train, log_probs, reshard, extend, decode; left out: all of the run.")
+WRITTEN = flags.DEFINE_integer("written", 4000, "Tokens that the policy writes in an episode.", lower_bound=1)
 SHORT = flags.DEFINE_bool("short", False, "Fewer columns and nothing beside the table.")
 OUT = flags.DEFINE_string("out", "", "A JSON file for the numbers.")
 flags.mark_flags_as_required(["config", "topology"])
@@ -30,7 +32,8 @@ def main(argv: list[str]) -> None:
     prepare_environment()
     from tapo_jax.compile_check.check import run_check  # noqa: PLC0415 - jax reads the environment when it is imported
 
-    if not run_check(CONFIG.value, TOPOLOGY.value, tuple(PROGRAMS.value), out=OUT.value, short=SHORT.value):
+    options = {"written": WRITTEN.value, "out": OUT.value, "short": SHORT.value}
+    if not run_check(CONFIG.value, TOPOLOGY.value, tuple(PROGRAMS.value), **options):
         raise UserError("A program does not fit the memory of its chips: see the table.")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import processes, rewards
+from tapo_jax import processes, rewards, sharding
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
 from tapo_jax.models import hf, lora
@@ -132,8 +132,23 @@ def _forgetting(score: Scorer) -> Scorer:
     return scored
 
 
+def rollout_mesh(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh) -> Mesh:
+    """Return the mesh of the rollout: that of rollout.mesh over the devices of the training's `mesh`.
+
+    Raises UserError if its sizes do not fit the devices, or it splits the model's heads unevenly.
+    """
+    chosen, heads = config.rollout.mesh, model_config.kv_heads
+    if chosen.tensor and heads % chosen.tensor:
+        sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+        raise UserError(
+            f"rollout.mesh.tensor is {chosen.tensor} and the model has {heads} key/value heads, which are split over "
+            f"it: choose one of {sizes}."
+        )
+    return sharding.rollout_mesh(mesh, data=chosen.data, tensor=chosen.tensor)
+
+
 def sampler_shapes(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh, image_patches: int) -> Shapes:
-    """Return the shapes of the sampler's calls. image_patches: patches of the largest image."""
+    """Return the shapes of the sampler's calls on the rollout's mesh. image_patches: patches of the largest image."""
     r = config.rollout
     return make_shapes(
         model_config,
@@ -155,10 +170,10 @@ def make_agent(
     *,
     evaluating: bool = False,
 ) -> Agent:
-    """Make the agent of a config. evaluating: with the judge of evaluations.
+    """Make the agent of a config. mesh: that of training. evaluating: with the judge of evaluations.
 
-    Raises UserError for a directory without a usable tokenizer, slots that the mesh does not divide, or a judge whose
-    key is not set.
+    Raises UserError for a directory without a usable tokenizer, a rollout.mesh that does not fit the devices or the
+    model, slots that it does not divide, or a judge whose key is not set.
     """
     chat = Chat.from_dir(directory)
     r = config.rollout
@@ -167,6 +182,7 @@ def make_agent(
         processor = processor.limited(r.max_pixels)
     # An evaluation meets most images once; training computes every image of a batch again in its updates.
     pixels = PixelStore(processor, max_bytes=1 << 26 if evaluating else 1 << 30, dtype=model.dtype)
+    mesh = rollout_mesh(config, model.config, mesh)
     sampler = Sampler(
         model,
         mesh,

@@ -2,7 +2,7 @@
 
 Three mesh axes: `data` (replicas), `fsdp` (parameters and batch split), `tensor` (heads, hidden units, vocabulary
 split). A model names the logical axes of its parameters (`models/parameters.py`); RULES maps logical axes to mesh axes.
-A new strategy is one edit in RULES.
+A new strategy is one edit in RULES. A rollout may have a mesh of its own over the same devices (`rollout_mesh`).
 """
 
 import contextlib
@@ -24,6 +24,7 @@ MeshAxes = str | tuple[str, ...] | None
 # Logical axis -> mesh axes. An axis that is not in the table is never split.
 RULES: dict[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
+    "drawn": MESH_AXES,
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -35,8 +36,12 @@ RULES: dict[str, MeshAxes] = {
 }
 
 
+# Halfway from the layout of training to that of a rollout: split over `tensor` already, not yet gathered over `data`.
+HALFWAY = RULES | {"embed": "data", "vision_embed": "data"}
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """Return a (data, fsdp, tensor) mesh.
+    """Return a (data, fsdp, tensor) mesh. If only one axis is longer than 1, each process's devices lie together.
 
     data, fsdp, tensor: sizes of the axes; at most one may be -1, which takes the remaining devices.
     devices: default all devices of every process.
@@ -56,7 +61,53 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
             "change the mesh fields so that their product is the number of devices (-1 takes the rest)."
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    mesh = jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if sorted(sizes)[-2] > 1:  # with several axes the order follows the links between the devices
+        return mesh
+    together = sorted(mesh.devices.flat, key=_process)
+    return Mesh(np.array(together, object).reshape(sizes), MESH_AXES, axis_types=mesh.axis_types)
+
+
+def rollout_mesh(mesh: Mesh, *, data: int = -1, tensor: int = 0) -> Mesh:
+    """Return the mesh of a rollout: the devices of `mesh`, in the same order, as data × tensor.
+
+    mesh: that of training.
+    data: -1 takes the devices that `tensor` leaves.
+    tensor: 0 returns `mesh` itself.
+
+    Raises UserError if the product of the sizes is not the number of devices.
+    """
+    if tensor == 0:
+        return mesh
+    count = mesh.size // tensor if data == -1 else data
+    if count * tensor != mesh.size:
+        raise UserError(
+            f"rollout.mesh data={data} × tensor={tensor} does not fit {mesh.size} devices: change the fields so that "
+            "their product is the number of devices (data -1 takes the rest; tensor 0 is the mesh of training)."
+        )
+    return _as_shape(mesh, count, tensor)
+
+
+def rows_mesh(mesh: Mesh) -> Mesh:
+    """Return the mesh over which processes put their rows of a sampler's calls; `mesh` itself if each can use that.
+
+    A process has rows of its own, but where the devices of a `tensor` group belong to several processes they work on
+    the same rows. Then rows are split further, so far that every piece belongs to one process; the programs gather
+    them within the group.
+    """
+    processes = [_process(device) for device in mesh.devices.flat]
+    tensor = mesh.shape["tensor"]
+    sizes = (size for size in range(tensor, 0, -1) if tensor % size == 0)
+    own = next(s for s in sizes if all(len(set(processes[i : i + s])) == 1 for i in range(0, mesh.size, s)))
+    return mesh if own == tensor else _as_shape(mesh, mesh.size // own, own)
+
+
+def _process(device: jax.Device) -> int:
+    return device.process_index
+
+
+def _as_shape(mesh: Mesh, data: int, tensor: int) -> Mesh:
+    return Mesh(mesh.devices.reshape(data, 1, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def one_device() -> Mesh:
@@ -78,7 +129,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def layout(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+def layout(
+    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Mapping[str, MeshAxes] = RULES
+) -> NamedSharding:
     """Return the sharding of one parameter.
 
     A dimension that its mesh axes do not divide stays whole, and so does a vector (a norm's scale, a bias; stacked or
@@ -86,7 +139,7 @@ def layout(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> 
     """
     if sum(axis not in (None, "layers") for axis in axes) < 2:
         return replicated(mesh)
-    return NamedSharding(mesh, PartitionSpec(*_split(axes, shape, mesh)))
+    return NamedSharding(mesh, PartitionSpec(*_split(axes, shape, mesh, rules)))
 
 
 def parameters(tree: Any, axes: Mapping[tuple[str, ...], tuple[str | None, ...]], mesh: Mesh) -> Any:
@@ -166,16 +219,18 @@ def on_rows(function: Callable, shared: Any, *rows: jax.Array) -> Any:
     return jax.shard_map(function, in_specs=specs, out_specs=batch, axis_names=axes, check_vma=False)(shared, *rows)
 
 
-def _mesh_axes(logical: str | None) -> tuple[str, ...]:
-    axes = RULES.get(logical)
+def _mesh_axes(logical: str | None, rules: Mapping[str, MeshAxes] = RULES) -> tuple[str, ...]:
+    axes = rules.get(logical)
     return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
-def _split(logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> list:
+def _split(
+    logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any, rules: Mapping[str, MeshAxes] = RULES
+) -> list:
     """Return the mesh axes of each dimension; None if a dimension has no rule or is not divisible."""
     spec = []
     for name, size in zip(logical, shape, strict=True):
-        axes = _mesh_axes(name)
+        axes = _mesh_axes(name, rules)
         divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
         spec.append((axes if len(axes) > 1 else axes[0]) if axes and divides else None)
     return spec

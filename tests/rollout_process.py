@@ -1,5 +1,6 @@
-"""One of two processes of a rollout test: python rollout_process.py PORT RANK FIRST STOP OUT plays prompts FIRST … STOP
-- 1."""
+"""One of two processes of a rollout test: python rollout_process.py PORT RANK FIRST STOP OUT TENSOR plays prompts
+FIRST … STOP - 1. TENSOR 2: a layout of its own, in which every two devices that share the heads belong to two
+processes; 0: that of training."""
 
 import json
 import os
@@ -17,21 +18,28 @@ from tapo_jax.rollout import episode as episode_module
 from tapo_jax.rollout.schedule import Shapes
 
 
-def main(port: str, rank: int, first: int, stop: int, out: str) -> None:
+def main(port: str, rank: int, first: int, stop: int, out: str, tensor: int) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     episode_module.parse_turn = world.read_turn
-    mesh = sharding.make_mesh(data=4, fsdp=2)
+    devices = jax.devices()
+    if tensor:
+        devices = [device for pair in zip(devices[:4], devices[4:], strict=True) for device in pair]
+    mesh = sharding.make_mesh(data=4, fsdp=2, devices=devices)
     shapes = Shapes(
         extend_rows=(1,), decode_rows=(1,), lengths=(192,), patches=(128,), windows=(192,), chunk=5, merge=2
     )
-    sampler = test_rollout.make_sampler(shapes=shapes, mesh=mesh)
+    sampler = test_rollout.make_sampler(shapes=shapes, mesh=sharding.rollout_mesh(mesh, tensor=tensor))
     params = sharding.put_replicated(jax.device_get(world.params()), mesh)
     questions = world.prompts(4)[first:stop]
     episodes, _ = test_rollout.play(sampler, params, prompts=questions, first_prompt=first)
-    result = {"slots": sampler.slots, "tokens": [episode.token_T.tolist() for episode in episodes]}
+    result = {
+        "slots": sampler.slots,
+        "mesh": dict(sampler.mesh.shape),
+        "tokens": [episode.token_T.tolist() for episode in episodes],
+    }
     with open(out, "w") as file:
         json.dump(result, file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], int(sys.argv[6]))

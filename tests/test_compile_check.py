@@ -7,12 +7,13 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from tapo_jax.bench import model
-from tapo_jax.compile_check import check, programs
+from tapo_jax.compile_check import check, estimate, programs
 from tapo_jax.compile_check.programs import Program
 from tapo_jax.config import beside
 from tapo_jax.models import flops
@@ -147,6 +148,66 @@ def test_a_reference_model_is_checked_too(tmp_path):
     assert "loss/kl" in str(programs.train_program(pulled).lower().out_info[1].keys())
 
 
+def test_a_layout_of_its_own_puts_the_sampler_s_weights_beside_the_parameters(tmp_path):
+    """Two devices share the heads, and each pair has all weights: of a kernel a device holds half, in place of the
+    quarter of training. In the layout of training the weights are the parameters, and there is no program."""
+    plain, own = abstract(tmp_path), abstract(tmp_path, **{"rollout.mesh.tensor": 2})
+    assert programs.reshard_program(plain) is None
+    beside = [programs.decode_program(run).beside - programs.bytes_of_one(run.opt_state) for run in (plain, own)]
+    kernels = [x for x in jax.tree.leaves(own.params) if x.sharding.shard_shape(x.shape) != x.shape]
+    assert beside[0] == 0 and beside[1] == pytest.approx(programs.bytes_of_one(kernels), rel=0.05)
+    made = programs.reshard_program(own).lower().compile().output_shardings
+    assert {tuple(layout.mesh.shape.values()) for layout in made.values()} == {(2, 1, 2)}
+    gate = own.params["decoder"]["gate"]
+    L, D, M = gate.shape
+    assert gate.sharding.shard_shape(gate.shape) == (L, D // 2, M // 2)
+    assert made["decoder", "gate"].shard_shape(gate.shape) == (L, D, M // 2)
+
+
+def test_low_rank_updates_lie_beside_the_merged_weights(tmp_path):
+    run = abstract(tmp_path, **{"model.lora_rank": 4})
+    found = programs.abstract_slots(run).reshard.beside(run.params)
+    assert {path[-1] for path in found} == {
+        f"{name}{end}" for name in ("q", "k", "v", "o", "gate", "up", "down") for end in ("", "_lora_a", "_lora_b")
+    }
+    program = programs.reshard_program(run)
+    assert program is not None and "lora" not in str(program.lower().out_info.keys())
+
+
+def test_the_time_of_a_rollout_and_of_a_step_is_worked_out_from_the_programs():
+    """1,024 episodes of 1,000 tokens, 400 of them written, on four chips. A chunk draws 256 tokens and takes 2 s of
+    full slots, 1.5 s of half full ones: 1,600 chunks of 1.5 s. An extension adds 1,024 tokens in 3 s: 600 of them."""
+    config = beside(str(ROOT / "configs" / "x"), "tapo_grpo.py")("test")
+    config.data.prompts_per_step, config.rollout.group_size, config.rollout.max_length = 128, 8, 1000
+    config.train.updates_per_batch, config.rollout.mesh.tensor = 2, 2
+    run = SimpleNamespace(config=config, mesh=RUN.mesh)
+    blank = check.Report("", True, 0.0)
+    reports = {
+        "reshard": dataclasses.replace(blank, seconds=5.0),
+        "decode": dataclasses.replace(
+            blank, seconds=2.0, seconds_memory=1.9, seconds_flops=0.1, tokens=256,
+            seconds_filled={"half": 1.5, "third": 1.0},
+        ),
+        "extend": dataclasses.replace(blank, seconds=3.0, tokens=1024),
+        "train": dataclasses.replace(blank, seconds=100.0),
+    }  # fmt: skip
+    found = estimate.speed(reports, run, 400)
+    assert (found["tokens_per_s_per_chip"], found["tokens_per_s_per_chip_third"]) == (32, 64)
+    assert (found["decode"], found["extend"], found["rollout"]) == (2400, 1800, 4205)
+    assert (found["updates"], found["step"], found["limit"]) == (200, 4405, "memory")
+    assert estimate.row(found, "m", "4 v5e")[2:6] == ["2 × 2", "32", "64", "memory"]
+    without = estimate.speed({name: reports[name] for name in ("decode", "train")}, run, 400)
+    assert "rollout" not in without and "step" not in without
+    assert estimate.speed({"train": reports["train"]}, run, 400) == {}
+
+
+def test_what_limits_a_program_is_its_slowest_part():
+    blank = check.Report("", True, 0.0, seconds=2.0, seconds_network=1.0, seconds_memory=1.5, seconds_flops=0.5)
+    assert estimate.limit(blank) == "memory"
+    assert estimate.limit(dataclasses.replace(blank, seconds_flops=1.9)) == "arithmetic"
+    assert estimate.limit(dataclasses.replace(blank, seconds_network=2.0)) == "links"
+
+
 @needs_tpu_compiler
 def test_the_programs_of_the_test_config_compile_for_a_tpu(tmp_path):
     """Four v5e chips, two sharing the parameters, two the heads: rows 16 over 2, heads and vocabulary over 2."""
@@ -154,7 +215,8 @@ def test_the_programs_of_the_test_config_compile_for_a_tpu(tmp_path):
     command = [
         sys.executable, "launch/compile_check.py", "--config=configs/tapo_grpo.py:test", "--topology=v5e:2x2",
         f"--config.model.path={model_directory(tmp_path)}", "--config.mesh.data=1", "--config.mesh.fsdp=2",
-        "--config.mesh.tensor=2", "--programs=train,decode", f"--out={tmp_path / 'out.json'}",
+        "--config.mesh.tensor=2", "--config.rollout.mesh.tensor=2", "--programs=train,reshard,decode",
+        f"--out={tmp_path / 'out.json'}",
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run(
@@ -162,8 +224,9 @@ def test_the_programs_of_the_test_config_compile_for_a_tpu(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| train |" in done.stdout and "| decode |" in done.stdout
-    train, decode = json.loads((tmp_path / "out.json").read_text())["programs"]
-    assert train["fits"] and decode["fits"]
+    train, reshard, decode = json.loads((tmp_path / "out.json").read_text())["programs"]
+    assert train["fits"] and decode["fits"] and reshard["fits"]
+    assert reshard["seconds_network"] > 0 and "| a third full |" in done.stdout
     # Parameters and two moments, float32, at least a quarter on each chip; norms and biases are on all of them.
     count = 1_133_000
     assert 12 * count / 4 < train["arguments"]
@@ -179,5 +242,5 @@ def test_an_unknown_topology_is_the_users_mistake():
 
 
 def test_an_unknown_program_is_the_users_mistake():
-    with pytest.raises(check.UserError, match="--programs is 'sing': choose one of train, log_probs, extend"):
+    with pytest.raises(check.UserError, match="--programs is 'sing': choose one of train, log_probs, reshard"):
         check.run_check(None, "v5e:2x2", ("sing",))

@@ -363,9 +363,10 @@ def test_slots_that_the_mesh_does_not_divide_are_refused():
         make_shapes(world.config(), sharding.make_mesh(data=8), slots=12, **sizes)
 
 
-def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tmp_path):
+@pytest.mark.parametrize("tensor", [0, 2], ids=["training's layout", "its own layout"])
+def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tensor, tmp_path):
     """The first process has three prompts and the second one: it goes on making calls after its own episodes have
-    ended."""
+    ended. In the layout of its own both processes work on the rows of either."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -374,7 +375,7 @@ def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tmp_path):
     started = []
     for rank, (first, stop) in enumerate(parts):
         log = open(tmp_path / f"{rank}.log", "w")  # noqa: SIM115  (the process writes to it)
-        arguments = [port, str(rank), str(first), str(stop), str(tmp_path / f"{rank}.json")]
+        arguments = [port, str(rank), str(first), str(stop), str(tmp_path / f"{rank}.json"), str(tensor)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         started.append(
             subprocess.Popen([sys.executable, str(script), *arguments], stdout=log, stderr=log, env=environment)
@@ -387,6 +388,7 @@ def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tmp_path):
             process.kill()
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [part["slots"] for part in found] == [4, 4]
+    assert [part["mesh"] for part in found] == [{"data": 4, "fsdp": 1 if tensor else 2, "tensor": max(tensor, 1)}] * 2
     assert found[0]["tokens"] + found[1]["tokens"] == [episode.token_T.tolist() for episode in sampled[0]]
 
 

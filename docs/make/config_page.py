@@ -50,6 +50,9 @@ MEANINGS = {
     "rollout.slots": "conversations that are played at a time, over all devices",
     "rollout.decode_chunk": "tokens that are decoded between two looks at which turns have ended",
     "rollout.tool_wait_s": "how long a round waits for tools; finite: faster with slow tools, but not repeatable",
+    "rollout.mesh.data": "while episodes are played: pieces that the conversations are split into; −1: the rest",
+    "rollout.mesh.tensor": "while episodes are played: ways that heads, hidden units and vocabulary are split; it "
+    "divides the model's key/value heads, and no weight is gathered; 0: the layout of training, `mesh`",
     "data.split": "the split that is trained on",
     "data.prompts_per_step": "questions of a step (P), over all processes; a multiple of the number of processes",
     "data.hops": "Atlas: numbers of look-ups that a question may take",

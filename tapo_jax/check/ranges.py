@@ -118,6 +118,8 @@ RANGES: dict[str, Range] = {
     "rollout.temperature": above(0),
     "rollout.top_p": above(0, 1),
     "rollout.decode_chunk": whole(1),
+    "rollout.mesh.data": whole(1, also=(-1,)),
+    "rollout.mesh.tensor": whole(0),
     "rollout.tool_wait_s": number(0, also=(INF,)),
     "tools.source": text(1),
     "tools.names": each(text(1)),

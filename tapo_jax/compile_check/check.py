@@ -5,6 +5,7 @@ The environment must be set before jax starts: see `launch/compile_check.py`. Th
 """
 
 import dataclasses
+import functools
 import json
 import re
 import time
@@ -16,12 +17,14 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from tapo_jax.compile_check import hlo_costs
+from tapo_jax.compile_check import estimate, hlo_costs
 from tapo_jax.compile_check.programs import PROGRAMS, Abstract, Program, abstract_run, has_reference
 from tapo_jax.config import UserError, check_choice
 from tapo_jax.models import decode_kernel, flops, splash
 from tapo_jax.models.flops import GIB, Chip
 from tapo_jax.models.inputs import most_patches
+
+FILLED = {"half": 1 / 2, "third": 1 / 3}  # shares of a slot's entries at which decoding is timed, besides all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,10 @@ class Report:
     """Time of the collectives alone, at the interconnect's peak."""
     seconds: float = 0.0
     """Every operation at the speed of its bottleneck (see `hlo_costs`), or the interconnect if that is slower."""
+    seconds_filled: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The same for a call that adds tokens, with slots that are filled to a share of their entries."""
+    tokens: int = 0
+    """Tokens that one call adds to the slots of all chips."""
     compile_seconds: float = 0.0
     error: str = ""
     """Why the program did not compile."""
@@ -64,6 +71,7 @@ def run_check(
     topology: str,
     programs: tuple[str, ...],
     *,
+    written: int = 4000,
     out: str = "",
     short: bool = False,
     say: Callable[[str], None] = print,
@@ -73,6 +81,7 @@ def run_check(
     config: the run.
     topology: a TPU topology such as "v5e:8x8".
     programs: names of `PROGRAMS`; none means all that the run has.
+    written: tokens that the policy writes in an episode, for the time of a rollout.
     out: the JSON file; "" writes none.
     short: print only a table of fewer columns, whose lines can be joined with those of other checks.
     say: prints a line.
@@ -91,16 +100,24 @@ def run_check(
         say(summary(run, chip))
     reports = []
     for name in programs:
-        reports.append(report(run, PROGRAMS[name](run), chip))
+        program = PROGRAMS[name](run)
+        if program is None:  # the run has none
+            continue
+        reports.append(report(run, program, chip))
         if not short:
             say(f"{name}: compiled in {reports[-1].compile_seconds:.0f} s")
     if short:
         say(markdown(SHORT, [short_row(found, run, chip) for found in reports]))
     else:
         say(markdown(COLUMNS, [row(found) for found in reports]))
+    speed = estimate.speed({found.program: found for found in reports}, run, written)
+    if speed:
+        say("")
+        say(markdown(estimate.COLUMNS, [estimate.row(speed, model_name(run), f"{run.mesh.size} {chip.name}")]))
     if out:
         record = {"topology": topology, "chip": dataclasses.asdict(chip), "summary": summary(run, chip)}
         record["programs"] = [dataclasses.asdict(found) for found in reports]
+        record["speed"] = speed
         Path(out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return all(found.fits for found in reports)
 
@@ -129,15 +146,11 @@ def report(run: Abstract, program: Program, chip: Chip) -> Report:
             raise
         return dataclasses.replace(blank, error=needed(str(error)), compile_seconds=time.perf_counter() - start)
     memory = compiled.memory_analysis()
-    found = hlo_costs.costs(
-        compiled.as_text(),
-        flops_per_s=chip.flops,
-        bytes_per_s=chip.bandwidth,
-        loops=program.loops,
-        kernel_flops=lambda *kernel: splash.kernel_flops(*kernel) + decode_kernel.kernel_flops(*kernel),
-        kernel_numbers=decode_kernel.kernel_numbers,
-    )
+    text = compiled.as_text()
+    found = costs(text, program, chip)
     network = sum(size for _, _, size in found.collectives) / chip.interconnect if chip.interconnect else 0.0
+    shares = FILLED if program.name == "decode" else {}
+    filled = {name: costs(text, program, chip, share).seconds for name, share in shares.items()}
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + program.beside
     peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return dataclasses.replace(
@@ -154,7 +167,22 @@ def report(run: Abstract, program: Program, chip: Chip) -> Report:
         seconds_memory=found.traffic / chip.bandwidth,
         seconds_network=network,
         seconds=max(found.seconds, network),
+        seconds_filled={name: max(seconds, network) for name, seconds in filled.items()},
+        tokens=program.tokens,
         compile_seconds=time.perf_counter() - start,
+    )
+
+
+def costs(text: str, program: Program, chip: Chip, filled: float = 1.0) -> hlo_costs.Costs:
+    """Return the costs of a compiled program. filled: the share of the slots' entries that a decoding step reads."""
+    attend = functools.partial(decode_kernel.kernel_flops, filled=filled)
+    return hlo_costs.costs(
+        text,
+        flops_per_s=chip.flops,
+        bytes_per_s=chip.bandwidth,
+        loops=program.loops,
+        kernel_flops=lambda *kernel: splash.kernel_flops(*kernel) + attend(*kernel),
+        kernel_numbers=functools.partial(decode_kernel.kernel_numbers, filled=filled),
     )
 
 
@@ -203,10 +231,10 @@ def row(found: Report) -> list[str]:
         "yes" if found.fits else "no",
         f"{found.flops / 1e12:.2f}",
         f"{found.model_flops / 1e12:.2f}",
-        f"{found.flops / found.model_flops:.2f}",
+        _ratio(found),
         ", ".join(moved) or "none",
         *(f"{t:.3f}" for t in (found.seconds_flops, found.seconds_memory, found.seconds_network, found.seconds)),
-        f"{100 * found.model_flops / found.flops * found.seconds_flops / found.seconds:.0f} %",
+        f"{100 * found.model_flops / found.flops * found.seconds_flops / found.seconds:.0f} %" if found.flops else "",
     ]
 
 
@@ -217,8 +245,7 @@ SHORT = (
 
 def short_row(found: Report, run: Abstract, chip: Chip) -> list[str]:
     """Return a line of the short table: arguments and other memory in one sum, collectives of all kinds too."""
-    model = run.config.model.shape or Path(run.config.model.path).name
-    head = [f"{model}, {count(run.params) / 1e9:.2f} B", f"{run.mesh.size} {chip.name}", found.program]
+    head = [f"{model_name(run)}, {count(run.params) / 1e9:.2f} B", f"{run.mesh.size} {chip.name}", found.program]
     if found.error:
         return [*head, "", "", f"does not fit: {found.error}", *[""] * (len(SHORT) - 6)]
     return [
@@ -227,10 +254,19 @@ def short_row(found: Report, run: Abstract, chip: Chip) -> list[str]:
         f"{found.temporaries / GIB:.2f}",
         f"{found.peak / GIB:.2f} of {found.capacity / GIB:.0f}" + ("" if found.fits else ": does not fit"),
         _few_digits(found.flops / 1e12),
-        f"× {found.flops / found.model_flops:.2f}",
+        f"× {_ratio(found)}" if found.model_flops else "",
         _few_digits(sum(entry["bytes"] for entry in found.collectives.values()) / 1e9),
         f"{found.seconds:.3g} s",
     ]
+
+
+def model_name(run: Abstract) -> str:
+    return run.config.model.shape or Path(run.config.model.path).name
+
+
+def _ratio(found: Report) -> str:
+    """Return the operations of the program as a multiple of the model's own count; "" for one that only moves."""
+    return f"{found.flops / found.model_flops:.2f}" if found.model_flops else ""
 
 
 def _few_digits(number: float) -> str:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tapo_jax import sharding
-from tapo_jax.agent import sampler_shapes
+from tapo_jax.agent import rollout_mesh, sampler_shapes
 from tapo_jax.batch import ModelInputs, TrainBatch
 from tapo_jax.check import check, check_rows
 from tapo_jax.config import UserError, check_choice
@@ -34,6 +34,7 @@ from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.programs import buckets, make_objective, make_optimizer
 from tapo_jax.rollout import slots
 from tapo_jax.rollout.schedule import Shapes
+from tapo_jax.rollout.weights import Reshard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Program:
     """Bytes of other memory in use on one chip, which are not arguments."""
     loops: int = 1
     """Iterations of a loop whose length depends on data (decoding ends early when all turns have ended)."""
+    tokens: int = 0
+    """Tokens that one call adds to the slots of all chips."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,73 +212,96 @@ def _inputs(B: int, T: int, N: int, run: Abstract) -> ModelInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The sampler's slots over the mesh, in the shapes that its calls may have."""
+    """The sampler's slots over the rollout's mesh, in the shapes that its calls may have."""
 
+    mesh: Mesh
+    rows: Any
+    """The layout in which processes put the rows of a call."""
     shards: int
     shapes: Shapes
     state: slots.SlotState
+    reshard: Reshard
+    beside: float
+    """Bytes in use on one chip besides the weights and the slots: the parameters that the weights are copies of, the
+    optimizer's state and the reference's weights."""
 
 
 def abstract_slots(run: Abstract) -> Slots:
     config, model_config = run.config, run.model_config
-    shards = sharding.batch_shards(run.mesh)
-    shapes = sampler_shapes(config, model_config, run.mesh, image_patches(config, model_config))
+    mesh = rollout_mesh(config, model_config, run.mesh)
+    rows = sharding.rows_mesh(mesh)
+    shards = sharding.batch_shards(rows)
+    shapes = sampler_shapes(config, model_config, mesh, image_patches(config, model_config))
     sizes = {"slots": shapes.slots, "capacity": shapes.capacity}
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(mesh):
         empty = slots.init_slots.lower(model_config, shards, **sizes, dtype=jnp.dtype(config.model.dtype))
         state = placed(empty.out_info, empty.compile().output_shardings)
-    return Slots(shards, shapes, state)
+    reshard = Reshard(abstract_model(model_config, config.model), mesh)
+    beside = bytes_of_one(reshard.beside(run.params)) + bytes_of_one(run.opt_state) + reference_bytes(run)
+    return Slots(mesh, sharding.rows(rows), shards, shapes, state, reshard, beside)
+
+
+def reshard_program(run: Abstract) -> Program | None:
+    """Return the program that makes the sampler's weights of the parameters; None if they are the same arrays."""
+    reshard = abstract_slots(run).reshard
+    if not reshard.beside(run.params):
+        return None
+    return Program(
+        "reshard", lambda: reshard.lower(run.params), 0.0, beside=bytes_of_one(run.opt_state) + reference_bytes(run)
+    )
 
 
 def decode_program(run: Abstract) -> Program:
     """Return the program of a chunk of decoding steps in all slots, each at its max length."""
     found = abstract_slots(run)
     chunk, capacity, R, vocab = found.shapes.chunk, found.shapes.capacity, found.shapes.slots, run.model_config.vocab
-    rows, everywhere = sharding.rows(run.mesh), sharding.replicated(run.mesh)
+    everywhere = sharding.replicated(found.mesh)
 
     integer, number = _array((), jnp.int32, everywhere), _array((), jnp.float32, everywhere)
     forbidden_V, stop_E = _array((vocab,), bool, everywhere), _array((2,), jnp.int32, everywhere)
     rule = slots.DrawRule(integer, integer, number, number, forbidden_V, stop_E)
 
     def lower() -> Any:
-        with jax.set_mesh(run.mesh):
+        with jax.set_mesh(found.mesh):
             return slots.decode_slots.lower(
-                run.graphdef,
-                run.params,
+                found.reshard.graphdef,
+                found.reshard.weights(),
                 found.state,
-                slots.DrawRequest.abstract(found.shards, R, rows),
+                slots.DrawRequest.abstract(found.shards, R, found.rows),
                 rule,
                 window=capacity,
                 chunk=chunk,
             )
 
     count = chunk * flops.decode(run.model_config, [capacity] * found.shards * R)
-    return Program("decode", lower, count, beside=bytes_of_one(run.opt_state) + reference_bytes(run), loops=chunk)
+    tokens = chunk * found.shards * R
+    return Program("decode", lower, count, beside=found.beside, loops=chunk, tokens=tokens)
 
 
 def extend_program(run: Abstract) -> Program:
     """Return the program of the extension of slots (a prompt, a tool's response) that needs most memory."""
     found = abstract_slots(run)
     piece = max(found.shapes.extend_calls(), key=lambda p: (p.rows * p.length, p.rows * p.patches, p.window))
-    rows = sharding.rows(run.mesh)
     B = found.shards * piece.rows
     inputs = jax.eval_shape(lambda: _inputs(B, piece.length, piece.patches, run))
-    inputs = placed(inputs, jax.tree.map(lambda _: rows, inputs))
+    inputs = placed(inputs, jax.tree.map(lambda _: found.rows, inputs))
 
     def lower() -> Any:
-        with jax.set_mesh(run.mesh):
-            request = _array((found.shards, piece.rows, 3), jnp.int32, rows)
-            return slots.extend_slots.lower(run.graphdef, run.params, found.state, inputs, request, window=piece.window)
+        with jax.set_mesh(found.mesh):
+            request = _array((found.shards, piece.rows, 3), jnp.int32, found.rows)
+            model = found.reshard.graphdef, found.reshard.weights()
+            return slots.extend_slots.lower(*model, found.state, inputs, request, window=piece.window)
 
     lengths, images = [piece.length] * B, [piece.patches] * B
     text = flops.decoder(run.model_config, tokens=sum(lengths), pairs=flops.causal_pairs(lengths), logits=0)
     tower = flops.vision_tower(run.model_config.vision, patches=sum(images), pairs=flops.full_pairs(images))
-    return Program("extend", lower, text + tower, beside=bytes_of_one(run.opt_state) + reference_bytes(run))
+    return Program("extend", lower, text + tower, beside=found.beside, tokens=sum(lengths))
 
 
-PROGRAMS: dict[str, Callable[[Abstract], Program]] = {
+PROGRAMS: dict[str, Callable[[Abstract], Program | None]] = {
     "train": train_program,
     "log_probs": log_probs_program,
+    "reshard": reshard_program,
     "extend": extend_program,
     "decode": decode_program,
 }

@@ -159,23 +159,24 @@ def _attend_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, top_ref,
         out_ref[...] = (sum_ref[...] / jnp.maximum(total_ref[:, :, :1], 1e-30)).astype(out_ref.dtype)
 
 
-def kernel_flops(op_name: str, dims: Sequence[tuple[int, ...]]) -> float:
-    """Return the flops of the attention kernel over full slots, 0 for a kernel of another name.
+def kernel_flops(op_name: str, dims: Sequence[tuple[int, ...]], filled: float = 1.0) -> float:
+    """Return the flops of the attention kernel, 0 for a kernel of another name.
 
-    The arguments are those of `splash.kernel_flops`. Rows that pad a tile of queries are counted too."""
+    The first arguments are those of `splash.kernel_flops`. filled: the share of the slots' entries that are filled.
+    Rows that pad a tile of queries are counted too."""
     if ATTEND not in op_name:
         return 0.0
     (B, K, G, A), (_, _, _, S, _) = dims[2:4]
-    return 4.0 * B * K * G * S * A
+    return 4.0 * B * K * G * S * A * filled
 
 
-def kernel_numbers(op_name: str, dims: Sequence[tuple[int, ...]]) -> float | None:
-    """Return how many numbers one of the kernels moves between memory and core when the slots are full.
+def kernel_numbers(op_name: str, dims: Sequence[tuple[int, ...]], filled: float = 1.0) -> float | None:
+    """Return how many numbers one of the kernels moves between memory and core.
 
-    None for other kernels, which move their operands and results."""
+    None for other kernels, which move their operands and results. filled: as in `kernel_flops`."""
     if ATTEND in op_name:
         (B, K, G, A), (_, _, _, S, _) = dims[2:4]
-        return 2.0 * B * K * (G + S) * A
+        return 2.0 * B * K * (G + S * filled) * A
     if WRITE in op_name:
         B, K, _, A = dims[3]
         return 2.0 * B * K * ROWS * A

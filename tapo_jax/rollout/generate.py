@@ -95,7 +95,7 @@ def continue_rows(
     forbidden_V[[config.image_token, config.video_token, config.vision_start, config.vision_end]] = True
     shapes = _shapes(rows, slots, max_new_tokens, config.vision.merge)
     sampler = Sampler(model, sharding.one_device(), shapes, stop_ids=stop_ids, forbidden_V=forbidden_V)
-    params = nnx.to_pure_dict(nnx.state(model))
+    weights = sampler.reshard(nnx.to_pure_dict(nnx.state(model)))
     written: list[list[int]] = [[] for _ in rows]
     for first in range(0, len(rows), sampler.slots):
         batch = rows[first : first + sampler.slots]
@@ -106,9 +106,9 @@ def continue_rows(
                 _next_draw(slot, first, *batch[slot], len(written[first + slot]), max_new_tokens) for slot in going
             ]
             plan = sampler.plan(Needs(extensions, (), draws), more=True)
-            sampler.extend(params, plan, extensions)
+            sampler.extend(weights, plan, extensions)
             extensions = []
-            for slot, (token_n, _) in zip(going, sampler.decode(params, plan, draws, sampling).fetch(), strict=True):
+            for slot, (token_n, _) in zip(going, sampler.decode(weights, plan, draws, sampling).fetch(), strict=True):
                 written[first + slot].extend(token_n.tolist())
             open_turns = (written[first + slot] for slot in going)
             going = [

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from tapo_jax.config import UserError
 from tapo_jax.rollout.board import Board
 from tapo_jax.rollout.players import Players
@@ -34,7 +36,7 @@ def rollout(
     """Play `group_size` episodes of each of this process's prompts. Rewards are left to the caller.
 
     players: the sampler, tools and limits of the run.
-    params: the weights, as `nnx.merge` takes them.
+    params: the trained parameters; the sampler's weights are made of them, and dropped at the end.
     prompts: the prompts of this process.
     group_size: G, episodes for each prompt.
     sampling: temperature, top-p and the parts of the random keys.
@@ -80,6 +82,9 @@ def stream(
         )
     board = Board(players, prompts, starts, sampling, on_episode)
     seconds = {"time/prefill": 0.0, "time/decode": 0.0, "time/tool_wait": 0.0}
+    began = time.perf_counter()
+    weights = jax.block_until_ready(sampler.reshard(params))
+    seconds["time/reshard"] = time.perf_counter() - began
     while True:
         board.fill_slots()
         needs = board.needs()
@@ -87,12 +92,12 @@ def stream(
         if not plan.more:
             break
         began = time.perf_counter()
-        sampler.extend(params, plan, needs.extensions)
+        sampler.extend(weights, plan, needs.extensions)
         sampler.copy(plan, needs.copies)
         sampler.wait()
         board.mark_sent(needs)
         seconds["time/prefill"] += (decoding := time.perf_counter()) - began
-        chunk = sampler.decode(params, plan, needs.draws, sampling) if plan.decode_rows else None
+        chunk = sampler.decode(weights, plan, needs.draws, sampling) if plan.decode_rows else None
         board.collect_tools(_while_decoding(board.futures(), chunk))
         written = chunk.fetch() if chunk else []
         seconds["time/decode"] += (decoded := time.perf_counter()) - decoding

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -33,6 +32,7 @@ from tapo_jax.rollout.slots import (
     init_seen,
     init_slots,
 )
+from tapo_jax.rollout.weights import Reshard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +45,15 @@ class Chunk:
     """Index of the draw of each row, -1 for an empty row."""
     draws: int
     """Number of draws."""
+    own_Z: np.ndarray
+    """Which of the shards that this process's devices hold are its own."""
 
     def is_ready(self) -> bool:
         return self.drawn[0].is_ready()
 
     def fetch(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Wait for the call; return (token_n, logp_n) of each draw, in the order in which they were given."""
-        token_ZxRxN, logp_ZxRxN, count_ZxR = _this_process(self.drawn)
+        token_ZxRxN, logp_ZxRxN, count_ZxR = _this_process(self.drawn, self.own_Z)
         found: list = [None] * self.draws
         for (z, r), index in np.ndenumerate(self.index_ZxR):
             if index >= 0:
@@ -60,15 +62,18 @@ class Chunk:
         return found
 
 
-def _this_process(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
-    """Fetch the rows that this process holds, in order, of arrays split along their first axis, in one transfer."""
+def _this_process(arrays: tuple[jax.Array, ...], own_Z: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Fetch this process's rows, in order, of arrays split along their first axis, in one transfer.
+
+    own_Z: which of the rows that its devices hold these are.
+    """
     if all(array.is_fully_addressable for array in arrays):
         return jax.device_get(arrays)
     pieces = []
     for array in arrays:
         by_start = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
         pieces.append([by_start[start] for start in sorted(by_start)])
-    return tuple(np.concatenate(piece) for piece in jax.device_get(pieces))
+    return tuple(np.concatenate(piece)[own_Z] for piece in jax.device_get(pieces))
 
 
 def make_shapes(
@@ -83,6 +88,7 @@ def make_shapes(
 ) -> Shapes:
     """Return the shapes that the calls of a sampler may have.
 
+    mesh: where the calls run.
     slots: number of slots over all devices.
     capacity: max tokens of a slot.
     chunk: max tokens of a decoding call.
@@ -91,7 +97,7 @@ def make_shapes(
 
     Raises UserError if the mesh does not divide the slots.
     """
-    shards = sharding.batch_shards(mesh)
+    shards = sharding.batch_shards(sharding.rows_mesh(mesh))
     if slots % shards:
         raise UserError(f"rollout.slots is {slots}, split {shards} ways by the mesh: give a multiple of {shards}.")
     with jax.set_mesh(mesh):
@@ -109,6 +115,8 @@ def make_shapes(
 
 class Sampler:
     """The slots and the calls on them. Weights are given to every call: they change, the shapes do not.
+
+    They are those that `reshard` makes of the trained parameters, once a rollout.
 
     model: for its structure, config and dtype; its weights are not kept.
     mesh: where the calls run.
@@ -129,9 +137,11 @@ class Sampler:
         self.config, self.mesh, self.shapes = model.config, mesh, shapes
         self.stop_ids = frozenset(stop_ids)
         self.slots_per_shard = shapes.slots
-        self._graphdef = nnx.graphdef(model)
-        self._shards = sharding.batch_shards(mesh)
-        self._local_shards = len(sharding.local_rows(mesh, self._shards))
+        self.reshard = Reshard(model, mesh)
+        self._rows_mesh = sharding.rows_mesh(mesh)
+        self._shards = sharding.batch_shards(self._rows_mesh)
+        own_Z, held_Z = (sharding.local_rows(m, self._shards) for m in (self._rows_mesh, mesh))
+        self._local_shards, self._own_Z = len(own_Z), np.searchsorted(held_Z, own_Z)
         self.slots = self.slots_per_shard * self._local_shards  # of this process
         self._dtype = model.dtype
         self._state: SlotState | None = None
@@ -145,7 +155,7 @@ class Sampler:
         agree = _maximum if self.mesh.is_multi_process else np.asarray
         return schedule.plan(self.shapes, needs, more=more, agree=agree)
 
-    def extend(self, params: Any, plan: Round, extensions: Sequence[Extension]) -> None:
+    def extend(self, weights: Any, plan: Round, extensions: Sequence[Extension]) -> None:
         """Add given tokens to slots."""
         waiting = schedule.group(self.shapes, extensions)
         for piece in plan.pieces:
@@ -158,8 +168,8 @@ class Sampler:
             inputs = model_inputs(rows, **sizes, config=self.config, dtype=self._dtype)
             with jax.set_mesh(self.mesh):
                 self._state = extend_slots(
-                    self._graphdef,
-                    params,
+                    self.reshard.graphdef,
+                    weights,
                     self._slots(),
                     self._rows(inputs, piece.rows),
                     self._rows(request_ZxRx3, 1),
@@ -177,7 +187,7 @@ class Sampler:
             with jax.set_mesh(self.mesh):
                 self._state = copy_slots(self._slots(), self._rows(request_ZxRx2, 1))
 
-    def decode(self, params: Any, plan: Round, draws: Sequence[Draw], sampling: Sampling) -> Chunk:
+    def decode(self, weights: Any, plan: Round, draws: Sequence[Draw], sampling: Sampling) -> Chunk:
         """Start a chunk and do not wait for it."""
         index_ZxR = self._place([draw.slot for draw in draws], plan.decode_rows)
         request = DrawRequest.of(draws, index_ZxR, self.slots_per_shard)
@@ -190,8 +200,8 @@ class Sampler:
         rule = DrawRule(**sharding.put_replicated(numbers, self.mesh), **self._constants)
         with jax.set_mesh(self.mesh):
             state, drawn = decode_slots(
-                self._graphdef,
-                params,
+                self.reshard.graphdef,
+                weights,
                 self._with_seen() if sampling.limited else self._slots(),
                 self._rows(request, 1),
                 rule,
@@ -200,7 +210,7 @@ class Sampler:
             )
         # The other calls get a state without it, so that they are the same programs with and without limits.
         self._seen, self._state = state.seen_ZxCxV, dataclasses.replace(state, seen_ZxCxV=None)
-        return Chunk(drawn, index_ZxR, len(draws))
+        return Chunk(drawn, index_ZxR, len(draws), self._own_Z)
 
     def wait(self) -> None:
         """Return when the calls made so far have ended."""
@@ -211,13 +221,17 @@ class Sampler:
         self._state = self._seen = None
 
     def warm_up(self, params: Any) -> None:
-        """Compile every call that can occur, by running each on empty rows."""
+        """Compile every call that can occur, by running each on empty rows.
+
+        params: the trained parameters.
+        """
+        weights = self.reshard(params)
         for piece in self.shapes.extend_calls():
-            self.extend(params, Round(pieces=(piece,)), [])
+            self.extend(weights, Round(pieces=(piece,)), [])
         for rows in self.shapes.decode_rows:
             self.copy(Round(copy_rows=rows), [])
         for rows, window in self.shapes.decode_calls():
-            self.decode(params, Round(decode_rows=rows, decode_window=window), [], Sampling())
+            self.decode(weights, Round(decode_rows=rows, decode_window=window), [], Sampling())
         self.wait()
 
     def _slots(self) -> SlotState:
@@ -242,7 +256,7 @@ class Sampler:
 
     def _rows(self, tree: Any, rows_per_shard: int) -> Any:
         """Put host arrays of this process's rows on the devices, split over the row shards."""
-        return sharding.put_rows(tree, self.mesh, self._shards * rows_per_shard)
+        return sharding.put_rows(tree, self._rows_mesh, self._shards * rows_per_shard)
 
 
 def _maximum(vector: np.ndarray) -> np.ndarray:

@@ -120,6 +120,17 @@ def _pin(state: SlotState) -> SlotState:
     )
 
 
+def _on_rows(tree: Any) -> Any:
+    """Lay the rows of a call out as the slots are; in a pod, processes may have put them in smaller pieces."""
+    return jax.tree.map(lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
+
+
+def _spread(x_RxV: jax.Array) -> jax.Array:
+    """Give every device whole rows of its own of an array that is split along V, if there are enough rows."""
+    divides = x_RxV.shape[0] % sharding.pieces("drawn") == 0
+    return sharding.constrain(x_RxV, "drawn", None) if divides else x_RxV
+
+
 def _take_kv(x_ZxLxCxKxSxA: jax.Array, slot_ZxR: jax.Array, window: int) -> jax.Array:
     """Return the first `window` entries of the named slots as the model's cache array [L, Z·R, K, window, A]."""
     shards, _, slots = x_ZxLxCxKxSxA.shape[:3]
@@ -195,6 +206,7 @@ def extend_slots(
     window: cache entries of each slot that the call works on.
     """
     model = nnx.merge(graphdef, params)
+    inputs, request_ZxRx3 = _on_rows((inputs, request_ZxRx3))
     slot_ZxR, before_ZxR, fresh_ZxR = (request_ZxRx3[..., i] for i in range(3))
     cache = _take_cache(state, slot_ZxR, before_ZxR, window)
     hidden_BxTxD, cache = qwen3_vl.extend(model, cache, inputs)
@@ -215,6 +227,7 @@ def extend_slots(
 @functools.partial(jax.jit, donate_argnames="state")
 def copy_slots(state: SlotState, request_ZxRx2: jax.Array) -> SlotState:
     """Copy prompts between slots. request_ZxRx2: source slot, target slot. All reads happen before all writes."""
+    request_ZxRx2 = _on_rows(request_ZxRx2)
     source_ZxR, target_ZxR = request_ZxRx2[..., 0], request_ZxRx2[..., 1]
 
     def whole(x_ZxLxCxKxSxA: jax.Array) -> jax.Array:
@@ -255,7 +268,7 @@ def decode_slots(
 
     Returns the state and (token_ZxRxN, logp_ZxRxN, count_ZxR).
     """
-    model = nnx.merge(graphdef, params)
+    model, request = nnx.merge(graphdef, params), _on_rows(request)
     slot_ZxR = request.slot_ZxR
     rows = slot_ZxR.size
     flat = jax.tree.map(lambda x_ZxR: x_ZxR.reshape(rows), request)
@@ -269,9 +282,9 @@ def decode_slots(
     def step(carry: tuple) -> tuple:
         i, active_R, cache, hidden_RxD, token_RxN, logp_RxN, count_R, seen_RxV = carry
         keys_R = jax.vmap(jax.random.fold_in)(key_R, drawn_R + i)
-        logits_RxV = qwen3_vl.logits(model, hidden_RxD)
-        new_R, new_logp_R = draw(
-            logits_RxV, keys_R, rule.temperature, rule.top_p, rule.forbidden_V, rule.limits, seen_RxV
+        logits_RxV = _spread(qwen3_vl.logits(model, hidden_RxD))
+        new_R, new_logp_R = _on_rows(
+            draw(logits_RxV, keys_R, rule.temperature, rule.top_p, rule.forbidden_V, rule.limits, seen_RxV)
         )
         if seen_RxV is not None:
             seen_RxV = seen_RxV.at[jnp.arange(rows), new_R].max(active_R)
