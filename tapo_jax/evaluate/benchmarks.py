@@ -154,7 +154,8 @@ def _write(out: Path, found: Sequence[Answer], settings: Mapping[str, Any], expe
 def page(agent: Agent, params: Any, config: ConfigDict, out: Path, *, samples: int, wanted: Sequence[Question]) -> None:
     """Play the questions of `wanted` again, with the same random keys, and write OUT/episodes.html.
 
-    Of several processes each writes its share (episodes.N.html) and all must call this. A question whose answer is another one now (its tools gave something else) is named on stderr.
+    Of several processes each writes its share (episodes.N.html), and all must call this. A question whose answer is
+    another one now, because its tools gave something else, is named on stderr.
     """
     mine, rank = my_share(wanted), jax.process_index()
     played: list[tuple[Question, Episode]] = []
