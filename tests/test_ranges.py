@@ -25,7 +25,8 @@ ZERO_IS_FINE = {
     "tapo.alpha_min", "tapo.beta", "tapo.cluster_theta", "tapo.adaptive_quantile", "tapo.adaptive_rate",
     "tapo.memory_steps", "tapo.memory_discount", "optimizer.warmup_steps", "optimizer.b1", "optimizer.b2",
     "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.vision_lr_multiplier", "eval.prompts", "eval.every",
-    "eval.temperature", "eval.top_k", "eval.min_p", "eval.presence_penalty", "benchmarks.limit", "reward.weights.accuracy", "reward.weights.format",
+    "eval.temperature", "eval.top_k", "eval.min_p", "eval.presence_penalty", "benchmarks.limit",
+    "reward.weights.accuracy", "reward.weights.format",
     "reward.judge.retries", "eval.judge.retries", "reward.judge.max_failed", "eval.judge.max_failed",
 }  # fmt: skip
 NONE_IS_FINE = {
