@@ -30,6 +30,10 @@ from tapo_jax.rollout.schedule import Sampling, Shapes
 from tapo_jax.tools.base import Tool, ToolRunner
 from tapo_jax.types import Episode, Prompt
 
+# What stays in memory: bytes of processed images, results of calls, and bytes of pixels in play.
+TRAINING = {"patch_bytes": 1 << 30, "results": 4096, "image_bytes": float("inf")}
+EVALUATING = {"patch_bytes": 1 << 26, "results": 64, "image_bytes": float(1 << 29)}
+
 
 def load_model(directory: Path, model: ConfigDict, mesh: Mesh) -> tuple[Qwen3VL, Qwen3VLConfig]:
     """Load the model of a directory onto the mesh, with low-rank parameters if model.lora_rank is set.
@@ -180,8 +184,9 @@ def make_agent(
     processor = ImageProcessor.from_dir(directory)
     if r.max_pixels:
         processor = processor.limited(r.max_pixels)
-    # An evaluation meets most images once; training computes every image of a batch again in its updates.
-    pixels = PixelStore(processor, max_bytes=1 << 26 if evaluating else 1 << 30, dtype=model.dtype)
+    # An evaluation meets most images and calls once; training computes every image of a batch again in its updates.
+    kept = EVALUATING if evaluating else TRAINING
+    pixels = PixelStore(processor, max_bytes=kept["patch_bytes"], dtype=model.dtype)
     mesh = rollout_mesh(config, model.config, mesh)
     sampler = Sampler(
         model,
@@ -191,10 +196,23 @@ def make_agent(
         forbidden_V=chat.forbidden_V(model.config.vocab),
     )
     runner = ToolRunner(
-        tools, workers=config.tools.workers, timeout_s=config.tools.timeout_s, retries=config.tools.retries
+        tools,
+        workers=config.tools.workers,
+        timeout_s=config.tools.timeout_s,
+        retries=config.tools.retries,
+        cache=kept["results"],
     )
     limits = Limits(r.max_turns, r.max_new_tokens, r.max_length, r.max_image_tokens or None, r.max_think_tokens or None)
-    players = Players(sampler, chat, pixels, runner, limits, system=r.system, tool_wait_s=r.tool_wait_s)
+    players = Players(
+        sampler,
+        chat,
+        pixels,
+        runner,
+        limits,
+        system=r.system,
+        tool_wait_s=r.tool_wait_s,
+        most_image_bytes=kept["image_bytes"],
+    )
     score, workers = _scorer(config, evaluating=evaluating)
     return Agent(players, score, dict(config.reward.weights), workers)
 

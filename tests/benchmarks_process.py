@@ -64,6 +64,9 @@ def config(data: Path, model: Path, judge: str):
 
 
 def main(argv: list[str]) -> None:
+    from tapo_jax import processes
+
+    processes.join()
     from tapo_jax.evaluate import asking, checkpoint
     from tapo_jax.rollout import episode
 

@@ -158,7 +158,20 @@ def test_the_random_keys_of_a_question_do_not_depend_on_what_else_is_asked(tmp_p
     assert len({question.key for question in questions}) == len(questions) == 14
     assert all(0 <= question.key < 2**31 for question in questions)
     config.benchmarks.update(mmsearch="", limit=1)
-    fewer = {question.prompt.id: question.key for question in benchmarks.questions_of(config)}
-    assert len(fewer) == 6 and fewer.items() <= {q.prompt.id: q.key for q in questions}.items()
+    fewer, whole = (
+        {(q.benchmark, q.prompt.id): q.key for q in some} for some in (benchmarks.questions_of(config), questions)
+    )
+    assert len(fewer) == 6 and fewer.items() <= whole.items()
     done = {("hr_mmsearch", "hr_0", 1)}
     assert asking.starts_of(questions[2:4], 2, done) == [(0, 0), (1, 0), (1, 1)]
+
+
+def test_processes_share_the_questions_and_each_is_asked_once(tmp_path, monkeypatch):
+    config, _ = planned(tmp_path)
+    questions, shares = benchmarks.questions_of(config), []
+    monkeypatch.setattr(asking.jax, "process_count", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(asking.jax, "process_index", lambda rank=rank: rank)
+        shares.append(asking.my_share(questions))
+    assert [question for share in shares for question in share] == questions
+    assert {len(share) for share in shares} <= {4, 5}

@@ -12,8 +12,8 @@ import pytest
 
 from tapo_jax.config import UserError
 from tapo_jax.rewards.judge import Judge, Settings
-from tapo_jax.rewards.judged import JudgedScore
-from tapo_jax.rewards.pool import ScorePool
+from tapo_jax.rewards.judged import JudgedScore, Scored
+from tapo_jax.rewards.pool import ScorePool, ScoreStream
 from tapo_jax.types import Episode, Images, Prompt
 
 PROMPT = Prompt("q", "Which city?", (np.zeros((4, 4, 3), np.uint8),), ("Lima", "Ciudad de los Reyes"))
@@ -229,3 +229,41 @@ def test_only_what_fails_exact_match_is_judged_and_a_failure_is_marked():
     assert (exact.rewards["accuracy"], exact.judged, exact.rewards["published"]) == (1.0, True, 1.0)
     assert (right.rewards["accuracy"], right.rewards["exact_match"], right.judged) == (1.0, 0.0, True)
     assert (failed.rewards["accuracy"], failed.judged) == (0.0, False)
+
+
+def test_a_stream_of_scores_passes_on_each_episode_once_and_waits_for_a_slow_scorer():
+    """Two threads: at most two episodes are scored and two wait; the fifth waits for room."""
+    running, most, lock, passed = 0, 0, threading.Lock(), []
+
+    def score(given):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return Scored({"accuracy": 1.0}, judged=given.answer != "3", word=f"said of {given.answer}")
+
+    stream = ScoreStream(score, 2, lambda index, episode: passed.append((index, episode)))
+    ahead = 0
+    for index in range(9):
+        stream.submit(index, episode(index))
+        ahead = max(ahead, index + 1 - len(passed))
+    stream.finish()
+    assert sorted(index for index, _ in passed) == list(range(9)) and most == 2 and ahead <= 5
+    assert all(one.word == f"said of {index}" and one.judged == (index != 3) for index, one in passed)
+
+
+def test_the_error_of_a_scorer_ends_the_stream_at_the_next_episode():
+    def score(episode):
+        raise UserError("judgements failed")
+
+    stream = ScoreStream(score, 1, lambda index, episode: pytest.fail("it was passed on"))
+    stream.submit(0, episode(0))
+    time.sleep(0.2)
+    with pytest.raises(UserError, match="judgements failed"):
+        stream.submit(1, episode(1))
+    with pytest.raises(UserError, match="judgements failed"):
+        stream.finish()
+    stream.close()

@@ -25,7 +25,8 @@ ZERO_IS_FINE = {
     "tapo.alpha_min", "tapo.beta", "tapo.cluster_theta", "tapo.adaptive_quantile", "tapo.adaptive_rate",
     "tapo.memory_steps", "tapo.memory_discount", "optimizer.warmup_steps", "optimizer.b1", "optimizer.b2",
     "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.vision_lr_multiplier", "eval.prompts", "eval.every",
-    "eval.temperature", "reward.weights.accuracy", "reward.weights.format",
+    "eval.temperature", "eval.top_k", "eval.min_p", "eval.presence_penalty", "benchmarks.limit",
+    "reward.weights.accuracy", "reward.weights.format",
     "reward.judge.retries", "eval.judge.retries", "reward.judge.max_failed", "eval.judge.max_failed",
 }  # fmt: skip
 NONE_IS_FINE = {
@@ -34,13 +35,17 @@ NONE_IS_FINE = {
 }  # fmt: skip
 EMPTY_TEXT_IS_FINE = {
     "data.dir", "model.path", "model.shape", "rollout.system", "export.dtype", "tools.endpoint", "tools.cache",
-    "tools.record", "tools.replay", "compilation_cache",
+    "tools.record", "tools.replay", "compilation_cache", "benchmarks.mmsearch", "benchmarks.hr_mmsearch",
+    "benchmarks.fvqa_test", "benchmarks.infoseek", "benchmarks.simplevqa", "benchmarks.livevqa",
+    "benchmarks.mat_search",
     *(f"{section}.judge.{field}" for section in ("reward", "eval") for field in ("endpoint", "model", "cache")),
 }  # fmt: skip
 EMPTY_TUPLE_IS_FINE = {
     "model.lora_modules", "tools.names", "train.length_buckets", "train.patch_buckets", "log.profile_steps",
 }  # fmt: skip
-MINUS_ONE_IS_FINE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "reward.weights.format", "rollout.mesh.data"}
+MINUS_ONE_IS_FINE = {
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "reward.weights.format", "rollout.mesh.data", "eval.presence_penalty",
+}  # fmt: skip
 
 
 def config(arg: str = "", name: str = "tapo_grpo.py") -> ConfigDict:

@@ -26,6 +26,7 @@ from tapo_jax.learn.logprobs import token_logp
 from tapo_jax.models import qwen3_vl
 from tapo_jax.rollout import episode as episode_module
 from tapo_jax.rollout import rounds
+from tapo_jax.rollout.chat import ParsedTurn
 from tapo_jax.rollout.episode import Limits
 from tapo_jax.rollout.players import Players
 from tapo_jax.rollout.rounds import rollout
@@ -415,9 +416,9 @@ def test_a_tool_that_needs_the_prompt_hears_whose_question_it_answers(sampler):
     assert all(call.parameters[-1] == Identity(name) for name, call in calls)
 
 
-def streamed(sampler, prompts, starts, on_episode, **numbers):
+def streamed(sampler, prompts, starts, on_episode, most_image_bytes=float("inf"), **numbers):
     runner = ToolRunner([world.Crop(), world.Say()], workers=2, timeout_s=5.0, retries=0, cache=0)
-    players = Players(sampler, CHAT, world.pixels(), runner, LIMITS)
+    players = Players(sampler, CHAT, world.pixels(), runner, LIMITS, most_image_bytes=most_image_bytes)
     rounds.stream(players, world.params(), prompts, starts, Sampling(seed=3, **numbers), on_episode)
 
 
@@ -442,9 +443,12 @@ def test_the_random_keys_of_a_question_are_its_own_whatever_else_is_played(sampl
     assert again.items() <= whole.items() and len({tuple(tokens) for tokens in whole.values()}) == 10
 
 
-def test_a_stream_keeps_no_pixels_of_episodes_that_have_ended(sampler):
-    """Twenty questions of an image each in six slots: at most those in play, and the newest that was opened."""
-    alive, most = [], 0
+@pytest.mark.parametrize(("most_image_bytes", "at_once"), [(float("inf"), 7), (2 * 24 * 24 * 3, 3), (1, 2)])
+def test_a_stream_keeps_no_pixels_of_episodes_that_have_ended(sampler, monkeypatch, most_image_bytes, at_once):
+    """Twenty questions of an image each in six slots: at most those in play, and the newest that was opened. With a
+    bound of two images two play at a time, and with one that no image keeps, one."""
+    monkeypatch.setattr(episode_module, "parse_turn", lambda text: ParsedTurn(answer="x"))
+    alive, most, order = [], 0, []
 
     def image(seed):
         alive.append(weakref.ref(pixels := world.picture(seed)))
@@ -453,9 +457,11 @@ def test_a_stream_keeps_no_pixels_of_episodes_that_have_ended(sampler):
     def ended(index, episode):
         nonlocal most
         most = max(most, sum(one() is not None for one in alive))
+        order.append(index)
 
     prompts = [Prompt(f"q{n}", "?", Images([functools.partial(image, n)]), ("x",)) for n in range(20)]
-    streamed(sampler, prompts, [(n, 0) for n in range(20)], ended)
-    assert len(alive) == 20 and 1 <= most <= 7
+    streamed(sampler, prompts, [(n, 0) for n in range(20)], ended, most_image_bytes)
+    assert sorted(order) == list(range(20)) and len(alive) == 20
+    assert at_once - 1 <= most <= at_once
     gc.collect()
     assert not any(one() is not None for one in alive)

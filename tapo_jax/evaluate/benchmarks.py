@@ -154,7 +154,8 @@ def _write(out: Path, found: Sequence[Answer], settings: Mapping[str, Any], expe
 def page(agent: Agent, params: Any, config: ConfigDict, out: Path, *, samples: int, wanted: Sequence[Question]) -> None:
     """Play the questions of `wanted` again, with the same random keys, and write OUT/episodes.html.
 
-    A question whose answer is another one now (its tools gave something else) is named on stderr.
+    Of several processes each writes its share (episodes.N.html), and all must call this. A question whose answer is
+    another one now, because its tools gave something else, is named on stderr.
     """
     mine, rank = my_share(wanted), jax.process_index()
     played: list[tuple[Question, Episode]] = []
@@ -168,10 +169,10 @@ def page(agent: Agent, params: Any, config: ConfigDict, out: Path, *, samples: i
             print(f"{name}, sample {episode.sample}, was answered otherwise this time", file=sys.stderr)
         shown = dataclasses.replace(episode, prompt=dataclasses.replace(episode.prompt, id=name))
         recorded.append(records.record(shown, step=0, prompt=place[question.key], advantage=0.0, credit=()))
-    path = out / (f"episodes.{rank}.npz" if rank else "episodes.npz")
-    records.save(path, recorded)
-    viewer.write_page([path], path.with_suffix(".html"), max_groups=max(len(mine), 1))
-    if rank == 0:
+    if recorded:
+        path = out / (f"episodes.{rank}.npz" if rank else "episodes.npz")
+        records.save(path, recorded)
+        viewer.write_page([path], path.with_suffix(".html"), max_groups=len(mine))
         print(f"written to {path.with_suffix('.html')}", flush=True)
 
 

@@ -100,7 +100,7 @@ def evaluate_own_data(
     each answer. page: also write NAME.html. Returns the metrics. Raises UserError.
     """
     find(Path(checkpoint), config)
-    prompts = evaluate.split_prompts(config)
+    prompts = evaluate.split_prompts(config) if config.eval.prompts else []
     if not prompts:
         raise UserError(
             f"There is nothing to evaluate: eval.prompts is {config.eval.prompts} and eval.split "

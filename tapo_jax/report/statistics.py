@@ -56,14 +56,15 @@ def share_of_questions(mean_Q: Sequence[float], samples: int) -> tuple[float, fl
     """Return the 95 % interval of the mean over questions, each with the mean of its samples in 0..1.
 
     It is Wilson's with as many observations as have the variance that is seen between questions: one a question at
-    least, one a sample at most. With one sample it is Wilson's interval itself.
+    least, and where all answers or none are right; one a sample at most. With one sample it is Wilson's itself.
     """
     count = len(mean_Q)
     if count == 0:
         return 0.0, 1.0
-    share, seen = float(np.mean(mean_Q)), float(np.var(mean_Q))
-    alike = share * (1 - share) / seen if seen > 0 else samples
-    worth = count * min(max(alike, 1.0), samples)
+    share, seen = float(np.mean(mean_Q)), float(np.var(mean_Q, ddof=1)) if count > 1 else 1.0
+    free = share * (1 - share)
+    each = 1.0 if free == 0 else samples if seen == 0 else min(max(free / seen, 1.0), samples)
+    worth = count * each
     return wilson(share * worth, worth)
 
 

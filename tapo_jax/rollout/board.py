@@ -80,11 +80,19 @@ class Board:
     # Slots.
 
     def fill_slots(self) -> None:
-        """Give every free slot the next episode."""
+        """Give every free slot the next episode, as long as the images in play leave room for more."""
         for slot in self._slots:
-            while slot.player is None and self._next < len(self._starts):
+            while slot.player is None and self._next < len(self._starts) and self._has_room():
                 slot.player = self._start(self._next)
                 self._next += 1
+
+    def _has_room(self) -> bool:
+        most = self._with.most_image_bytes
+        if most == float("inf"):
+            return True
+        playing = [slot.player.conversation for slot in self._slots if slot.player]
+        held = {id(image): image.pixels.nbytes for conversation in playing for image in conversation.images}
+        return not held or sum(held.values()) < most
 
     def _start(self, index: int) -> Player | None:
         """Return the player of an episode, or None if the episode is over at once."""

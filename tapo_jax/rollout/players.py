@@ -24,3 +24,7 @@ class Players:
     """Seconds that a round waits for tools after its decoding.
 
     A finite value trades repeatability for never waiting on one slow tool."""
+    most_image_bytes: float = float("inf")
+    """Bytes of pixels in play from which on no further episode starts, except where none plays.
+
+    The tokens of an episode do not depend on it."""

@@ -93,6 +93,7 @@ class Views:
             "step": first.step,
             "prompt": first.prompt,
             "question": first.question,
+            "id": first.prompt_id,
             "answers": first.answers,
             "hops": first.hops,
             "images": images,
