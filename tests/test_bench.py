@@ -44,6 +44,7 @@ def test_loop_of_the_benchmark_equals_the_reference():
     [
         ["tapo", "--sizes", "small", "--mixes", "search", "--tokens", "8"],
         ["losses", "--rows", "4", "--tokens", "16"],
+        ["search", "--passages", "200", "--dimensions", "8"],
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -53,5 +54,6 @@ def test_command_prints_a_table_and_writes_json(arguments, tmp_path, capsys, mon
     bench.main([*arguments, "--repeats", "1", "--out", str(out)])
     written = json.loads(out.read_text())
     assert written["benchmark"] == arguments[0] and written["rows"]
+    assert {row.get("equal", True) for row in written["rows"]} <= {True, ""}  # both searches found the same
     printed = capsys.readouterr().out
     assert all(name in printed for name in written["rows"][0])

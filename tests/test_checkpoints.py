@@ -1,7 +1,10 @@
 """Saving and restoring a state over a mesh, and everything that can be wrong with a checkpoint or a disk."""
 
 import dataclasses
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -127,6 +130,34 @@ def test_a_full_disk_is_one_sentence_and_older_checkpoints_stay(tmp_path):
     again = Checkpoints(tmp_path, keep=2)
     assert again.latest() == 2
     np.testing.assert_array_equal(again.restore(2, make_state())[0].params["w"], make_state(2).params["w"])
+
+
+FULL = """
+import pathlib, resource, sys
+import test_checkpoints as here
+from tapo_jax.config import run_main
+
+def main(argv):
+    made = here.saved(pathlib.Path(argv[1]), (1,))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, resource.RLIM_INFINITY))
+    made.save(2, here.make_state(2, rows=4096), data=here.DATA, seed=5)
+    made.close()
+
+run_main(main, words=True)
+"""
+
+
+def test_on_a_full_disk_a_program_prints_one_line(tmp_path):
+    """Threads of orbax log a page for each array that they could not write."""
+    path = f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"
+    env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # its files would be cut too
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    ended = subprocess.run(command, env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1 and ended.stdout == ""
+    lines = [line for line in ended.stderr.splitlines() if "Waiting for previous save" not in line]  # a slow machine
+    assert len(lines) == 1, ended.stderr
+    assert lines[0].startswith("error: The checkpoint in ") and "make room on the disk" in lines[0]
 
 
 def test_the_fingerprint_sees_a_flipped_bit_and_swapped_values():

@@ -14,10 +14,13 @@ The order of resuming, which `train.py` follows:
 So a run that was killed after any step and resumed writes what the uninterrupted run would have written.
 """
 
+import contextlib
 import gc
 import json
+import logging
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,17 @@ def fingerprint(tree: Any) -> jax.Array:
     return total
 
 
+class _RaisedLater(logging.Filter):
+    """Leaves out what a thread of orbax logs of its failure: a page for each array, and `wait` raises it, once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and Path(record.pathname).name in _SAVING)
+
+
+_SAVING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")  # of orbax
+_raised_later = _RaisedLater()
+
+
 class Checkpoints:
     """The checkpoints of one run. Every process makes one and calls every method."""
 
@@ -60,6 +74,7 @@ class Checkpoints:
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        logging.getLogger("absl").addFilter(_raised_later)  # once, however often
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, None in a fresh folder."""
@@ -77,15 +92,17 @@ class Checkpoints:
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), run=ocp.args.JsonSave(run)
         )
         try:
-            self._manager.save(step, args=items, force=True)
+            with _no_late_futures():
+                self._manager.save(step, args=items, force=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(error) from error
 
     def wait(self) -> None:
         """Wait until everything saved is on the disk. Raises UserError if it could not be written."""
         try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            with _no_late_futures():
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(error) from error
 
@@ -169,6 +186,22 @@ def _forget_failed_reads() -> None:
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     gc.collect()
     sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def _no_late_futures() -> Iterator[None]:
+    """Silence what writes print that end after the event loop of a failed save: its error says it all.
+
+    After a failure they stay silent, since they come when they please."""
+    shown = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            shown(kind, error, trace)
+
+    sys.excepthook = hook
+    yield
+    sys.excepthook = shown
 
 
 def _check(data: dict[str, Any]) -> int:
