@@ -121,9 +121,21 @@ def make_agent(
         forbidden_V=chat.forbidden_V(model.config.vocab),
     )
     runner = ToolRunner(
-        tools, workers=config.tools.workers, timeout_s=config.tools.timeout_s, retries=config.tools.retries
+        tools,
+        workers=config.tools.workers,
+        timeout_s=config.tools.timeout_s,
+        retries=config.tools.retries,
+        kinds=config.tools.kinds.to_dict(),
     )
-    limits = Limits(r.max_turns, r.max_new_tokens, r.max_length, r.max_image_tokens or None, r.max_think_tokens or None)
+    limits = Limits(
+        r.max_turns,
+        r.max_new_tokens,
+        r.max_length,
+        r.max_image_tokens or None,
+        r.max_think_tokens or None,
+        parallel_calls=config.tools.parallel_calls,
+        max_response_tokens=config.tools.max_response_tokens or None,
+    )
     players = Players(sampler, chat, pixels, runner, limits, system=r.system, tool_wait_s=r.tool_wait_s)
     score, workers = sources.score(config, evaluating=evaluating), sources.score_workers(config, evaluating=evaluating)
     return Agent(players, score, dict(config.reward.weights), workers)

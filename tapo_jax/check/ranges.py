@@ -19,6 +19,7 @@ from tapo_jax.config import UserError
 from tapo_jax.learn import advantages, assign_credit, losses, optimizer
 from tapo_jax.models.stack import REMAT
 from tapo_jax.tapo import controls, similarity
+from tapo_jax.tools.schemas import KINDS
 
 INF = math.inf
 SEED = 2**31 - 1  # max seed: seeds are passed as 32-bit integers
@@ -131,6 +132,10 @@ RANGES: dict[str, Range] = {
     "tools.cache": text(),
     "tools.record": text(),
     "tools.replay": text(),
+    "tools.mcp": text(),
+    "tools.verl": text(),
+    "tools.parallel_calls": whole(1),
+    "tools.max_response_tokens": whole(0),
     "reward.source": text(1),
     "reward.workers": whole(1),
     "reward.judge.endpoint": text(),
@@ -221,6 +226,7 @@ RANGES: dict[str, Range] = {
 FREE: dict[str, Range | None] = {
     "data.extra.": None,
     "tools.extra.": None,
+    "tools.kinds.": choice(*KINDS),
     "reward.extra.": None,
     "reward.weights.": number(-INF),
 }

@@ -51,26 +51,29 @@ def rollout(
     board = Board(players, prompts, group_size, sampling.first_prompt, on_episode)
     seconds = {"time/prefill": 0.0, "time/decode": 0.0, "time/tool_wait": 0.0}
     start = time.perf_counter()
-    while True:
-        board.fill_slots()
-        needs = board.needs()
-        plan = sampler.plan(needs, more=board.playing)
-        if not plan.more:
-            break
-        began = time.perf_counter()
-        sampler.extend(params, plan, needs.extensions)
-        sampler.copy(plan, needs.copies)
-        sampler.wait()
-        board.mark_sent(needs)
-        seconds["time/prefill"] += (decoding := time.perf_counter()) - began
-        chunk = sampler.decode(params, plan, needs.draws, sampling) if plan.decode_rows else None
-        board.collect_tools(_while_decoding(board.futures(), chunk))
-        written = chunk.fetch() if chunk else []
-        seconds["time/decode"] += (decoded := time.perf_counter()) - decoding
-        idle = not needs.draws and not needs.extensions
-        board.collect_tools(_wait(board.futures(), players.tool_wait_s, idle=idle))
-        seconds["time/tool_wait"] += time.perf_counter() - decoded
-        board.take_turns(needs.draws, written)
+    try:
+        while True:
+            board.fill_slots()
+            needs = board.needs()
+            plan = sampler.plan(needs, more=board.playing)
+            if not plan.more:
+                break
+            began = time.perf_counter()
+            sampler.extend(params, plan, needs.extensions)
+            sampler.copy(plan, needs.copies)
+            sampler.wait()
+            board.mark_sent(needs)
+            seconds["time/prefill"] += (decoding := time.perf_counter()) - began
+            chunk = sampler.decode(params, plan, needs.draws, sampling) if plan.decode_rows else None
+            board.collect_tools(_while_decoding(board.futures(), chunk))
+            written = chunk.fetch() if chunk else []
+            seconds["time/decode"] += (decoded := time.perf_counter()) - decoding
+            idle = not needs.draws and not needs.extensions
+            board.collect_tools(_wait(board.futures(), players.tool_wait_s, idle=idle))
+            seconds["time/tool_wait"] += time.perf_counter() - decoded
+            board.take_turns(needs.draws, written)
+    finally:
+        board.close()
     episodes = [episode for episode in board.episodes if episode is not None]
     return episodes, {**seconds, **summary(episodes, tuple(players.runner.tools), time.perf_counter() - start)}
 

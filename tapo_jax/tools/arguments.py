@@ -23,6 +23,20 @@ class BadCall(Exception):
         self.kind = kind
 
 
+def whole_numbers(schema: dict[str, Any], arguments: Any) -> Any:
+    """Return the arguments with image numbers as integers, where the schema calls them numbers and they are whole."""
+    if not isinstance(arguments, dict):
+        return arguments
+    properties = schema["function"]["parameters"]["properties"]
+    numbers = {
+        name: int(value)
+        for name, value in arguments.items()
+        if isinstance(value, float) and value.is_integer() and name in properties
+        if properties[name]["x-kind"] == "image" and properties[name].get("type") != "integer"
+    }
+    return {**arguments, **numbers} if numbers else arguments
+
+
 def check_arguments(schema: dict[str, Any], arguments: dict[str, Any], images: Sequence[Image]) -> None:
     """Check types, names, boxes and image numbers. Raises BadCall if one of them does not fit or does not exist.
 

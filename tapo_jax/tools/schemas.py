@@ -21,7 +21,7 @@ _IMAGE_NAME = re.compile(r"(img|image)(_?(idx|index|number|num))?")
 _BOX_NAME = re.compile(r"(^|_)(bbox|box|region)(_|\d|$)")
 _TYPES_OF = {  # kind -> the JSON types that it allows
     "region": {"array", "null"},
-    "image": {"integer", "null"},
+    "image": {"integer", "number", "null"},
     "number": {"number", "integer", "null"},
 }
 _MAX_REFERENCES = 16  # per property: more are a cycle
@@ -35,10 +35,11 @@ def function_schema(
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
-def resolved(schema: Mapping[str, Any], tool: str) -> dict[str, Any]:
+def resolved(schema: Mapping[str, Any], tool: str, given: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return a tool's schema in OpenAI form with `properties`, `required` and every property's "x-kind".
 
     schema: in OpenAI form ({"type": "function", "function": {…}}), the function alone, or MCP's (`inputSchema`).
+    given: property -> kind, instead of what the schema says.
     Raises UserError, one sentence that names the tool and the property, if the schema cannot be understood.
     """
     found = _openai_form(schema, tool)
@@ -58,6 +59,11 @@ def resolved(schema: Mapping[str, Any], tool: str) -> dict[str, Any]:
     if unknown and not takes_more(parameters):
         raise UserError(f"The schema of the tool '{tool}' requires '{unknown[0]}', which is none of its properties.")
     _check_references(parameters, parameters, tool)
+    for name, kind in (given or {}).items():
+        if name not in properties:
+            use = f"its properties are {', '.join(properties)}" if properties else "it has none"
+            raise UserError(f"tools.kinds has '{name}' for the tool '{tool}': {use}.")
+        properties[name]["x-kind"] = kind
     kind_of = kinds(found)
     for name, kind in kind_of.items():
         _check_kind(tool, name, kind, kind_of, parameters)

@@ -48,6 +48,9 @@ class ZoomTool:
         scale = self._size / max(x2 - x1, y2 - y1)
         shape = (max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale)))
         crop = PIL.Image.fromarray(image.pixels[y1:y2, x1:x2]).resize(shape, PIL.Image.Resampling.BICUBIC)
-        number = len(images)
         zoomed = Image(np.asarray(crop), image.root, compose(box, image))
-        return ToolResult(text=f"Image {number}.", images=(zoomed,))
+        return ToolResult(text=_named(len(images)), images=(zoomed,), text_from=_named)
+
+
+def _named(number: int) -> str:
+    return f"Image {number}."
