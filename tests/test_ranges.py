@@ -26,7 +26,7 @@ ZERO_IS_FINE = {
     "tapo.memory_steps", "tapo.memory_discount", "optimizer.warmup_steps", "optimizer.b1", "optimizer.b2",
     "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.vision_lr_multiplier", "eval.prompts", "eval.every",
     "eval.temperature", "reward.weights.accuracy", "reward.weights.format",
-    "reward.judge.retries", "eval.judge.retries", "reward.judge.max_failed", "eval.judge.max_failed",
+    "tools.max_response_tokens", "tools.zoom_size", "reward.judge.retries", "eval.judge.retries", "reward.judge.max_failed", "eval.judge.max_failed",
 }  # fmt: skip
 NONE_IS_FINE = {
     "model.lora_alpha", "algorithm.clip_dual", "algorithm.importance_cap", "algorithm.aggregation",
@@ -34,7 +34,7 @@ NONE_IS_FINE = {
 }  # fmt: skip
 EMPTY_TEXT_IS_FINE = {
     "data.dir", "model.path", "model.shape", "rollout.system", "export.dtype", "tools.endpoint", "tools.cache",
-    "tools.record", "tools.replay",
+    "tools.record", "tools.replay", "tools.mcp", "tools.verl",
     *(f"{section}.judge.{field}" for section in ("reward", "eval") for field in ("endpoint", "model", "cache")),
 }  # fmt: skip
 EMPTY_TUPLE_IS_FINE = {"model.lora_modules", "tools.names", "train.length_buckets", "train.patch_buckets"}

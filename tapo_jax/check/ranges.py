@@ -123,7 +123,7 @@ RANGES: dict[str, Range] = {
     "tools.timeout_s": above(0),
     "tools.retries": whole(0),
     "tools.workers": whole(1),
-    "tools.zoom_size": whole(1),
+    "tools.zoom_size": whole(0),
     "tools.image_top_k": whole(1),
     "tools.thumbnails": whole(0),
     "tools.text_top_k": whole(1),

@@ -38,8 +38,8 @@ class Tool(Protocol):
 
     A tool with `needs_prompt = True` is called with `prompt=` too: its results belong to the question. One with
     `open(episode)` and `close(episode)` is opened for each episode, and called with `episode=` too (`sessions.py`).
-    `repeatable = False`: an equal call may give another result, so nothing is cached or tried again. `stop()`, if there
-    is one, is called when the run ends.
+    `kinds`: property -> kind, for a schema of others that does not say it. `repeatable = False`: an equal call may give
+    another result, so nothing is cached or tried again. `stop()`, if there is one, is called when the run ends.
     """
 
     name: str
@@ -52,6 +52,10 @@ class Tool(Protocol):
 
 def needs_prompt(tool: Tool) -> bool:
     return "needs_prompt" in dir(tool) and bool(tool.needs_prompt)
+
+
+def _own_kinds(tool: Tool) -> Mapping[str, str]:
+    return tool.kinds if "kinds" in dir(tool) and isinstance(tool.kinds, Mapping) else {}
 
 
 class ToolRunner:
@@ -95,7 +99,9 @@ class ToolRunner:
             raise UserError(
                 f"tools.kinds.{flat} is '{kinds[flat]}': give the kind of a property, tools.kinds.TOOL.NAME."
             )
-        self.resolved = [schemas.resolved(tool.schema, tool.name, kinds.get(tool.name)) for tool in tools]
+        self.resolved = [
+            schemas.resolved(tool.schema, tool.name, {**_own_kinds(tool), **kinds.get(tool.name, {})}) for tool in tools
+        ]
         self.schemas = [schemas.shown(schema) for schema in self.resolved]
         self._schema = dict(zip(self.tools, self.resolved, strict=True))
         self._validator = {name: schemas.validator(schema) for name, schema in self._schema.items()}
