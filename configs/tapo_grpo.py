@@ -64,6 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
         # tools.mcp), "verl" (the file tools.verl) or your own "package.module:function"
         source="atlas",
         names=("image_zoom_in_tool", "image_search_tool", "text_search_tool"), timeout_s=10.0, retries=1, workers=4,
+        # Atlas: long side of a crop in pixels; 0: its own pixels, as for all other pictures.
         zoom_size=64, image_top_k=1, thumbnails=0, text_top_k=1, text_budget=400,
         endpoint="",  # "http://host:port" of launch/retrieval_server.py; "": the text search of this process
         cache="",  # a file (SQLite) of what the service answered, shared by processes and runs; "": none

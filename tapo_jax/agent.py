@@ -3,6 +3,7 @@
 It is built once from a config; training and evaluation share it.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from tapo_jax.rollout.players import Players
 from tapo_jax.rollout.rounds import rollout
 from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
-from tapo_jax.tools.base import Tool, ToolRunner
+from tapo_jax.tools.base import Tool, ToolRunner, stop
 from tapo_jax.types import Episode, Prompt
 
 
@@ -99,14 +100,20 @@ def make_agent(
     model: Qwen3VL,
     tools: Sequence[Tool],
     mesh: Mesh,
+    at_end: contextlib.ExitStack | None = None,
     *,
     evaluating: bool = False,
 ) -> Agent:
-    """Make the agent of a config. evaluating: with the judge of evaluations.
+    """Make the agent of a config.
+
+    at_end: gets what closes the tools when they are no longer needed; None: they are left open.
+    evaluating: with the judge of evaluations.
 
     Raises UserError for a directory without a usable tokenizer, slots that the mesh does not divide, or a judge whose
     key is not set.
     """
+    if at_end is not None:
+        at_end.callback(stop, tools)
     chat = Chat.from_dir(directory)
     r = config.rollout
     processor = ImageProcessor.from_dir(directory)
@@ -127,6 +134,8 @@ def make_agent(
         retries=config.tools.retries,
         kinds=config.tools.kinds.to_dict(),
     )
+    if at_end is not None:
+        at_end.callback(runner.close)
     limits = Limits(
         r.max_turns,
         r.max_new_tokens,

@@ -3,6 +3,7 @@
 prompts → rollout (sampler × tools) → rewards → advantages → TAPO → updates → metrics → checkpoint → evaluation
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -58,7 +59,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
 
 def train_alone(config: ConfigDict, workdir: Path) -> None:
-    """Train in a folder that no other run uses, with a checked config."""
+    """Train in a folder that no other run uses, with a checked config; tools are stopped however it ends."""
+    with contextlib.ExitStack() as at_end:
+        train_until(config, workdir, at_end)
+
+
+def train_until(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack) -> None:
+    """Train, and leave to `at_end` what has to be closed."""
     directory = model_directory(config.model.path, config.model.shape)
     # -------------------------------------------------------------------------------------- mesh
     mesh = sharding.make_mesh(**config.mesh)
@@ -78,7 +85,7 @@ def train_alone(config: ConfigDict, workdir: Path) -> None:
     held_out = evaluate.split_prompts(config) if config.eval.at_start or config.eval.at_end or config.eval.every else []
     # -------------------------------------------------------------------------------------- model
     model, model_config = load_model(directory, config.model, mesh)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh)
+    agent = make_agent(config, directory, model, sources.tools(config), mesh, at_end)
     graphdef, params = split_model(model)
     # -------------------------------------------------------------------------------------- init or restore
     optimizer, schedule = make_optimizer(config, total)

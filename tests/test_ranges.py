@@ -26,7 +26,8 @@ ZERO_IS_FINE = {
     "tapo.memory_steps", "tapo.memory_discount", "optimizer.warmup_steps", "optimizer.b1", "optimizer.b2",
     "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.vision_lr_multiplier", "eval.prompts", "eval.every",
     "eval.temperature", "reward.weights.accuracy", "reward.weights.format",
-    "tools.max_response_tokens", "tools.zoom_size", "reward.judge.retries", "eval.judge.retries", "reward.judge.max_failed", "eval.judge.max_failed",
+    "tools.max_response_tokens", "tools.zoom_size",
+    "reward.judge.retries", "eval.judge.retries", "reward.judge.max_failed", "eval.judge.max_failed",
 }  # fmt: skip
 NONE_IS_FINE = {
     "model.lora_alpha", "algorithm.clip_dual", "algorithm.importance_cap", "algorithm.aggregation",

@@ -2,10 +2,10 @@
 
 `data.source` is "atlas" (the embedded world), one of `readers.READERS` (a data set in the folder data.dir), or your own
 "package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is "atlas", "recorded"
-(zoom, and the image searches that were recorded for the questions), "mcp" (zoom, and the servers of `tools.mcp`), "verl"
-(the YAML file `tools.verl`) or "package.module:function", called as function(config) -> list[Tool]; `reward.source` is "rewards" or "package.module:function", called as
-function(episode) -> {name: number}, including "accuracy", or -> `rewards.judged.Scored`, which can also say that it is
-unknown whether the answer is right.
+(zoom, and the image searches that were recorded for the questions), "mcp" (zoom; the tools of `tools.mcp` are added to
+any source), "verl" (the YAML file `tools.verl`) or "package.module:function", called as function(config) -> list[Tool];
+`reward.source` is "rewards" or "package.module:function", called as function(episode) -> {name: number}, including
+"accuracy", or -> `rewards.judged.Scored`, which can also say that it is unknown whether the answer is right.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from tapo_jax.atlas.play import Settings, make_tools
 from tapo_jax.atlas.world import real_world
 from tapo_jax.config import UserError
 from tapo_jax.data import atlas
+from tapo_jax.data.foreign_tools import mcp_tools, verl_tools
 from tapo_jax.data.readers import READERS, read
 from tapo_jax.rewards import judge
 from tapo_jax.rewards.judged import Scored, make_score
@@ -30,7 +31,6 @@ from tapo_jax.tools.base import Tool, stop
 from tapo_jax.tools.recorded_image_search import RecordedImageSearch
 from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.tools.search_store import Kept
-from tapo_jax.tools.verl_file import Described, read_entries
 from tapo_jax.tools.zoom import ZoomTool
 from tapo_jax.types import IMAGE_SEARCH, ZOOM, BadPrompt, Episode, Prompt
 
@@ -88,50 +88,29 @@ def tools(config: Any) -> list[Tool]:
     made = {tool.name: tool for tool in found}
     if remote := _remote_search(config.tools):
         made[remote.name] = remote
-    try:
-        if config.tools.source == "verl":
-            made |= {tool.name: tool for tool in _verl_tools(config)}
-        if config.tools.mcp:
-            made |= {tool.name: tool for tool in _mcp_tools(config.tools.mcp, config.tools.timeout_s)}
-        for name in config.tools.names:
-            if name not in made:
-                raise UserError(f"tools.names has '{name}': the tools of this source are {', '.join(made)}.")
-    except UserError:
-        stop(made.values())
-        raise
+    theirs = _foreign_tools(config.tools)
+    made |= {tool.name: tool for tool in theirs}
+    unknown = next((name for name in config.tools.names if name not in made), None)
+    if theirs and (unknown or not {tool.name for tool in theirs} & set(config.tools.names)):
+        stop(theirs)  # they would never be called
+    if unknown:
+        raise UserError(f"tools.names has '{unknown}': the tools of this source are {', '.join(made)}.")
     return [made[name] for name in config.tools.names]
 
 
-def _mcp_tools(path: str, timeout_s: float, **which: Any) -> list[Tool]:
-    """Start the MCP servers of a file and return their tools."""
-    try:
-        from tapo_jax.tools.mcp_tools import mcp_tools  # noqa: PLC0415 - an extra
-    except ModuleNotFoundError as error:
-        if error.name not in ("mcp", "httpx2"):
-            raise
-        raise UserError("MCP servers need the package mcp: pip install 'tapo_jax[mcp]'.") from error
-    return list(mcp_tools(path, timeout_s=timeout_s, **which))
-
-
-def _verl_tools(config: Any) -> list[Tool]:
-    """Return the tools of the file tools.verl: known ones are this project's, with the schemas of the file."""
-    c = config.tools
-    if not c.verl:
-        raise UserError('tools.source is "verl" and tools.verl is empty: name the YAML file of the tools.')
+def _foreign_tools(c: Any) -> list[Tool]:
+    """Return the tools of MCP servers and of verl's file."""
     found: list[Tool] = []
-    for entry in read_entries(c.verl):
-        if entry.servers is not None:
-            which = {"field": "mcp_servers_config_path", "only": entry.only}
-            found += _mcp_tools(str(entry.servers), c.timeout_s, **which)
-        elif ":" in entry.class_name:
-            found.append(_function(f"class_name in {c.verl}", entry.class_name)(entry.config, entry.schema))
-        elif entry.known is not None:
-            found.append(Described(_known_tool(entry.known, c), entry.known, entry.schema))
-        else:
-            raise UserError(
-                f"tools.verl '{c.verl}' has the class {entry.class_name}, which is not this project's and is not "
-                'imported: write class_name: "package.module:function", called as function(config, tool_schema) -> Tool.'
-            )
+    if c.source == "verl":
+        if not c.verl:
+            raise UserError('tools.source is "verl" and tools.verl is empty: name the YAML file of the tools.')
+        found += verl_tools(c.verl, timeout_s=c.timeout_s, known=lambda name: _known_tool(name, c), imported=_function)
+    if c.mcp:
+        try:
+            found += mcp_tools(c.mcp, timeout_s=c.timeout_s)
+        except BaseException:
+            stop(found)
+            raise
     return found
 
 

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint on held-out questions: JSON, a Markdown table and optionally a page (`launch/eval.py`)."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -41,13 +42,14 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
             f"'{config.eval.split}': set eval.prompts to at least 1."
         )
     model, _ = load_model(directory, config.model, mesh)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh, evaluating=True)
-    params = split_model(model)[1]
-    if saved is not None:
-        params = checkpoints.read_params(saved, params)
-    episodes, played = evaluate.play(
-        agent, params, prompts, temperature=config.eval.temperature, top_p=config.eval.top_p, seed=config.seed
-    )
+    with contextlib.ExitStack() as at_end:
+        agent = make_agent(config, directory, model, sources.tools(config), mesh, at_end, evaluating=True)
+        params = split_model(model)[1]
+        if saved is not None:
+            params = checkpoints.read_params(saved, params)
+        episodes, played = evaluate.play(
+            agent, params, prompts, temperature=config.eval.temperature, top_p=config.eval.top_p, seed=config.seed
+        )
     values = evaluate.numbers(evaluate.added(evaluate.tally(episodes, played)))
     if jax.process_index() == 0:
         data = about_data(config)
