@@ -16,6 +16,8 @@ def cut_result(result: ToolResult, most: int, chat: Chat) -> ToolResult:
     if sum(counts) <= most:
         return result
     mark = f"\n[Cut after {most} of {sum(counts)} tokens.]"
+    if chat.tokens(mark) >= most:
+        mark = ""  # no room for it
     left, marked = most - chat.tokens(mark), False
     parts: list[str | Image] = []
     for part in result.parts or (result.text,):
@@ -24,7 +26,7 @@ def cut_result(result: ToolResult, most: int, chat: Chat) -> ToolResult:
         elif not marked:
             count = chat.tokens(part)
             marked = count > left
-            parts.append(chat.first_tokens(part, max(left, 0)) + mark if marked else part)
+            parts.append(chat.first_tokens(part, left) + mark if marked else part)
             left -= count
     if result.parts:
         return dataclasses.replace(result, parts=tuple(parts))
