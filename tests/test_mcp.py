@@ -150,8 +150,9 @@ def test_a_server_at_an_address_is_called_lost_and_found_again(tmp_path):
             assert call("count").error is None
     finally:
         process.kill()
+        process.wait()
     before = threading.active_count()
-    with pytest.raises(UserError, match=r"The MCP server 'pictures' did not start \(ConnectError"):
+    with pytest.raises(UserError, match=r"The MCP server 'pictures' did not start \((Connect|Read)Error"):
         mcp_tools(file, timeout_s=5)
     assert threading.active_count() <= before
 

@@ -181,7 +181,8 @@ class Connection:
             error = error.exceptions[0]
         if isinstance(error, TimeoutError):
             return f"no answer in {START_S:g} seconds"
-        return self.server.hide(f"{type(error).__name__}: {error}"[:300]).rstrip(".")
+        said = f": {error}" if str(error) else ""
+        return self.server.hide(f"{type(error).__name__}{said}")[:300].rstrip(".")
 
     # The life of a connection.
 
