@@ -59,7 +59,7 @@ def paper(c: ConfigDict, size: str) -> None:
         max_pixels=1024 * 1024,  # 1,024 tokens an image
     )
     c.rollout.mesh.update(data=-1, tensor=TENSOR[size])
-    c.tools.update(zoom_size=768, image_top_k=3, text_top_k=3, text_budget=4000, workers=64)
+    c.tools.update(zoom_size=0, image_top_k=3, text_top_k=3, text_budget=4000, workers=64)
     c.tapo.max_tool_steps = 10
     c.optimizer.update(lr=1e-6, warmup_steps=0)
     c.train.update(updates_per_batch=1, micro_batches=16, length_buckets=(), patch_buckets=(), warm_up=True)

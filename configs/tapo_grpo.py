@@ -68,13 +68,19 @@ def get_config(arg: str = "") -> ConfigDict:
         tool_wait_s=float("inf"),  # how long a round waits for tools; finite: faster with slow tools, not repeatable
     ))  # fmt: skip
     c.tools = ConfigDict(dict(
-        source="atlas",  # or your own "package.module:function"
+        source="atlas",  # or "recorded", "mcp", "verl" (docs/extend.md), or your own "package.module:function"
         names=("image_zoom_in_tool", "image_search_tool", "text_search_tool"), timeout_s=10.0, retries=1, workers=4,
+        # Atlas: long side of a crop in pixels; 0: its own pixels, as for all other pictures.
         zoom_size=64, image_top_k=1, thumbnails=0, text_top_k=1, text_budget=400,
         endpoint="",  # "http://host:port" of launch/retrieval_server.py; "": the text search of this process
         cache="",  # a file (SQLite) of what the service answered, shared by processes and runs; "": none
         record="",  # a folder that gets every search of the run and its outcome, to be replayed; "": none
         replay="",  # a folder of `tools.record`: its searches, without a service; others are the error replay_miss
+        mcp="",  # a JSON file of MCP servers, {"mcpServers": …}, whose tools are added to those of the source; "": none
+        verl="",  # the YAML file of the source "verl"
+        kinds=ConfigDict(),  # tool -> property -> how TAPO compares it, instead of what its schema says
+        parallel_calls=1,  # calls that a turn may have; they run at the same time, and each is a tool step
+        max_response_tokens=0,  # of the text of one response, which is cut after them; 0: as many as fit
         extra=ConfigDict(),
     ))  # fmt: skip
     c.reward = ConfigDict(dict(

@@ -3,6 +3,7 @@
 It is built once from a config; training and evaluation share it.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from tapo_jax.rollout.players import Players
 from tapo_jax.rollout.rounds import rollout, stream
 from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
-from tapo_jax.tools.base import Tool, ToolRunner
+from tapo_jax.tools.base import Tool, ToolRunner, stop
 from tapo_jax.types import Episode, Prompt
 
 # What stays in memory: bytes of processed images, results of calls, and bytes of pixels in play.
@@ -171,14 +172,21 @@ def make_agent(
     model: Qwen3VL,
     tools: Sequence[Tool],
     mesh: Mesh,
+    at_end: contextlib.ExitStack | None = None,
     *,
     evaluating: bool = False,
 ) -> Agent:
-    """Make the agent of a config. mesh: that of training. evaluating: with the judge of evaluations.
+    """Make the agent of a config.
+
+    mesh: that of training.
+    at_end: gets what closes the tools and the judge when they are no longer needed; None: they are left open.
+    evaluating: with the judge of evaluations.
 
     Raises UserError for a directory without a usable tokenizer, a rollout.mesh that does not fit the devices or the
     model, slots that it does not divide, or a judge whose key is not set.
     """
+    if at_end is not None:
+        at_end.callback(stop, tools)
     chat = Chat.from_dir(directory)
     r = config.rollout
     processor = ImageProcessor.from_dir(directory)
@@ -201,8 +209,19 @@ def make_agent(
         timeout_s=config.tools.timeout_s,
         retries=config.tools.retries,
         cache=kept["results"],
+        kinds=config.tools.kinds.to_dict(),
     )
-    limits = Limits(r.max_turns, r.max_new_tokens, r.max_length, r.max_image_tokens or None, r.max_think_tokens or None)
+    if at_end is not None:
+        at_end.callback(runner.close)
+    limits = Limits(
+        r.max_turns,
+        r.max_new_tokens,
+        r.max_length,
+        r.max_image_tokens or None,
+        r.max_think_tokens or None,
+        parallel_calls=config.tools.parallel_calls,
+        max_response_tokens=config.tools.max_response_tokens or None,
+    )
     players = Players(
         sampler,
         chat,
@@ -214,7 +233,10 @@ def make_agent(
         most_image_bytes=kept["image_bytes"],
     )
     score, workers = _scorer(config, evaluating=evaluating)
-    return Agent(players, score, dict(config.reward.weights), workers)
+    agent = Agent(players, score, dict(config.reward.weights), workers)
+    if at_end is not None:
+        at_end.callback(agent.close)
+    return agent
 
 
 def examiner(agent: Agent, config: ConfigDict) -> Agent:

@@ -80,6 +80,8 @@ class RecordedTurn:
     """Support of the best cluster."""
     witness: tuple[int, int, int] | None = None
     """(prompt, sample, slot) of the step that the turn borrowed credit from, None if there was none."""
+    continues: bool = False
+    """Whether it is a further call of the same message as the turn before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +175,7 @@ def record(
                 error=turn.result.error if turn.result else None,
                 result_images=tuple(index for index in shown if index < len(episode.images)),
                 adv_before=advantage,
+                continues=turn.continues,
                 **fields,
             )
         )

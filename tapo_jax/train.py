@@ -82,8 +82,7 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
     held_out = evaluate.split_prompts(config) if config.eval.at_start or config.eval.at_end or config.eval.every else []
     # -------------------------------------------------------------------------------------- model
     model, model_config = load_model(directory, config.model, mesh)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh)
-    at_end.callback(agent.close)
+    agent = make_agent(config, directory, model, sources.tools(config), mesh, at_end)
     evaluator = examiner(agent, config)
     at_end.callback(evaluator.close)
     graphdef, params = split_model(model)

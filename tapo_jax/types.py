@@ -131,6 +131,10 @@ class ToolResult:
     seconds: float = 0.0
     parts: tuple[str | Image, ...] = ()
     """Text and images in the order in which they are shown; `text` and `images` are then taken from them."""
+    text_from: Callable[[int], str] | None = dataclasses.field(default=None, compare=False, repr=False)
+    """Returns the text for another number of the result's first image; None: the text names no number.
+
+    Of several calls of a turn, a later one does not know how many images the earlier ones give."""
 
     def __post_init__(self) -> None:
         if self.parts:
@@ -151,6 +155,8 @@ class Turn:
     """What the chat template wrote at the beginning of the turn ("<think>\\n" for thinking models); None if unknown."""
     forced: tuple[int, int] | None = None
     """The policy did not write token_T[forced[0]:forced[1]] of the turn: they closed a thought that was too long."""
+    continues: bool = False
+    """Whether it is a further call of the same message: of several calls each has its own span, call and result."""
 
     @property
     def is_step(self) -> bool:

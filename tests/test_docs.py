@@ -89,6 +89,20 @@ def test_the_tool_of_the_page_works_as_it_says():
     assert wrong.error == "no_page" and "try 'contents'" in wrong.text
 
 
+def test_the_tool_that_remembers_of_the_page_works_as_it_says():
+    page = ROOT / "docs" / "extend.md"
+    names: dict = {}
+    for word in ("class Visit", "class Notes"):
+        (code,) = [block for block in blocks(page, "python") if word in block]
+        exec(code, names)
+    tool = names["Notes"]()
+    runner = ToolRunner([tool], workers=1, timeout_s=5, retries=0)
+    texts = [runner.run(ToolCall("notes", {"line": line}), (), None, "a")[1].text for line in ("x", "x")]
+    runner.end("a")
+    runner.close()
+    assert texts == ["x", "x\nx"] and tool.lines == {}
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="the site needs the extra [docs]")
     pytest.importorskip("material", reason="the site needs the extra [docs]")

@@ -26,7 +26,7 @@ ZERO_IS_FINE = {
     "tapo.memory_steps", "tapo.memory_discount", "optimizer.warmup_steps", "optimizer.b1", "optimizer.b2",
     "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.vision_lr_multiplier", "eval.prompts", "eval.every",
     "eval.temperature", "eval.top_k", "eval.min_p", "eval.presence_penalty", "benchmarks.limit",
-    "reward.weights.accuracy", "reward.weights.format",
+    "reward.weights.accuracy", "reward.weights.format", "tools.max_response_tokens", "tools.zoom_size",
     "reward.judge.retries", "eval.judge.retries", "reward.judge.max_failed", "eval.judge.max_failed",
 }  # fmt: skip
 NONE_IS_FINE = {
@@ -35,9 +35,9 @@ NONE_IS_FINE = {
 }  # fmt: skip
 EMPTY_TEXT_IS_FINE = {
     "data.dir", "model.path", "model.shape", "rollout.system", "export.dtype", "tools.endpoint", "tools.cache",
-    "tools.record", "tools.replay", "compilation_cache", "benchmarks.mmsearch", "benchmarks.hr_mmsearch",
-    "benchmarks.fvqa_test", "benchmarks.infoseek", "benchmarks.simplevqa", "benchmarks.livevqa",
-    "benchmarks.mat_search",
+    "tools.record", "tools.replay", "tools.mcp", "tools.verl", "compilation_cache", "benchmarks.mmsearch",
+    "benchmarks.hr_mmsearch", "benchmarks.fvqa_test", "benchmarks.infoseek", "benchmarks.simplevqa",
+    "benchmarks.livevqa", "benchmarks.mat_search",
     *(f"{section}.judge.{field}" for section in ("reward", "eval") for field in ("endpoint", "model", "cache")),
 }  # fmt: skip
 EMPTY_TUPLE_IS_FINE = {

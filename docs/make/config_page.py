@@ -88,7 +88,7 @@ MEANINGS = {
     "tools.timeout_s": "seconds that one try of a call may take",
     "tools.retries": "further tries after an exception of the tool itself, or after a refusal of a service",
     "tools.workers": "threads that run tools",
-    "tools.zoom_size": "longest side of a zoomed image, in pixels",
+    "tools.zoom_size": "of a crop of Atlas: longest side in pixels; 0: its own pixels, as for all other pictures",
     "tools.image_top_k": "results of an image search",
     "tools.thumbnails": "images that an image search returns with its results",
     "tools.text_top_k": "passages of a text search",

@@ -26,6 +26,12 @@ def check(config: ConfigDict) -> None:
             f"tapo.max_tool_steps is {config.tapo.max_tool_steps} and rollout.max_turns is {rollout.max_turns}: "
             "set tapo.max_tool_steps to at least the number of turns, so that every tool step has a slot."
         )
+    if config.tools.parallel_calls > 1 and config.tapo.max_tool_steps < rollout.max_turns * config.tools.parallel_calls:
+        raise UserError(
+            f"tapo.max_tool_steps is {config.tapo.max_tool_steps}, rollout.max_turns {rollout.max_turns} and "
+            f"tools.parallel_calls {config.tools.parallel_calls}: set tapo.max_tool_steps to at least the product of "
+            "the other two, so that every tool step has a slot."
+        )
     if config.algorithm.overlong_buffer > rollout.max_length:
         raise UserError(
             f"algorithm.overlong_buffer is {config.algorithm.overlong_buffer} and rollout.max_length is "

@@ -20,6 +20,7 @@ from tapo_jax.config import UserError
 from tapo_jax.learn import advantages, assign_credit, losses, optimizer
 from tapo_jax.models.stack import REMAT
 from tapo_jax.tapo import controls, similarity
+from tapo_jax.tools.schemas import KINDS
 
 INF = math.inf
 SEED = 2**31 - 1  # max seed: seeds are passed as 32-bit integers
@@ -126,7 +127,7 @@ RANGES: dict[str, Range] = {
     "tools.timeout_s": above(0),
     "tools.retries": whole(0),
     "tools.workers": whole(1),
-    "tools.zoom_size": whole(1),
+    "tools.zoom_size": whole(0),
     "tools.image_top_k": whole(1),
     "tools.thumbnails": whole(0),
     "tools.text_top_k": whole(1),
@@ -135,6 +136,10 @@ RANGES: dict[str, Range] = {
     "tools.cache": text(),
     "tools.record": text(),
     "tools.replay": text(),
+    "tools.mcp": text(),
+    "tools.verl": text(),
+    "tools.parallel_calls": whole(1),
+    "tools.max_response_tokens": whole(0),
     "reward.source": text(1),
     "reward.workers": whole(1),
     "reward.judge.endpoint": text(),
@@ -238,6 +243,7 @@ RANGES: dict[str, Range] = {
 FREE: dict[str, Range | None] = {
     "data.extra.": None,
     "tools.extra.": None,
+    "tools.kinds.": choice(*KINDS),
     "reward.extra.": None,
     "reward.weights.": number(-INF),
 }

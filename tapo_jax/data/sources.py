@@ -2,10 +2,10 @@
 
 `data.source` is "atlas" (the embedded world), one of `readers.READERS` (a data set in the folder data.dir), or your own
 "package.module:function", called as function(config, split) -> Sequence[Prompt]. `tools.source` is "atlas", "recorded"
-(zoom, and the image searches that were recorded for the questions) or "package.module:function", called as
-function(config) -> list[Tool]; `reward.source` is "rewards" or "package.module:function", called as
-function(episode) -> {name: number}, including "accuracy", or -> `rewards.judged.Scored`, which can also say that it is
-unknown whether the answer is right.
+(zoom, and the image searches that were recorded for the questions), "mcp" (zoom; the tools of `tools.mcp` are added to
+any source), "verl" (the YAML file `tools.verl`) or "package.module:function", called as function(config) -> list[Tool];
+`reward.source` is "rewards" or "package.module:function", called as function(episode) -> {name: number}, including
+"accuracy", or -> `rewards.judged.Scored`, which can also say that it is unknown whether the answer is right.
 """
 
 import dataclasses
@@ -23,15 +23,16 @@ from tapo_jax.atlas.play import Settings, make_tools
 from tapo_jax.atlas.world import real_world
 from tapo_jax.config import UserError
 from tapo_jax.data import atlas
+from tapo_jax.data.foreign_tools import mcp_tools, verl_tools
 from tapo_jax.data.readers import READERS, read
 from tapo_jax.rewards import judge
 from tapo_jax.rewards.judged import JudgedScore, Scored
-from tapo_jax.tools.base import Tool
+from tapo_jax.tools.base import Tool, stop
 from tapo_jax.tools.recorded_image_search import RecordedImageSearch
 from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.tools.search_store import Kept
 from tapo_jax.tools.zoom import ZoomTool
-from tapo_jax.types import BadPrompt, Episode, Prompt
+from tapo_jax.types import IMAGE_SEARCH, ZOOM, BadPrompt, Episode, Prompt
 
 
 def prompts(config: Any, split: str) -> Sequence[Prompt]:
@@ -72,18 +73,56 @@ def tools(config: Any) -> list[Tool]:
     elif config.tools.source == "atlas":
         found = make_tools(real_world("train"), atlas_settings(config))
     elif config.tools.source == "recorded":
-        found = [ZoomTool(size=config.tools.zoom_size), RecordedImageSearch(results=config.tools.image_top_k)]
+        found = [ZoomTool(), RecordedImageSearch(results=config.tools.image_top_k)]
+    elif config.tools.source == "mcp":
+        if not config.tools.mcp:
+            raise UserError('tools.source is "mcp" and tools.mcp is empty: name the JSON file of the servers.')
+        found = [ZoomTool()]
+    elif config.tools.source == "verl":
+        found = []
     else:
         raise UserError(
-            f"tools.source is '{config.tools.source}': use atlas, recorded or your own \"package.module:function\"."
+            f"tools.source is '{config.tools.source}': use atlas, recorded, mcp, verl or your own "
+            '"package.module:function".'
         )
     made = {tool.name: tool for tool in found}
     if remote := _remote_search(config.tools):
         made[remote.name] = remote
-    for name in config.tools.names:
-        if name not in made:
-            raise UserError(f"tools.names has '{name}': the tools of this source are {', '.join(made)}.")
+    theirs = _foreign_tools(config.tools)
+    made |= {tool.name: tool for tool in theirs}
+    unknown = next((name for name in config.tools.names if name not in made), None)
+    if theirs and (unknown or not {tool.name for tool in theirs} & set(config.tools.names)):
+        stop(theirs)  # they would never be called
+    if unknown:
+        raise UserError(f"tools.names has '{unknown}': the tools of this source are {', '.join(made)}.")
     return [made[name] for name in config.tools.names]
+
+
+def _foreign_tools(c: Any) -> list[Tool]:
+    """Return the tools of MCP servers and of verl's file."""
+    found: list[Tool] = []
+    if c.source == "verl":
+        if not c.verl:
+            raise UserError('tools.source is "verl" and tools.verl is empty: name the YAML file of the tools.')
+        found += verl_tools(c.verl, timeout_s=c.timeout_s, known=lambda name: _known_tool(name, c), imported=_function)
+    if c.mcp:
+        try:
+            found += mcp_tools(c.mcp, timeout_s=c.timeout_s)
+        except BaseException:
+            stop(found)
+            raise
+    return found
+
+
+def _known_tool(name: str, c: Any) -> Tool:
+    if name == ZOOM:
+        return ZoomTool()
+    if name == IMAGE_SEARCH:
+        return RecordedImageSearch(results=c.image_top_k)
+    remote = _remote_search(c)
+    if remote is None:
+        raise UserError(f"tools.verl '{c.verl}' has a text search, and no service is named: set tools.endpoint.")
+    return remote
 
 
 def _remote_search(c: Any) -> RemoteTextSearch | None:

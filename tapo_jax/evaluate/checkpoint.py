@@ -70,16 +70,16 @@ def run(
         )
     find(Path(checkpoint), config)
     wanted = benchmarks.chosen(benchmarks.questions_of(config), questions)
-    loaded = load(config, checkpoint)
-    folder = Path(out) if out else loaded.folder / f"benchmarks-{loaded.name}"
-    with contextlib.closing(loaded.agent):
+    with contextlib.ExitStack() as at_end:
+        loaded = load(config, checkpoint, at_end)
+        folder = Path(out) if out else loaded.folder / f"benchmarks-{loaded.name}"
         benchmarks.run(loaded.agent, loaded.params, config, loaded.path, folder, samples=samples)
         if page:
             benchmarks.page(loaded.agent, loaded.params, config, folder, samples=samples, wanted=wanted)
 
 
-def load(config: ConfigDict, checkpoint: str) -> Loaded:
-    """Load a checkpoint and all that plays. Raises UserError."""
+def load(config: ConfigDict, checkpoint: str, at_end: contextlib.ExitStack) -> Loaded:
+    """Load a checkpoint and all that plays. at_end: gets what has to be closed. Raises UserError."""
     saved, directory, name, folder = find(Path(checkpoint), config)
     keep_compiled(config.compilation_cache)
     mesh = sharding.make_mesh(**config.mesh)
@@ -87,7 +87,7 @@ def load(config: ConfigDict, checkpoint: str) -> Loaded:
     params = split_model(model)[1]
     if saved is not None:
         params = checkpoints.read_params(saved, params)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh, evaluating=True)
+    agent = make_agent(config, directory, model, sources.tools(config), mesh, at_end, evaluating=True)
     return Loaded(agent, params, saved or directory, name, folder)
 
 
@@ -107,9 +107,9 @@ def evaluate_own_data(
             f"'{config.eval.split}': set eval.prompts to at least 1, or give the folder of a benchmark "
             "(--config.benchmarks.NAME=DIR)."
         )
-    loaded = load(config, checkpoint)
-    tools = tuple(loaded.agent.players.runner.tools)
-    with contextlib.closing(loaded.agent):
+    with contextlib.ExitStack() as at_end:
+        loaded = load(config, checkpoint, at_end)
+        tools = tuple(loaded.agent.players.runner.tools)
         episodes = evaluate.play(loaded.agent, loaded.params, prompts, evaluate.sampling_of(config), keep_images=page)
     values = evaluate.Tally.of(episodes, tools).over_processes().metrics()
     data, name = about_data(config), loaded.name

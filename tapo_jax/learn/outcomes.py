@@ -130,10 +130,13 @@ class CallEncoder:
 
 
 def turn_anchors(episode: Episode, turns: int) -> list[int]:
-    """Hash the last observation before each turn: the question at first, then the newest tool response."""
-    anchors, seen = [], "question"
+    """Hash the last observation before each turn: the question at first, then the newest tool responses."""
+    anchors, seen, results = [], "question", []
     for turn in episode.turns:
-        anchors.append(name_hash(seen))
+        if not turn.continues:
+            anchors.append(name_hash(seen))
+            results = []
         if turn.result is not None:
-            seen = repr((turn.result.text, [(image.root, image.box) for image in turn.result.images]))
+            results.append((turn.result.text, [(image.root, image.box) for image in turn.result.images]))
+            seen = repr(results if len(results) > 1 else results[0])
     return (anchors + [0] * turns)[:turns]

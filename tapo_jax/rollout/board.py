@@ -10,6 +10,7 @@ from tapo_jax.models.inputs import Row, make_row
 from tapo_jax.rollout.episode import Conversation, Opening, open_prompt
 from tapo_jax.rollout.players import Players
 from tapo_jax.rollout.schedule import Draw, Extension, Needs, Sampling
+from tapo_jax.tools.sessions import new_episode
 from tapo_jax.types import Episode, Prompt
 
 
@@ -32,8 +33,10 @@ class Player:
     """Tokens that wait to be added to the cache."""
     row_end: int = 0
     """Position after the last token of `row`."""
-    future: concurrent.futures.Future | None = None
-    """The tool call that it waits for."""
+    futures: tuple[concurrent.futures.Future, ...] = ()
+    """The tool calls that it waits for: those of its last message."""
+    id: str = dataclasses.field(default_factory=new_episode)
+    """The episode, as stateful tools know it."""
 
     @property
     def starts(self) -> bool:
@@ -127,7 +130,7 @@ class Board:
         draws = [
             self._draw(number, slot.player)
             for number, slot in enumerate(self._slots)
-            if slot.player is not None and slot.player.future is None
+            if slot.player is not None and not slot.player.futures
         ]
         return Needs(extensions, copies, draws)
 
@@ -142,7 +145,7 @@ class Board:
         }
         for number, slot in enumerate(self._slots):
             player = slot.player
-            if player is None or player.future is not None or player.row is None:
+            if player is None or player.futures or player.row is None:
                 continue
             here = (self._shard(number), player.prompt)
             if number in starting and here in source:
@@ -183,16 +186,16 @@ class Board:
     # Turns and tools.
 
     def futures(self) -> set[concurrent.futures.Future]:
-        return {slot.player.future for slot in self._slots if slot.player and slot.player.future}
+        return {future for slot in self._slots if slot.player for future in slot.player.futures}
 
     def collect_tools(self, may_take: bool) -> None:
         """Append the results that have arrived, in slot order; none unless `may_take`."""
         for slot in self._slots:
             player = slot.player
-            if may_take and player and player.future and player.future.done():
-                call, result = player.future.result()
-                player.future = None
-                player.conversation.add_result(call, result)
+            if may_take and player and player.futures and all(future.done() for future in player.futures):
+                results = [future.result() for future in player.futures]
+                player.futures = ()
+                player.conversation.add_results(results)
                 self._after_turn(slot)
 
     def take_turns(self, draws: Sequence[Draw], written: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -209,21 +212,26 @@ class Board:
             player.sent += cached
             player.position += cached
             if ended:
-                call = conversation.end_turn()
-                if call is not None:
-                    player.future = self._with.runner.submit(
-                        call, conversation.images, prompt=conversation.opening.prompt
-                    )
+                if calls := conversation.end_turns():
+                    prompt = conversation.opening.prompt
+                    player.futures = tuple(self._with.runner.submit_turn(calls, conversation.images, prompt, player.id))
                 else:
                     self._after_turn(slot)
             elif paused:
                 self._after_turn(slot)  # the turn continues after a thought that was closed by force
+
+    def close(self) -> None:
+        """End the episodes that still play, after an error: their tools are closed."""
+        for slot in self._slots:
+            if slot.player is not None:
+                self._with.runner.end(slot.player.id)
 
     def _after_turn(self, slot: Slot) -> None:
         """Pass on an episode that is over; otherwise queue its new tokens for the next round."""
         player = slot.player
         conversation = player.conversation
         if conversation.finish is not None:
+            self._with.runner.end(player.id)
             slot.player = None
             self._on_episode(player.episode, conversation.episode())
             return

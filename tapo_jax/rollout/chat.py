@@ -131,6 +131,25 @@ class Chat:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def tokens(self, text: str) -> int:
+        """Return the number of tokens of a text from outside."""
+        return len(self.tokenizer.encode(self.clean(text), add_special_tokens=False).ids)
+
+    def first_tokens(self, text: str, count: int) -> str:
+        """Return the beginning of a text from outside that has at most `count` tokens; no character is cut."""
+        text = self.clean(text)
+        while count > 0:
+            spans = self.tokenizer.encode(text, add_special_tokens=False).offsets
+            if len(spans) <= count:
+                return text
+            shorter = text[: spans[count][0]]
+            # A shorter text may be encoded in other tokens, more of them at worst.
+            if len(shorter) == len(text) or self.tokens(shorter) > count:
+                count -= 1
+            else:
+                return shorter
+        return ""
+
     def prompt_ids(
         self, question: str, image_tokens: Sequence[int], tools: Sequence[dict[str, Any]], system: str = ""
     ) -> list[int]:
@@ -156,15 +175,26 @@ class Chat:
 
         parts: text and images in the order in which they are shown; if empty, the images come before the text.
         """
-        content = self._parts(parts) if parts else _IMAGE * len(image_tokens) + self.clean(text)
+        return self.tool_responses_ids([(text, image_tokens, parts)])
+
+    def tool_responses_ids(self, responses: Sequence[tuple[str, Sequence[int], Sequence[str | Image]]]) -> list[int]:
+        """Return the ids of the responses to the calls of one turn, in the order of the calls.
+
+        responses: text, image_tokens and parts of each, as `tool_response_ids` takes them.
+        """
+        contents = [
+            self._parts(parts) if parts else _IMAGE * len(image_tokens) + self.clean(text)
+            for text, image_tokens, parts in responses
+        ]
         messages = [
             {"role": "user", "content": ""},
             {"role": "assistant", "content": _ASSISTANT},
-            {"role": "tool", "content": content},
+            *({"role": "tool", "content": content} for content in contents),
         ]
         rendered = self._template.render(messages, add_generation_prompt=True)
         after = rendered.partition(_ASSISTANT)[2]
-        return self._encode(after.removeprefix("<|im_end|>"), image_tokens)
+        counts = [count for _, image_tokens, _ in responses for count in image_tokens]
+        return self._encode(after.removeprefix("<|im_end|>"), counts)
 
     def _parts(self, parts: Sequence[str | Image]) -> str:
         """Join adjacent texts before cleaning them, so that two halves of a control token cannot make one."""

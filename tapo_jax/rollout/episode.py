@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tapo_jax.rollout.chat import Chat, parse_turn
+from tapo_jax.rollout.cut import cut_result
+from tapo_jax.rollout.spans import split
+from tapo_jax.rollout.turns import WrittenCall
 from tapo_jax.types import Episode, Image, Prompt, ToolCall, ToolResult, Turn, root_image
 
 
@@ -28,6 +31,10 @@ class Limits:
     """Image tokens among those of the episode; None: max_length."""
     max_think_tokens: int | None = None
     """Tokens of a turn before its thought is closed by force; None: max_new_tokens."""
+    parallel_calls: int = 1
+    """Calls of one turn."""
+    max_response_tokens: int | None = None
+    """Tokens of the text of one response, which is cut after them; None: as many as fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Conversation:
         self._forced: tuple[int, int] | None = None  # tokens of the open turn that closed its thought
         self._thought_over = True  # no need to watch the thought of the open turn
         self._image_count = 0
+        self._answers: list[tuple[Turn, ToolResult | None]] = []  # of the message just closed; None: a call to run
         if self._fits(opening.token_T, opening.image_tokens):
             self._append(opening.token_T.tolist(), opening.images, opening.image_tokens)
             self._begin_turn()
@@ -142,57 +150,103 @@ class Conversation:
             self._forced = (len(self.token), len(self.token) + len(chat.end_of_thought))
             self._append(chat.end_of_thought, (), ())
 
+    @property
+    def messages(self) -> int:
+        """Return the number of the policy's messages that are closed; one with several calls is several turns."""
+        return sum(not turn.continues for turn in self.turns)
+
     def end_turn(self) -> ToolCall | None:
         """Close the turn and return the call to execute.
 
         None: the episode has finished or a response was appended.
         """
+        return next(iter(self.end_turns()), None)
+
+    def end_turns(self) -> list[ToolCall]:
+        """Close the policy's message and return the calls to execute, whose results go to `add_results`.
+
+        []: the episode has finished or a response was appended.
+        """
         stopped = self.token[-1] in self._chat.stop_ids
-        written = self.token[self._turn_start : len(self.token) - int(stopped)]
+        ids = self.token[self._turn_start : len(self.token) - int(stopped)]
         opening = self._chat.opening
         turn = Turn(
             start=self._turn_start,
             stop=len(self.token),
-            text=self._chat.decode(written),
+            text=self._chat.decode(ids),
             opening=opening,
             forced=self._forced,
         )
         self.turns.append(turn)
         if not stopped:
             self.finish = "length"
-            return None
-        parsed = parse_turn(opening + turn.text)
-        turn.call = parsed.call
+            return []
+        several = {"most_calls": self.limits.parallel_calls} if self.limits.parallel_calls > 1 else {}
+        parsed = parse_turn(opening + turn.text, **several)
+        written = parsed.calls or (WrittenCall(parsed.call, parsed.error, 0),)
+        if parsed.calls:
+            ends = [call.stop - len(opening) for call in written]
+            self.turns[-1:] = split(turn, ends, self.token, self._chat.decode)
+        for part, call in zip(self.turns[-len(written) :], written, strict=True):
+            part.call = call.call
         if parsed.answer is not None:
             self.answer = parsed.answer
             self.finish = "answer"
-        elif parsed.call is None and parsed.error is None:
+        elif parsed.call is None and parsed.error is None and not parsed.calls:
             self.finish = "malformed"
-        elif len(self.turns) >= self.limits.max_turns:
+        elif self.messages >= self.limits.max_turns:
             self.finish = "turns"  # a call is not executed if no turn is left to read its result
-        elif parsed.call is None:
-            self.add_result(None, ToolResult(text=parsed.error, error="unparsable"))
         else:
-            return parsed.call
-        return None
+            return self._to_run(written)
+        return []
+
+    def _to_run(self, written: Sequence[WrittenCall]) -> list[ToolCall]:
+        """Return the calls of the message to execute; what is no call gets its response here."""
+        wrong = [None if call.error is None else ToolResult(text=call.error, error="unparsable") for call in written]
+        self._answers = list(zip(self.turns[-len(written) :], wrong, strict=True))
+        calls = [call.call for call in written if call.call is not None]
+        if not calls:
+            self.add_results([])
+        return calls
 
     def add_result(self, call: ToolCall | None, result: ToolResult) -> None:
-        """Append the response to the turn just closed.
+        """Append the response to the turn just closed, which had one call.
 
         If the whole response does not fit into the budget, nothing is appended: an image is never cut.
         """
+        self.add_results([(call, result)])
+
+    def add_results(self, ran: Sequence[tuple[ToolCall | None, ToolResult]]) -> None:
+        """Append the responses to the message just closed: of its calls, in their order.
+
+        If not all of them fit into the budget, none is appended.
+        """
+        results, responses, before = iter(ran), [], len(self.images)
+        shown: list[Image] = []
+        for turn, wrong in self._answers or [(self.turns[-1], None)]:
+            call, result = (None, wrong) if wrong is not None else next(results)
+            if shown and result.text_from is not None:
+                result = dataclasses.replace(result, text=result.text_from(before + len(shown)))
+            turn.call, turn.result, counts = call, *self._readable(result)
+            responses.append((turn.result.text, counts, turn.result.parts))
+            shown += turn.result.images
+        self._answers = []
+        ids, counts = self._chat.tool_responses_ids(responses), [n for _, some, _ in responses for n in some]
+        if not self._fits(ids, counts):
+            self.finish = "length"
+            return
+        self._append(ids, shown, counts)
+        self._begin_turn()
+
+    def _readable(self, result: ToolResult) -> tuple[ToolResult, list[int]]:
+        """Return a result as the policy can read it, its text cut to the budget, and the tokens of its images."""
         try:
             counts = [self._image_tokens(image) for image in result.images]
         except ValueError as error:  # e.g. a crop 300 times as long as wide: the model cannot take it
             result, counts = ToolResult(text=f"Error: {error}.", error="bad_image", seconds=result.seconds), []
-        self.turns[-1].call = call
-        self.turns[-1].result = result
-        response = self._chat.tool_response_ids(result.text, counts, result.parts)
-        if not self._fits(response, counts):
-            self.finish = "length"
-            return
-        self._append(response, result.images, counts)
-        self._begin_turn()
+        if self.limits.max_response_tokens is not None:
+            result = cut_result(result, self.limits.max_response_tokens, self._chat)
+        return result, counts
 
     def _fits(self, tokens: Sequence[int], counts: Sequence[int]) -> bool:
         """Return whether tokens not from the policy, `counts` of them of images, leave room for one from the policy."""

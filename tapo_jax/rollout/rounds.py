@@ -85,26 +85,29 @@ def stream(
     began = time.perf_counter()
     weights = jax.block_until_ready(sampler.reshard(params))
     seconds["time/reshard"] = time.perf_counter() - began
-    while True:
-        board.fill_slots()
-        needs = board.needs()
-        plan = sampler.plan(needs, more=board.playing)
-        if not plan.more:
-            break
-        began = time.perf_counter()
-        sampler.extend(weights, plan, needs.extensions)
-        sampler.copy(plan, needs.copies)
-        sampler.wait()
-        board.mark_sent(needs)
-        seconds["time/prefill"] += (decoding := time.perf_counter()) - began
-        chunk = sampler.decode(weights, plan, needs.draws, sampling) if plan.decode_rows else None
-        board.collect_tools(_while_decoding(board.futures(), chunk))
-        written = chunk.fetch() if chunk else []
-        seconds["time/decode"] += (decoded := time.perf_counter()) - decoding
-        idle = not needs.draws and not needs.extensions
-        board.collect_tools(_wait(board.futures(), players.tool_wait_s, idle=idle))
-        seconds["time/tool_wait"] += time.perf_counter() - decoded
-        board.take_turns(needs.draws, written)
+    try:
+        while True:
+            board.fill_slots()
+            needs = board.needs()
+            plan = sampler.plan(needs, more=board.playing)
+            if not plan.more:
+                break
+            began = time.perf_counter()
+            sampler.extend(weights, plan, needs.extensions)
+            sampler.copy(plan, needs.copies)
+            sampler.wait()
+            board.mark_sent(needs)
+            seconds["time/prefill"] += (decoding := time.perf_counter()) - began
+            chunk = sampler.decode(weights, plan, needs.draws, sampling) if plan.decode_rows else None
+            board.collect_tools(_while_decoding(board.futures(), chunk))
+            written = chunk.fetch() if chunk else []
+            seconds["time/decode"] += (decoded := time.perf_counter()) - decoding
+            idle = not needs.draws and not needs.extensions
+            board.collect_tools(_wait(board.futures(), players.tool_wait_s, idle=idle))
+            seconds["time/tool_wait"] += time.perf_counter() - decoded
+            board.take_turns(needs.draws, written)
+    finally:
+        board.close()
     return seconds
 
 

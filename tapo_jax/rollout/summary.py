@@ -28,7 +28,7 @@ def summary(episodes: Sequence[Episode], tools: Sequence[str], seconds: float) -
     count = max(len(episodes), 1)
     written = sum(int(episode.mask_T.sum()) for episode in episodes)
     metrics = {
-        "rollout/turns": len(turns) / count,
+        "rollout/turns": sum(not turn.continues for turn in turns) / count,
         "rollout/length": sum(len(episode.token_T) for episode in episodes) / count,
         "rollout/written": written / count,
         "rollout/thoughts_closed": sum(turn.forced is not None for turn in turns) / count,

@@ -1,8 +1,9 @@
-"""Parse one assistant turn: a thought, then a call or an answer. Nothing here raises: the text is the policy's."""
+"""Parse one assistant turn: a thought, then calls or an answer. Nothing here raises: the text is the policy's."""
 
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from tapo_jax.tools.values import MAX_DEPTH, MAX_DIGITS, too_deep, whole_text
@@ -13,6 +14,20 @@ _WHOLE = re.compile(
     r"\s*<think>(?:(?!</?think>).)*</think>\s*(?:<tool_call>(?:(?!<tool_call>).)*</tool_call>|<answer>(?:(?!<answer>).)*</answer>)\s*",
     re.DOTALL,
 )
+_WHOLE_CALLS = re.compile(
+    r"\s*<think>(?:(?!</?think>).)*</think>\s*(?:<tool_call>(?:(?!<tool_call>).)*</tool_call>\s*)+", re.DOTALL
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenCall:
+    """One of several calls of a turn."""
+
+    call: ToolCall | None
+    error: str | None
+    """What is wrong with it, if it is no call."""
+    stop: int
+    """Where it ends in the text that was parsed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +40,16 @@ class ParsedTurn:
     error: str | None = None
     format_ok: bool = False
     """Exactly `<think>…</think>`, then a `<tool_call>…</tool_call>` with a readable call or an `<answer>…</answer>`."""
+    calls: tuple[WrittenCall, ...] = ()
+    """The calls, if there are several and several are allowed; `call` is then None."""
 
 
-def parse_turn(text: str, opening: str | None = None) -> ParsedTurn:
+def parse_turn(text: str, opening: str | None = None, *, most_calls: int = 1) -> ParsedTurn:
     """Parse one assistant turn, its stop token already removed.
 
     opening: what the chat template wrote at the beginning of the turn (`Chat.opening`); thinking models open the
         thought there. None: not known; a turn whose first tag closes a thought is then taken to have opened it.
+    most_calls: how many calls a turn may have.
 
     Calls and answers inside a thought are only mentioned and do not count.
     """
@@ -40,11 +58,15 @@ def parse_turn(text: str, opening: str | None = None) -> ParsedTurn:
         opening = "<think>" if _closes_first(text) else ""
     text = opening + text
     parts, unclosed = _parts(text)
-    calls = [body for kind, body in parts if kind == "tool_call"]
-    answers = [body for kind, body in parts if kind == "answer"]
-    think = next((body.strip() for kind, body in parts if kind == "think"), "")
+    calls = [body for kind, body, _ in parts if kind == "tool_call"]
+    answers = [body for kind, body, _ in parts if kind == "answer"]
+    think = next((body.strip() for kind, body, _ in parts if kind == "think"), "")
     if "think" in unclosed:
         return ParsedTurn(think=think, error="The thought is not closed by </think>: close it, then call or answer.")
+    if 1 < len(calls) <= most_calls and not answers and "tool_call" not in unclosed:
+        return _several(text, think, parts, len(opening))
+    if most_calls > 1 and len(calls) > 1:
+        return ParsedTurn(think=think, error=f"Write up to {most_calls} whole <tool_call> or one <answer> in a turn.")
     if len(calls) + len(answers) > 1:
         return ParsedTurn(think=think, error="Write one <tool_call> or one <answer> in a turn, not several.")
     format_ok = _WHOLE.fullmatch(text) is not None
@@ -58,8 +80,14 @@ def parse_turn(text: str, opening: str | None = None) -> ParsedTurn:
     return ParsedTurn(think=think)
 
 
-def _parts(text: str) -> tuple[list[tuple[str, str]], set[str]]:
-    """Return (kind, body) of the outermost tags from left to right, and the kinds of tag that are left unclosed.
+def _several(text: str, think: str, parts: Sequence[tuple[str, str, int]], before: int) -> ParsedTurn:
+    calls = tuple(WrittenCall(*_parse_call(body), stop - before) for kind, body, stop in parts if kind == "tool_call")
+    format_ok = _WHOLE_CALLS.fullmatch(text) is not None and all(written.call is not None for written in calls)
+    return ParsedTurn(think=think, calls=calls, format_ok=format_ok)
+
+
+def _parts(text: str) -> tuple[list[tuple[str, str, int]], set[str]]:
+    """Return (kind, body, end) of the outermost tags from left to right, and the kinds of tag that are left unclosed.
 
     Takes time proportional to the length of any text.
     """
@@ -68,8 +96,8 @@ def _parts(text: str) -> tuple[list[tuple[str, str]], set[str]]:
         kind = tag[1]
         stop = -1 if kind in unclosed else text.find(f"</{kind}>", tag.end())
         if stop >= 0:
-            parts.append((kind, text[tag.end() : stop]))
             at = stop + len(kind) + 3
+            parts.append((kind, text[tag.end() : stop], at))
             continue
         unclosed.add(kind)
         if kind == "think":

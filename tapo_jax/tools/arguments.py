@@ -23,6 +23,20 @@ class BadCall(Exception):
         self.kind = kind
 
 
+def whole_numbers(schema: dict[str, Any], arguments: Any) -> Any:
+    """Return the arguments with image numbers as integers, where the schema calls them numbers and they are whole."""
+    if not isinstance(arguments, dict):
+        return arguments
+    properties = schema["function"]["parameters"]["properties"]
+    numbers = {
+        name: int(value)
+        for name, value in arguments.items()
+        if isinstance(value, float) and value.is_integer() and name in properties
+        if properties[name]["x-kind"] == "image" and properties[name].get("type") != "integer"
+    }
+    return {**arguments, **numbers} if numbers else arguments
+
+
 def check_arguments(schema: dict[str, Any], arguments: dict[str, Any], images: Sequence[Image]) -> None:
     """Check types, names, boxes and image numbers. Raises BadCall if one of them does not fit or does not exist.
 
@@ -66,7 +80,7 @@ def _check_argument(name: str, value: Any, json_type: Any, kind: str, images: Se
     if value is None:
         return  # if the schema allows null, it means that the argument is absent
     if kind == "region":
-        _check_box(name, value)
+        check_box(name, value)
     if kind == "image":
         if not _is_integer(value):
             raise BadCall("bad_arguments", f"The argument '{name}' must be of type integer.")
@@ -91,7 +105,8 @@ def _no_image(number: int, images: Sequence[Image]) -> str:
     return f"There is no {named}: the conversation has images 0 to {len(images) - 1}."
 
 
-def _check_box(name: str, box: Any) -> None:
+def check_box(name: str, box: Any) -> None:
+    """Raise BadCall unless the box is [x1, y1, x2, y2] in 0..1000 and not empty."""
     numbers = isinstance(box, list) and len(box) == 4
     numbers = numbers and all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
     if not numbers or not all(0 <= v <= 1000 for v in box):

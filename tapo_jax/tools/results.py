@@ -4,8 +4,9 @@ A tool is foreign code. A value with an obvious meaning is accepted (a str is a 
 image); anything else is a `BadCall` of kind "bad_result", which the policy reads.
 """
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ def settle(value: Any) -> ToolResult:
     shown in their order; a dict with "text", "images" or "image", and "error". Raises BadCall.
     """
     if isinstance(value, ToolResult):
-        return _result(value.text, value.images, value.error, value.parts)
+        result = _result(value.text, value.images, value.error, value.parts)
+        return result if value.text_from is None else dataclasses.replace(result, text_from=_safe(value, result.text))
     if isinstance(value, Mapping):
         return _from_dict(value)
     if isinstance(value, list | tuple):
@@ -42,6 +44,18 @@ def settle(value: Any) -> ToolResult:
     if value is None:
         raise _bad("it gave nothing")
     raise _bad(f"it gave a {type(value).__name__} and no ToolResult")
+
+
+def _safe(result: ToolResult, text: str) -> Callable[[int], str]:
+    """Return the result's `text_from` with its texts checked; where it fails, the text is `text`."""
+
+    def text_from(number: int) -> str:
+        try:
+            return _cut(_text(result.text_from(number)), MAX_CHARACTERS)
+        except Exception:
+            return text
+
+    return text_from
 
 
 def error_word(error: Any) -> str:

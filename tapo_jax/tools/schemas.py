@@ -35,10 +35,11 @@ def function_schema(
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
-def resolved(schema: Mapping[str, Any], tool: str) -> dict[str, Any]:
+def resolved(schema: Mapping[str, Any], tool: str, given: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return a tool's schema in OpenAI form with `properties`, `required` and every property's "x-kind".
 
     schema: in OpenAI form ({"type": "function", "function": {…}}), the function alone, or MCP's (`inputSchema`).
+    given: property -> kind, instead of what the schema says; an image may then be of type number too.
     Raises UserError, one sentence that names the tool and the property, if the schema cannot be understood.
     """
     found = _openai_form(schema, tool)
@@ -58,9 +59,14 @@ def resolved(schema: Mapping[str, Any], tool: str) -> dict[str, Any]:
     if unknown and not takes_more(parameters):
         raise UserError(f"The schema of the tool '{tool}' requires '{unknown[0]}', which is none of its properties.")
     _check_references(parameters, parameters, tool)
+    for name, kind in (given or {}).items():
+        if name not in properties:
+            use = f"its properties are {', '.join(properties)}" if properties else "it has none"
+            raise UserError(f"tools.kinds has '{name}' for the tool '{tool}': {use}.")
+        properties[name]["x-kind"] = kind
     kind_of = kinds(found)
     for name, kind in kind_of.items():
-        _check_kind(tool, name, kind, kind_of, parameters)
+        _check_kind(tool, name, kind, kind_of, parameters, given or {})
         properties[name]["x-kind"] = kind
     return found
 
@@ -178,12 +184,21 @@ def bounds(wanted: Mapping[str, Any], parameters: Mapping[str, Any]) -> tuple[fl
     return (low, high) if low < high and math.isfinite(high - low) else None
 
 
-def _check_kind(tool: str, name: str, kind: Any, kind_of: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+def _check_kind(
+    tool: str,
+    name: str,
+    kind: Any,
+    kind_of: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    given: Mapping[str, str],
+) -> None:
     place = f"The property '{name}' of the tool '{tool}'"
     if kind not in KINDS:
         raise UserError(f"{place} has x-kind {kind!r}: use one of {', '.join(KINDS)}, or leave it out.")
     wanted = plain_property(parameters["properties"][name], parameters)
     types = json_types(wanted, parameters)
+    if kind == "image" and name in given:
+        types -= {"number"}  # a schema of others, whose whole numbers are meant
     if kind in _TYPES_OF and not types <= _TYPES_OF[kind]:
         takes = " or ".join(sorted(_TYPES_OF[kind] - {"null"}))
         raise UserError(f"{place} has x-kind '{kind}' and type {' or '.join(sorted(types))}: give it type {takes}.")

@@ -1,4 +1,4 @@
-"""image_zoom_in_tool: crops a box of an image and enlarges it. The crop knows its root image and its box in it."""
+"""image_zoom_in_tool: crops a box of an image. The crop knows its root image and its box in it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,15 +11,17 @@ from tapo_jax.types import ZOOM, Image, ToolResult
 
 
 class ZoomTool:
-    """Crops and enlarges a region of an image.
+    """Crops a region of an image.
 
-    size: the long side of the returned crop, in pixels.
+    size: the long side of the returned crop, in pixels, for small pictures that are enlarged always alike. 0: the crop
+        keeps its own pixels. What the policy sees is then sized once, by its image processor: as it is where that fits,
+        enlarged only to the processor's least number of pixels, reduced only to its greatest (rollout.max_pixels).
     min_pixels: a box with a shorter side is an error.
     """
 
     name = ZOOM
 
-    def __init__(self, *, size: int, min_pixels: int = 4):
+    def __init__(self, *, size: int = 0, min_pixels: int = 4):
         self._size, self._min_pixels = size, min_pixels
         self.schema = function_schema(
             self.name,
@@ -45,9 +47,20 @@ class ZoomTool:
         x2, y2 = int(np.ceil(box[2] * width)), int(np.ceil(box[3] * height))
         if x2 - x1 < self._min_pixels or y2 - y1 < self._min_pixels:
             raise BadCall("bad_box", f"The region has {x2 - x1} x {y2 - y1} pixels, which is too small to enlarge.")
-        scale = self._size / max(x2 - x1, y2 - y1)
-        shape = (max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale)))
-        crop = PIL.Image.fromarray(image.pixels[y1:y2, x1:x2]).resize(shape, PIL.Image.Resampling.BICUBIC)
-        number = len(images)
-        zoomed = Image(np.asarray(crop), image.root, compose(box, image))
-        return ToolResult(text=f"Image {number}.", images=(zoomed,))
+        pixels_HxWx3 = image.pixels[y1:y2, x1:x2]
+        if self._size:
+            pixels_HxWx3 = _resized(pixels_HxWx3, self._size)
+        zoomed = Image(pixels_HxWx3, image.root, compose(box, image))
+        return ToolResult(text=_named(len(images)), images=(zoomed,), text_from=_named)
+
+
+def _resized(pixels_HxWx3: np.ndarray, size: int) -> np.ndarray:
+    """Resize to a long side of `size` pixels."""
+    height, width = pixels_HxWx3.shape[:2]
+    scale = size / max(height, width)
+    shape = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(PIL.Image.fromarray(pixels_HxWx3).resize(shape, PIL.Image.Resampling.BICUBIC))
+
+
+def _named(number: int) -> str:
+    return f"Image {number}."

@@ -126,7 +126,7 @@ class Views:
 
     def _turn(self, episode: RecordedEpisode, number: int, turn: RecordedTurn, seen: int) -> dict[str, Any]:
         """Describe a turn. seen: number of images of the conversation before it."""
-        parsed = parse_turn(turn.text)
+        parsed = parse_turn(f"<think></think>{turn.text}" if turn.continues else turn.text)
         arguments = turn.call_arguments or {}
         target = _image_number(arguments.get("img_idx"), min(seen, len(episode.images)))
         box = None if target is None else _box(arguments.get("bbox_2d"))
@@ -134,6 +134,7 @@ class Views:
         target_image = None if target is None else self.picture(episode.images[target])
         return {
             "number": number,
+            "label": _turn_label(episode, number),
             "slot": turn.slot,
             "anchor": anchor,
             "icon": _icon(turn, parsed.answer),
@@ -176,6 +177,13 @@ class Views:
             "anchor": anchor if anchor in self._anchors else "",
             "label": _label(prompt, episode.prompt, sample, slot),
         }
+
+
+def _turn_label(episode: RecordedEpisode, number: int) -> str:
+    """Return "turn 2", or "turn 2 · call 3" for a further call of the same message."""
+    message = sum(not turn.continues for turn in episode.turns[: number + 1])
+    first = max((n for n in range(number + 1) if not episode.turns[n].continues), default=0)
+    return f"turn {message}" + (f" · call {number - first + 1}" if number > first else "")
 
 
 def _anchor(step: int, prompt: int, sample: int, slot: int) -> str:
