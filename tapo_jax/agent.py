@@ -3,8 +3,10 @@
 It is built once from a config; training and evaluation share it.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from tapo_jax.rewards.judged import Scored
 from tapo_jax.rewards.pool import ScorePool
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits
-from tapo_jax.rollout.players import Players
-from tapo_jax.rollout.rounds import rollout
+from tapo_jax.rollout.flight import Flight
+from tapo_jax.rollout.players import Players, Wish, nothing
+from tapo_jax.rollout.rounds import Stopped, play_groups, rollout
 from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
+from tapo_jax.rollout.summary import summary
 from tapo_jax.tools.base import Tool, ToolRunner
 from tapo_jax.types import Episode, Prompt
 
@@ -67,16 +71,61 @@ class Agent:
 
         Returns them and the rollout's metrics. In a pod all processes must call this together.
         """
-        pool = ScorePool(self.score, self.score_workers)
-        try:
+        with self._scoring() as pool:
             episodes, metrics = rollout(self.players, params, prompts, group_size, sampling, pool.submit)
             self.players.sampler.release()
             pool.wait(episodes)
+        return self._totalled(episodes), metrics | {"time/reward": pool.waited_s}
+
+    def play_on(
+        self, params: Any, flight: Flight, sampling: Sampling, save: Callable[[], None] | None = None
+    ) -> tuple[list[Episode], dict[str, float]]:
+        """Play what is in flight until enough groups are complete; return the episodes of the groups to train on.
+
+        save: called between two rounds in which what is in flight is to be saved.
+
+        Episodes are in prompt-major order, oldest first, and those that stay in flight are scored too. In a pod all
+        processes must call this together.
+        """
+        groups, began = flight.begin(sampling.step), time.perf_counter()
+        with self._scoring() as pool:
+            seconds = play_groups(
+                self.players,
+                params,
+                groups,
+                sampling,
+                until=flight.until,
+                counts=flight.counts,
+                on_episode=pool.submit,
+                save=save,
+            )
+            taken = flight.take()
+            episodes = [episode for group in taken for episode in group.episodes]
+            played = summary(episodes, tuple(self.players.runner.tools), time.perf_counter() - began)
+            self.players.sampler.release()
+            pool.wait([episode for episode in episodes if not episode.rewards] + flight.unscored())
+        metrics = seconds | played | {"time/reward": pool.waited_s}
+        if flight.carries:
+            metrics |= flight.metrics(taken, self.players.sampler.slots)
+        return self._totalled(episodes), metrics
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[ScorePool]:
+        """Score on threads; a rollout that is stopped leaves neither them nor its tool calls to wait for."""
+        pool, patient = ScorePool(self.score, self.score_workers), True
+        try:
+            yield pool
+        except Stopped:
+            self.players.runner.abandon()
+            patient = False
+            raise
         finally:
-            pool.close()
+            pool.close(wait=patient)
+
+    def _totalled(self, episodes: list[Episode]) -> list[Episode]:
         for episode in episodes:
             episode.reward = rewards.total(episode.rewards, self.weights)
-        return episodes, metrics | {"time/reward": pool.waited_s}
+        return episodes
 
 
 def sampler_shapes(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh, image_patches: int) -> Shapes:
@@ -101,8 +150,9 @@ def make_agent(
     mesh: Mesh,
     *,
     evaluating: bool = False,
+    wish: Callable[[], Wish] = nothing,
 ) -> Agent:
-    """Make the agent of a config. evaluating: with the judge of evaluations.
+    """Make the agent of a config. evaluating: with the judge of evaluations; wish: asked once a round of a rollout.
 
     Raises UserError for a directory without a usable tokenizer, slots that the mesh does not divide, or a judge whose
     key is not set.
@@ -124,7 +174,7 @@ def make_agent(
         tools, workers=config.tools.workers, timeout_s=config.tools.timeout_s, retries=config.tools.retries
     )
     limits = Limits(r.max_turns, r.max_new_tokens, r.max_length, r.max_image_tokens or None, r.max_think_tokens or None)
-    players = Players(sampler, chat, pixels, runner, limits, system=r.system, tool_wait_s=r.tool_wait_s)
+    players = Players(sampler, chat, pixels, runner, limits, system=r.system, tool_wait_s=r.tool_wait_s, wish=wish)
     score, workers = sources.score(config, evaluating=evaluating), sources.score_workers(config, evaluating=evaluating)
     return Agent(players, score, dict(config.reward.weights), workers)
 

@@ -188,6 +188,8 @@ class Episode:
 
     Such an episode is no wrong answer: it leaves the statistics of its group, and the loss.
     """
+    policy_T: np.ndarray | None = None
+    """int32, the step of training whose weights drew the token, or read it for the first time; None: not known."""
 
     @property
     def success(self) -> bool:

@@ -24,6 +24,11 @@ def check(config: ConfigDict) -> None:
             f"tapo.max_tool_steps is {config.tapo.max_tool_steps} and rollout.max_turns is {rollout.max_turns}: "
             "set tapo.max_tool_steps to at least the number of turns, so that every tool step has a slot."
         )
+    if rollout.carry > config.data.prompts_per_step:
+        raise UserError(
+            f"rollout.carry is {rollout.carry} and data.prompts_per_step {config.data.prompts_per_step}: carry at most "
+            "as many groups as a step trains on."
+        )
     if config.algorithm.overlong_buffer > rollout.max_length:
         raise UserError(
             f"algorithm.overlong_buffer is {config.algorithm.overlong_buffer} and rollout.max_length is "

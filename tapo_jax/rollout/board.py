@@ -1,5 +1,6 @@
 """Host state of one rollout: which episode plays in which slot, what every slot needs next, what has finished."""
 
+import collections
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,7 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tapo_jax.models.inputs import Row, make_row
-from tapo_jax.rollout.episode import Conversation, Opening, open_prompt
+from tapo_jax.rollout.episode import Conversation, Opening
+from tapo_jax.rollout.groups import Group
 from tapo_jax.rollout.players import Players
 from tapo_jax.rollout.schedule import Draw, Extension, Needs
 from tapo_jax.types import Episode, Prompt
@@ -18,10 +20,8 @@ class Player:
     """A conversation in its slot."""
 
     conversation: Conversation
-    episode: int
-    """Index into `Board.episodes`."""
     prompt: int
-    """Index into this process's prompts."""
+    """Index into `Board.groups`."""
     sent: int = 0
     """Number of its tokens that are in the cache."""
     sent_images: int = 0
@@ -37,8 +37,10 @@ class Player:
 
     @property
     def starts(self) -> bool:
-        """Return whether its prompt still waits to be added to the cache."""
-        return self.row is not None and not self.sent
+        """Return whether its prompt, and nothing more, still waits to be added to the cache."""
+        return (
+            self.row is not None and not self.sent and not self.conversation.turns and not self.conversation.turn_tokens
+        )
 
 
 @dataclasses.dataclass
@@ -53,32 +55,40 @@ class Board:
     """Host state of one rollout: who plays in which slot, and the episodes that have finished.
 
     players: the sampler, tools and limits of the run.
-    prompts: the prompts of this process.
-    group_size: episodes for each prompt.
-    first_prompt: index of prompts[0] among the prompts of all processes.
+    groups: what this process plays. Conversations that are under way go on, and come before what has not begun.
+    step: the step of training whose weights play.
     on_episode: called with every episode when it ends.
+
+    The groups hold whatever is played: at the end of any round they are all that is needed to play on.
     """
 
     def __init__(
         self,
         players: Players,
-        prompts: Sequence[Prompt],
-        group_size: int,
-        first_prompt: int,
+        groups: Sequence[Group],
+        step: int = 0,
         on_episode: Callable[[Episode], None] | None = None,
     ):
         self._on_episode = on_episode
-        self._with, self._prompts, self._group_size, self._first_prompt = players, prompts, group_size, first_prompt
-        self.episodes: list[Episode | None] = [None] * (len(prompts) * group_size)
-        self._next = 0
+        self._with, self.groups, self._step = players, groups, step
+        self._recomputed = 0
+        places = [(g, sample) for g, group in enumerate(groups) for sample in range(len(group.seats))]
+        begun = [(g, sample) for g, sample in places if isinstance(groups[g].seats[sample], Conversation)]
+        fresh = [(g, sample) for g, sample in places if groups[g].seats[sample] is None]
+        self._queue = collections.deque(begun + fresh)
         self._opened: tuple[int, Opening, Row | None, int] | None = None  # the newest prompt that was opened
         self._slots = [Slot() for _ in range(players.sampler.slots)]
 
-    def _finish(self, index: int, conversation: Conversation) -> None:
+    def _finish(self, prompt: int, conversation: Conversation) -> None:
         """Keep an episode that has ended and report it to `on_episode`."""
-        episode = self.episodes[index] = conversation.episode()
+        episode = self.groups[prompt].seats[conversation.sample] = conversation.episode()
         if self._on_episode is not None:
             self._on_episode(episode)
+
+    def take_recomputed(self) -> int:
+        """Return the tokens of conversations of earlier steps that have got a slot since the last call."""
+        taken, self._recomputed = self._recomputed, 0
+        return taken
 
     @property
     def playing(self) -> bool:
@@ -89,33 +99,50 @@ class Board:
     def fill_slots(self) -> None:
         """Give every free slot the next episode."""
         for slot in self._slots:
-            while slot.player is None and self._next < len(self.episodes):
-                slot.player = self._start(self._next)
-                self._next += 1
+            while slot.player is None and self._queue:
+                prompt, sample = self._queue.popleft()
+                seat = self.groups[prompt].seats[sample]
+                if isinstance(seat, Conversation):
+                    slot.player, slot.held = self._go_on(prompt, seat), None
+                else:
+                    slot.player = self._start(prompt, sample)
 
-    def _start(self, index: int) -> Player | None:
+    def _go_on(self, prompt: int, conversation: Conversation) -> Player:
+        """Return the player of a conversation that is under way and in no cache."""
+        player, group = Player(conversation, prompt), self.groups[prompt]
+        self._recomputed += len(conversation.token) if conversation.policy != self._step else 0
+        conversation.policy = self._step
+        if conversation.waits:
+            known = group.calls.get(conversation.sample)
+            player.future = known or self._submit(group, conversation)
+        else:
+            self._queue_tokens(player)
+        return player
+
+    def _submit(self, group: Group, conversation: Conversation) -> concurrent.futures.Future:
+        """Submit the call of the turn that has just ended."""
+        call, prompt = conversation.turns[-1].call, conversation.opening.prompt
+        future = group.calls[conversation.sample] = self._with.runner.submit(call, conversation.images, prompt=prompt)
+        return future
+
+    def _start(self, prompt: int, sample: int) -> Player | None:
         """Return the player of an episode, or None if the episode is over at once."""
-        prompt, sample = divmod(index, self._group_size)
+        group = self.groups[prompt]
         if self._opened is None or self._opened[0] != prompt:
-            self._opened = prompt, *self._open(self._prompts[prompt])
+            self._opened = prompt, *self._open(group.prompt)
         _, opening, row, row_end = self._opened
-        conversation = Conversation(
-            opening, sample, limits=self._with.limits, chat=self._with.chat, image_tokens=self._with.pixels.tokens
-        )
+        conversation = self._with.converse(opening, sample)
+        conversation.policy = self._step
+        group.seats[sample] = conversation
+        group.begun = self._step if group.begun is None else group.begun
         if conversation.finish is not None:
-            self._finish(index, conversation)
+            self._finish(prompt, conversation)
             return None
-        return Player(conversation, index, prompt, row=row, row_end=row_end)
+        return Player(conversation, prompt, row=row, row_end=row_end)
 
     def _open(self, prompt: Prompt) -> tuple[Opening, Row | None, int]:
         """Return a prompt as the policy sees it, its row and the position after the row; no row if it is too long."""
-        opening = open_prompt(
-            prompt,
-            chat=self._with.chat,
-            image_tokens=self._with.pixels.tokens,
-            tools=self._with.runner.schemas,
-            system=self._with.system,
-        )
+        opening = self._with.open(prompt)
         if len(opening.token_T) >= self._with.limits.max_length:
             return opening, None, 0
         return opening, *make_row(opening.token_T, opening.images, self._with.sampler.config, self._with.pixels)
@@ -160,7 +187,7 @@ class Board:
             position=player.row_end if player.row else player.position,
             allowance=conversation.allowance,
             drawn=conversation.turn_tokens,
-            prompt=self._first_prompt + player.prompt,
+            prompt=self.groups[player.prompt].key,
             sample=conversation.sample,
             turn=len(conversation.turns),
         )
@@ -173,8 +200,8 @@ class Board:
         for number in [extension.slot for extension in needs.extensions] + [target for _, target in needs.copies]:
             slot = self._slots[number]
             player = slot.player
-            if not player.sent:
-                slot.held = player.prompt
+            if not player.sent:  # the cache of a conversation that goes on begins with no prompt that can be copied
+                slot.held = player.prompt if player.starts else None
             player.sent += len(player.row.token_T)
             player.sent_images = len(player.conversation.images)
             player.position, player.row = player.row_end, None
@@ -191,6 +218,7 @@ class Board:
             if may_take and player and player.future and player.future.done():
                 call, result = player.future.result()
                 player.future = None
+                self.groups[player.prompt].calls.pop(player.conversation.sample, None)
                 player.conversation.add_result(call, result)
                 self._after_turn(slot)
 
@@ -210,9 +238,7 @@ class Board:
             if ended:
                 call = conversation.end_turn()
                 if call is not None:
-                    player.future = self._with.runner.submit(
-                        call, conversation.images, prompt=conversation.opening.prompt
-                    )
+                    player.future = self._submit(self.groups[player.prompt], conversation)
                 else:
                     self._after_turn(slot)
             elif paused:
@@ -223,9 +249,14 @@ class Board:
         player = slot.player
         conversation = player.conversation
         if conversation.finish is not None:
-            self._finish(player.episode, conversation)
+            self._finish(player.prompt, conversation)
             slot.player = None
-            return
+        else:
+            self._queue_tokens(player)
+
+    def _queue_tokens(self, player: Player) -> None:
+        """Queue the tokens of a conversation that are not in the cache."""
+        conversation = player.conversation
         token_T = np.array(conversation.token[player.sent :], np.int32)
         images = conversation.images[player.sent_images :]
         sampler, pixels = self._with.sampler, self._with.pixels
