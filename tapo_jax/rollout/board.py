@@ -131,8 +131,7 @@ class Board:
         if self._opened is None or self._opened[0] != prompt:
             self._opened = prompt, *self._open(group.prompt)
         _, opening, row, row_end = self._opened
-        conversation = self._with.converse(opening, sample)
-        conversation.policy = self._step
+        conversation = self._with.converse(opening, sample, self._step)
         group.seats[sample] = conversation
         group.begun = self._step if group.begun is None else group.begun
         if conversation.finish is not None:

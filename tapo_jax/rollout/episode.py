@@ -68,7 +68,14 @@ class Conversation:
     """
 
     def __init__(
-        self, opening: Opening, sample: int, *, limits: Limits, chat: Chat, image_tokens: Callable[[Image], int]
+        self,
+        opening: Opening,
+        sample: int,
+        *,
+        limits: Limits,
+        chat: Chat,
+        image_tokens: Callable[[Image], int],
+        policy: int = 0,
     ):
         self.opening = opening
         self.sample = sample
@@ -79,7 +86,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.answer: str | None = None
         self.finish: str | None = None
-        self.policy = 0
+        self.policy = policy
         self._chat = chat
         self._image_tokens = image_tokens
         self._mask: list[bool] = []

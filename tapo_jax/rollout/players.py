@@ -50,9 +50,10 @@ class Players:
             prompt, chat=self.chat, image_tokens=self.pixels.tokens, tools=self.runner.schemas, system=self.system
         )
 
-    def converse(self, opening: Opening, sample: int) -> Conversation:
-        """Return a conversation that has only begun."""
-        return Conversation(opening, sample, limits=self.limits, chat=self.chat, image_tokens=self.pixels.tokens)
+    def converse(self, opening: Opening, sample: int, policy: int = 0) -> Conversation:
+        """Return a conversation that has only begun. policy: the step of training whose weights play it."""
+        common = {"limits": self.limits, "chat": self.chat, "image_tokens": self.pixels.tokens}
+        return Conversation(opening, sample, policy=policy, **common)
 
     def reopen(self, prompt: Prompt, sample: int) -> Conversation:
         """Return a conversation about a question that has only begun."""
