@@ -60,7 +60,7 @@ def fingerprint(tree: Any) -> jax.Array:
 class Checkpoints:
     """The checkpoints of one run. Every process makes one and calls every method.
 
-    directory: of the checkpoints; `in_flight` next to it is used too, if there is a mesh.
+    directory: of the checkpoints; the folder `in_flight` is next to it.
     keep: number of checkpoints that are kept.
     mesh: that of the state, for what is in flight.
     """
@@ -68,7 +68,14 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int, mesh: Mesh | None = None) -> None:
         self.directory, self._mesh = directory.absolute(), mesh
         self._manager = _manager(self.directory, keep)
-        self._flights = _manager(self.directory.parent / "in_flight", 1) if mesh is not None else None
+        self._flights = self._open_flights() if self._folder.exists() else None
+
+    @property
+    def _folder(self) -> Path:
+        return self.directory.parent / "in_flight"
+
+    def _open_flights(self) -> Any:
+        return _manager(self._folder, 1)
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, None in a fresh folder."""
@@ -97,6 +104,7 @@ class Checkpoints:
             self.save(step, state, data=data, seed=seed, flight=flight)
             return
         run = {"step": step, "seed": seed, "params_fingerprint": int(jax.device_get(fingerprint(state.params)))}
+        self._flights = self._flights or self._open_flights()
         self._write(self._flights, (self._flights.latest_step() or 0) + 1, run, data, flight)
 
     def _write(
@@ -156,7 +164,7 @@ class Checkpoints:
         if it was saved from another mesh or cannot be read.
         """
         try:
-            number = self._flights.latest_step()
+            number = self._flights.latest_step() if self._flights is not None else None
             if number is not None:
                 items = ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
                 found = self._flights.restore(number, args=items)
