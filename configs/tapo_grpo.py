@@ -65,6 +65,8 @@ def get_config(arg: str = "") -> ConfigDict:
         # The devices of the run as data × tensor while episodes are played: conversations are split over data, heads,
         # hidden units and vocabulary over tensor, and no weight is gathered. data -1: the rest; tensor 0: as in `mesh`.
         mesh=ConfigDict(dict(data=-1, tensor=0)),
+        carry=0,  # groups that may be unfinished when a rollout ends; they go on in the next step, under its weights
+        max_staleness=1,  # steps after the one in which it began, by which a carried group has to be finished
         tool_wait_s=float("inf"),  # how long a round waits for tools; finite: faster with slow tools, not repeatable
     ))  # fmt: skip
     c.tools = ConfigDict(dict(
@@ -142,7 +144,8 @@ def get_config(arg: str = "") -> ConfigDict:
         warm_up=True,  # compile all that a step runs before the first one
     ))  # fmt: skip
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
-    c.checkpoint = ConfigDict(dict(every=10, keep=2))
+    # every: steps; minutes: a further save whenever so many have passed, also within a rollout; 0: none.
+    c.checkpoint = ConfigDict(dict(every=10, minutes=0.0, keep=2))
     c.export = ConfigDict(dict(dtype=""))  # of the trained model's files: "float32", "bfloat16"; "": that of model.path
     c.log = ConfigDict(dict(
         episodes_every=20, tensorboard=True,

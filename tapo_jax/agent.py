@@ -5,7 +5,8 @@ It is built once from a config; training and evaluation share it.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from tapo_jax.rewards.judged import JudgedScore, Scored
 from tapo_jax.rewards.pool import ScorePool, ScoreStream
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits
-from tapo_jax.rollout.players import Players
-from tapo_jax.rollout.rounds import rollout, stream
+from tapo_jax.rollout.flight import Flight
+from tapo_jax.rollout.players import Players, Wish, nothing
+from tapo_jax.rollout.rounds import Stopped, play_groups, rollout, stream
 from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
+from tapo_jax.rollout.summary import summary
 from tapo_jax.tools.base import Tool, ToolRunner, stop
 from tapo_jax.types import Episode, Prompt
 
@@ -75,21 +78,63 @@ class Agent:
 
         keep_images: False releases the images of each episode when it has its rewards.
         """
-        score = self.score if keep_images else _forgetting(self.score)
-        pool, failure = ScorePool(score, self.score_workers), None
-        try:
+        with self._scoring(self.score if keep_images else _forgetting(self.score)) as pool:
             episodes, metrics = rollout(self.players, params, prompts, group_size, sampling, pool.submit)
             self.players.sampler.release()
-            try:
-                pool.wait(episodes)
-            except Exception as error:
-                failure = error
-        finally:
-            pool.close()
+            failure = _failure(pool.wait, episodes)
         processes.raise_together(failure)
+        return self._totalled(episodes), metrics | {"time/reward": pool.waited_s}
+
+    def play_on(
+        self, params: Any, flight: Flight, sampling: Sampling, save: Callable[[], None] | None = None
+    ) -> tuple[list[Episode], dict[str, float]]:
+        """Play what is in flight until enough groups are complete; return the episodes of the groups to train on.
+
+        save: called between two rounds in which what is in flight is to be saved.
+
+        Episodes are in prompt-major order, oldest first, and those that stay in flight are scored too. In a pod all
+        processes must call this together, and an error of the scoring in one of them is raised in all.
+        """
+        groups, began = flight.begin(sampling.step), time.perf_counter()
+        with self._scoring(self.score) as pool:
+            seconds = play_groups(
+                self.players,
+                params,
+                groups,
+                sampling,
+                until=flight.until,
+                counts=flight.counts,
+                on_episode=pool.submit,
+                save=save,
+            )
+            taken = flight.take()
+            episodes = [episode for group in taken for episode in group.episodes]
+            played = summary(episodes, tuple(self.players.runner.tools), time.perf_counter() - began)
+            self.players.sampler.release()
+            failure = _failure(pool.wait, [episode for episode in episodes if not episode.rewards] + flight.unscored())
+        processes.raise_together(failure)
+        metrics = seconds | played | {"time/reward": pool.waited_s}
+        if flight.carries:
+            metrics |= flight.metrics(taken, self.players.sampler.slots)
+        return self._totalled(episodes), metrics
+
+    @contextlib.contextmanager
+    def _scoring(self, score: "Scorer") -> Iterator[ScorePool]:
+        """Score on threads; a rollout that is stopped leaves neither them nor its tool calls to wait for."""
+        pool, patient = ScorePool(score, self.score_workers), True
+        try:
+            yield pool
+        except Stopped:
+            self.players.runner.abandon()
+            patient = False
+            raise
+        finally:
+            pool.close(wait=patient)
+
+    def _totalled(self, episodes: list[Episode]) -> list[Episode]:
         for episode in episodes:
             episode.reward = rewards.total(episode.rewards, self.weights)
-        return episodes, metrics | {"time/reward": pool.waited_s}
+        return episodes
 
     def stream(
         self,
@@ -124,6 +169,15 @@ class Agent:
 
 
 Scorer = Callable[[Episode], dict[str, float] | Scored]
+
+
+def _failure(function: Callable[..., None], *arguments: Any) -> Exception | None:
+    """Call a function; return what it raised."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        return error
+    return None
 
 
 def _forgetting(score: Scorer) -> Scorer:
@@ -175,12 +229,14 @@ def make_agent(
     at_end: contextlib.ExitStack | None = None,
     *,
     evaluating: bool = False,
+    wish: Callable[[], Wish] = nothing,
 ) -> Agent:
     """Make the agent of a config.
 
     mesh: that of training.
     at_end: gets what closes the tools and the judge when they are no longer needed; None: they are left open.
     evaluating: with the judge of evaluations.
+    wish: asked once a round of a rollout.
 
     Raises UserError for a directory without a usable tokenizer, a rollout.mesh that does not fit the devices or the
     model, slots that it does not divide, or a judge whose key is not set.
@@ -231,6 +287,7 @@ def make_agent(
         system=r.system,
         tool_wait_s=r.tool_wait_s,
         most_image_bytes=kept["image_bytes"],
+        wish=wish,
     )
     score, workers = _scorer(config, evaluating=evaluating)
     agent = Agent(players, score, dict(config.reward.weights), workers)

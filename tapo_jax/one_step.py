@@ -1,7 +1,7 @@
 """One step of training: prompts → episodes → advantages → updates → what is recorded of it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tapo_jax.learn.outcomes import CallEncoder, EncodedBatch
 from tapo_jax.learn.state import TrainState
 from tapo_jax.metrics import Clock, compile_count, reward_means, throughput
 from tapo_jax.programs import Programs
+from tapo_jax.rollout.flight import Flight
 from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.types import Episode, Prompt
 
@@ -40,15 +41,24 @@ class Run:
     """Parameters of the KL term's reference model; None without a KL term."""
     local: list[int]
     """Indices of this process's prompts within a step."""
+    flight: Flight
+    """The groups of this process that are not trained on yet."""
     clock: Clock
 
 
-def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) -> tuple[TrainState, dict[str, float]]:
-    """Run one step: prompts -> episodes -> advantages -> updates. The metrics are the same in every process."""
+def one_step(
+    run: Run, state: TrainState, step: int, save: Callable[[], None] | None = None
+) -> tuple[TrainState, dict[str, float]]:
+    """Run one step: prompts -> episodes -> advantages -> updates. The metrics are the same in every process.
+
+    save: called in a rollout whenever what is in flight is to be saved.
+
+    Raises rollout.rounds.Stopped in every process if the rollout is stopped; the state is not touched then.
+    """
     config, clock, compiled = run.config, run.clock, compile_count()
     with clock("step"):
         with clock("rollout"):
-            episodes, played = run.agent.play(state.params, prompts, config.rollout.group_size, sampling(run, step))
+            episodes, played = run.agent.play_on(state.params, run.flight, sampling(run, step), save)
         with clock("pack"):
             batch, encoded = jax.block_until_ready(to_device(run, episodes, step))
         with clock("tapo"):
@@ -76,7 +86,12 @@ def one_step(run: Run, state: TrainState, prompts: Sequence[Prompt], step: int) 
         train_vision=config.model.train_vision,
         lora=config.model.lora_rank > 0,
     )
-    return state, processes.mean_over(values) | jax.device_get(found) | train_step.over_updates(each)
+    oldest = values.get("rollout/staleness_max")
+    values = processes.mean_over(values)
+    if oldest is not None:
+        values["rollout/staleness_max"] = max(processes.gather(oldest))
+    values["data/skipped"] = sum(processes.gather(run.flight.skipped))
+    return state, values | jax.device_get(found) | train_step.over_updates(each)
 
 
 def sampling(run: Run, step: int) -> Sampling:

@@ -134,7 +134,7 @@ def alone_in(workdir: Path, *, lock: str = "train.lock", flag: str = "--workdir"
 
 
 class StopRequest:
-    """Catch SIGTERM (a preemption) and Ctrl-C within a `with` block, so that the loop can end after a whole step.
+    """Catch SIGTERM (a preemption) and Ctrl-C within a `with` block, so that the loop can end where nothing is lost.
 
     `requested` becomes True at the first signal; a second one has its previous effect. Outside of the main thread no
     signal is caught.

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tapo_jax import check, evaluate, processes, records, sharding, viewer
-from tapo_jax.agent import examiner, load_model, make_agent
+from tapo_jax.agent import Agent, examiner, load_model, make_agent
 from tapo_jax.config import UserError, flat, total_steps
 from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
@@ -31,6 +32,9 @@ from tapo_jax.models.shipped import model_directory
 from tapo_jax.one_step import Run, one_step, warm_up
 from tapo_jax.programs import adaptive_settings, keep_compiled, make_encoder, make_optimizer, make_programs
 from tapo_jax.report.curve import write_curve
+from tapo_jax.rollout.flight import Flight
+from tapo_jax.rollout.players import Wish
+from tapo_jax.rollout.rounds import Stopped
 from tapo_jax.tapo import adaptive
 from tapo_jax.types import Prompt
 
@@ -65,6 +69,112 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
     directory = model_directory(config.model.path, config.model.shape)
     keep_compiled(config.compilation_cache)
     # -------------------------------------------------------------------------------------- mesh
+    mesh = make_mesh(config)
+    # -------------------------------------------------------------------------------------- data
+    source = sources.prompts(config, config.data.split)
+    local = local_prompts(mesh, config)
+    prompts = Prompts(source, prompts_per_step=config.data.prompts_per_step, local=local, seed=config.seed)
+    total = total_steps(config.total_steps, config.total_epochs, len(source), config.data.prompts_per_step)
+    held_out = evaluate.split_prompts(config) if config.eval.at_start or config.eval.at_end or config.eval.every else []
+    # -------------------------------------------------------------------------------------- model
+    model, model_config = load_model(directory, config.model, mesh)
+    wishes = Wishes(config.checkpoint.minutes)
+    agent = make_agent(config, directory, model, sources.tools(config), mesh, at_end, wish=wishes.now)
+    graphdef, params = split_model(model)
+    # -------------------------------------------------------------------------------------- init or restore
+    optimizer, schedule = make_optimizer(config, total)
+    follow = adaptive_settings(config, list(agent.players.runner.tools))
+    thresholds = None if follow is None else adaptive.init(follow, config.tapo.theta)
+    state = init_state(params, logical_axes(model_config), optimizer, mesh, thresholds)
+    encoder = make_encoder(config, agent, params)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, mesh=mesh)
+    parts, flight = {"prompts": prompts, "witnesses": encoder}, make_flight(config, prompts, local, total)
+    state, resumed, line = restore(checkpoints, state, parts, flight, agent, config)
+    programs = make_programs(config, graphdef, optimizer, schedule, state, agent, mesh)
+    reference = load_reference(config, directory, mesh)
+    evaluator = examiner(agent, config)
+    at_end.callback(evaluator.close)
+    run = Run(config, workdir, mesh, agent, evaluator, programs, encoder, reference, local, flight, Clock())
+    written = resumed - 1 if line else resumed
+    writer = MetricWriter(workdir, total_steps=total, resumed_step=written, tensorboard=config.log.tensorboard)
+    write_config(config, workdir, resumed, writer)
+    if config.train.warm_up:
+        writer.say("compiling all that a step runs …")
+        state = warm_up(run, state)
+    # -------------------------------------------------------------------------------------- loop
+    step, stopped, silent = resumed or 0, False, 0
+    first = resumed is None and config.eval.at_start  # whether the evaluation before training is still to come
+
+    def save_middle() -> None:
+        data = positions(parts) | {"line": {name: float(value) for name, value in line.items()}}
+        checkpoints.save_flight(step, state, data=data, seed=config.seed, flight=flight.pack())
+        wishes.saved()
+
+    with wishes.stop:
+        try:
+            if first:
+                writer.write(0, evaluated(run, state, held_out))
+                first = False
+            while (step < total or line) and not stopped:
+                if not line:
+                    with profiling(step + 1, config.log.profile_steps, workdir / "profile"):
+                        state, line = one_step(run, state, step + 1, save_middle)
+                    step += 1
+                if (step == total and config.eval.at_end) or (config.eval.every and step % config.eval.every == 0):
+                    line |= evaluated(run, state, held_out)
+                writer.write(step, line)
+                raise_if_broken(line, step, config, workdir)
+                silent = 0 if line["rollout/written"] else silent + 1
+                raise_if_silent(silent, step, total, config)
+                line, wish = {}, wishes.agreed()
+                stopped = wish == Wish.STOP and step < total
+                if wish != Wish.NOTHING or step == total or step % config.checkpoint.every == 0:
+                    left = flight.pack() if flight.groups else None
+                    checkpoints.save(step, state, data=positions(parts), seed=config.seed, flight=left)
+                    wishes.saved()
+        except Stopped:  # within a rollout: that of step + 1, or that of an evaluation
+            stopped = True
+            if not first:
+                save_middle()
+        checkpoints.close()
+    # -------------------------------------------------------------------------------------- what a run leaves
+    if stopped:
+        writer.say(f"stopped after step {step}; the same command goes on from there")
+    else:
+        leave_results(run, nnx.merge(graphdef, state.params), directory, writer)
+    writer.close()
+
+
+class Wishes:
+    """What the user and the clock want besides training on: to stop, or to save.
+
+    minutes: between two saves; 0 means that the clock wants none.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.stop = processes.StopRequest()
+        self._seconds, self._last = 60 * minutes, time.monotonic()
+
+    def now(self) -> Wish:
+        """Return what this process wants."""
+        if self.stop.requested:
+            return Wish.STOP
+        late = self._seconds and jax.process_index() == 0 and time.monotonic() - self._last >= self._seconds
+        return Wish.SAVE if late else Wish.NOTHING
+
+    def agreed(self) -> Wish:
+        """Return what any process wants. Every process must call this."""
+        return Wish(*processes.largest(self.now()))
+
+    def saved(self) -> None:
+        self._last = time.monotonic()
+
+
+# -------------------------------------------------------------------------------------------- parts of a run
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """Return the mesh of a run. Raises UserError if it does not divide the batch."""
     mesh = sharding.make_mesh(**config.mesh)
     check.check_rows(
         prompts=config.data.prompts_per_step,
@@ -74,65 +184,7 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
         updates=config.train.updates_per_batch,
         micro_batches=config.train.micro_batches,
     )
-    # -------------------------------------------------------------------------------------- data
-    source = sources.prompts(config, config.data.split)
-    local = local_prompts(mesh, config)
-    prompts = Prompts(source, prompts_per_step=config.data.prompts_per_step, local=local, seed=config.seed)
-    total = total_steps(config.total_steps, config.total_epochs, len(source), config.data.prompts_per_step)
-    held_out = evaluate.split_prompts(config) if config.eval.at_start or config.eval.at_end or config.eval.every else []
-    # -------------------------------------------------------------------------------------- model
-    model, model_config = load_model(directory, config.model, mesh)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh, at_end)
-    evaluator = examiner(agent, config)
-    at_end.callback(evaluator.close)
-    graphdef, params = split_model(model)
-    # -------------------------------------------------------------------------------------- init or restore
-    optimizer, schedule = make_optimizer(config, total)
-    follow = adaptive_settings(config, list(agent.players.runner.tools))
-    thresholds = None if follow is None else adaptive.init(follow, config.tapo.theta)
-    state = init_state(params, logical_axes(model_config), optimizer, mesh, thresholds)
-    encoder = make_encoder(config, agent, params)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    parts = {"prompts": prompts, "witnesses": encoder}
-    state, resumed = restore(checkpoints, state, parts, config)
-    programs = make_programs(config, graphdef, optimizer, schedule, state, agent, mesh)
-    reference = load_reference(config, directory, mesh)
-    run = Run(config, workdir, mesh, agent, evaluator, programs, encoder, reference, local, Clock())
-    writer = MetricWriter(workdir, total_steps=total, resumed_step=resumed, tensorboard=config.log.tensorboard)
-    write_config(config, workdir, resumed, writer)
-    if config.train.warm_up:
-        writer.say("compiling all that a step runs …")
-        state = warm_up(run, state)
-    # -------------------------------------------------------------------------------------- evaluate at start
-    if resumed is None and config.eval.at_start:
-        writer.write(0, evaluated(run, state, held_out))
-    # -------------------------------------------------------------------------------------- loop
-    step, stopping, silent = resumed or 0, False, 0
-    with processes.StopRequest() as stop:
-        while step < total and not stopping:
-            step += 1
-            with profiling(step, config.log.profile_steps, workdir / "profile"):
-                state, metrics = one_step(run, state, next(prompts), step)
-            metrics["data/skipped"] = sum(processes.gather(prompts.skipped))
-            if (step == total and config.eval.at_end) or (config.eval.every and step % config.eval.every == 0):
-                metrics |= evaluated(run, state, held_out)
-            writer.write(step, metrics)
-            raise_if_broken(metrics, step, config, workdir)
-            silent = 0 if metrics["rollout/written"] else silent + 1
-            raise_if_silent(silent, step, total, config)
-            stopping = step == total or processes.any_of(stop.requested)
-            if stopping or step % config.checkpoint.every == 0:
-                checkpoints.save(step, state, data=positions(parts), seed=config.seed)
-        checkpoints.close()
-    # -------------------------------------------------------------------------------------- what a run leaves
-    if step < total:
-        writer.say(f"stopped after step {step}; the same command goes on from there")
-    else:
-        leave_results(run, nnx.merge(graphdef, state.params), directory, writer)
-    writer.close()
-
-
-# -------------------------------------------------------------------------------------------- parts of a run
+    return mesh
 
 
 def local_prompts(mesh: Mesh, config: ConfigDict) -> list[int]:
@@ -151,29 +203,63 @@ def local_prompts(mesh: Mesh, config: ConfigDict) -> list[int]:
     return prompts
 
 
+def make_flight(config: ConfigDict, prompts: Prompts, local: Sequence[int], total: int) -> Flight:
+    """Return the groups in flight of a run that begins. Raises UserError if the processes do not divide the carry."""
+    r, count = config.rollout, jax.process_count()
+    if r.carry % count:
+        raise UserError(f"rollout.carry is {r.carry} and there are {count} processes: choose a multiple.")
+    return Flight(
+        prompts,
+        local=local,
+        batch=config.data.prompts_per_step,
+        group_size=r.group_size,
+        carry=r.carry // count,
+        max_staleness=r.max_staleness,
+        total=total,
+    )
+
+
 def positions(parts: dict[str, Any]) -> dict[str, Any]:
     """Return the state that a checkpoint keeps of the host-side parts of a run; each has get_state and set_state."""
     return {name: part.get_state() for name, part in parts.items()}
 
 
 def restore(
-    checkpoints: Checkpoints, state: TrainState, parts: dict[str, Any], config: ConfigDict
-) -> tuple[TrainState, int | None]:
-    """Return the newest checkpoint's state and step and set the parts to its positions; (state, None) if none exists.
+    checkpoints: Checkpoints,
+    state: TrainState,
+    parts: dict[str, Any],
+    flight: Flight,
+    agent: Agent,
+    config: ConfigDict,
+) -> tuple[TrainState, int | None, dict[str, float]]:
+    """Return the newest checkpoint's state and step, and set the parts and the flight; (state, None, {}) if none.
+
+    The third value is the metrics of that step if the run was stopped in its evaluation, which is then still to come.
 
     Raises UserError if the checkpoint was saved with another seed.
     """
     latest = checkpoints.latest()
     if latest is None:
-        return state, None
+        return state, None, {}
     state, data, saved = checkpoints.restore(latest, state)
     if saved["seed"] != config.seed:
         raise UserError(
             f"seed is {config.seed} but the run in this --workdir began with {saved['seed']}: give another --workdir."
         )
+    in_flight, newer = checkpoints.restore_flight(saved)
+    data = data if newer is None else newer
     for name, part in parts.items():
         part.set_state(data[name])
-    return state, latest
+    flight.skip_to(latest)
+    if in_flight is not None:
+        try:
+            flight.unpack(in_flight, agent.players.reopen)
+        except ValueError as error:
+            raise UserError(
+                f"The run in this --workdir cannot go on from step {latest} ({error}): use the config and data that "
+                "it began with, or give another --workdir."
+            ) from error
+    return state, latest, data.get("line", {})
 
 
 def load_reference(config: ConfigDict, directory: Path, mesh: Mesh) -> Any:

@@ -196,6 +196,8 @@ class Episode:
     """
     word: str = ""
     """What the judge said, "" where it was not asked."""
+    policy_T: np.ndarray | None = None
+    """int32, the step of training whose weights drew the token, or read it for the first time; None: not known."""
 
     @property
     def success(self) -> bool:

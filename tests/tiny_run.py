@@ -1,10 +1,15 @@
 """Whole training runs in seconds: `train` on the model, tools and readings of `rollout_world`. Also a program, for runs
 that are killed or have several processes:
 
-    python tests/tiny_run.py WORKDIR MODEL_DIRECTORY [name=CONFIG_FILE] [field=number …]
+    python tests/tiny_run.py WORKDIR MODEL_DIRECTORY [name=CONFIG_FILE] [signal=NUMBER round=NUMBER] [field=number …]
+
+signal, round: what the process sends itself at the beginning of its n-th round of rollouts; 0: of its first evaluation.
 """
 
+import ast
+import itertools
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -78,7 +83,25 @@ def main(argv: list[str]) -> None:
     patch(setattr)
     fields = dict(item.split("=") for item in argv[3:])
     name = fields.pop("name", "tapo_grpo.py")
-    train(config(Path(argv[2]), name, **{field: int(value) for field, value in fields.items()}), argv[1])
+    if "signal" in fields:
+        send_in_round(int(fields.pop("signal")), int(fields.pop("round")))
+    values = {field: ast.literal_eval(value) for field, value in fields.items()}
+    train(config(Path(argv[2]), name, **values), argv[1])
+
+
+def send_in_round(number: int, at: int) -> None:
+    """Send this process a signal when it begins its `at`-th round of rollouts; 0: its first round of an evaluation."""
+    from tapo_jax.rollout.board import Board
+
+    needs, rounds = Board.needs, itertools.count(1)
+
+    def counted(board: Board):
+        evaluates = len(board.groups[0].seats) == 1
+        if (evaluates and at == 0) or (not evaluates and next(rounds) == at):
+            os.kill(os.getpid(), number)
+        return needs(board)
+
+    Board.needs = counted
 
 
 if __name__ == "__main__":

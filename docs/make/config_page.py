@@ -150,6 +150,7 @@ MEANINGS = {
     "mesh.fsdp": "ways that parameters, optimizer state and batch are split",
     "mesh.tensor": "ways that heads, hidden units and vocabulary are split",
     "checkpoint.every": "steps between two checkpoints; the last step always gets one",
+    "checkpoint.minutes": "minutes after which a further one is saved, also in the middle of a rollout; 0: none",
     "checkpoint.keep": "checkpoints that are kept",
     "log.episodes_every": "steps between two recordings of all episodes; the first step is always recorded",
     "log.tensorboard": "write TensorBoard files next to metrics.jsonl",

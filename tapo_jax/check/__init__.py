@@ -32,6 +32,11 @@ def check(config: ConfigDict) -> None:
             f"tools.parallel_calls {config.tools.parallel_calls}: set tapo.max_tool_steps to at least the product of "
             "the other two, so that every tool step has a slot."
         )
+    if rollout.carry > config.data.prompts_per_step:
+        raise UserError(
+            f"rollout.carry is {rollout.carry} and data.prompts_per_step {config.data.prompts_per_step}: carry at most "
+            "as many groups as a step trains on."
+        )
     if config.algorithm.overlong_buffer > rollout.max_length:
         raise UserError(
             f"algorithm.overlong_buffer is {config.algorithm.overlong_buffer} and rollout.max_length is "

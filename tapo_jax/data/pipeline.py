@@ -25,7 +25,8 @@ class Prompts:
     """An endless iterator: `next` returns this process's prompts of the next step, with decoded images.
 
     Every epoch has a different order. The attribute `skipped` counts the rows that could not be shown in the last
-    `next` of this process; each is named once on stderr.
+    `next` of this process; each is named once on stderr. `rows` has the index of each prompt that `next` returned, for
+    `read`.
 
     source: random access to all prompts of a split.
     prompts_per_step: over all processes.
@@ -40,6 +41,7 @@ class Prompts:
             raise UserError("The training split has no prompts: choose another data.split or data.dir.")
         self._source, self._local = source, local
         self.skipped = 0
+        self.rows: list[int] = []
         self._named: set[int] = set()
         order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(prompts_per_step)
         self._order = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))
@@ -47,9 +49,10 @@ class Prompts:
     def __next__(self) -> list[Prompt]:
         index_P = next(self._order)
         self.skipped = 0
-        return [self._read(int(index_P[p])) for p in self._local]
+        self.rows = [int(index_P[p]) for p in self._local]
+        return [self.read(row) for row in self.rows]
 
-    def _read(self, index: int) -> Prompt:
+    def read(self, index: int) -> Prompt:
         """Return the prompt of a row, or of the first row after it that can be shown."""
         for tried in range(min(MOST_IN_A_ROW, len(self._source))):
             at = (index + tried) % len(self._source)

@@ -2,13 +2,17 @@
 
 A checkpoint after step n (`WORKDIR/checkpoints/n/`) has `state`, the TrainState with its layout over the mesh; `data`,
 the host's state (position of the data iterator, memory of witnesses); `run`, the step, the seed and a fingerprint
-of the state. There is no generator state: all random numbers are folded from (seed, step, prompt, sample, turn).
+of the state; `flight`, the conversations that are in flight then, if there are any. There is no generator state: all
+random numbers are folded from (seed, step, prompt, sample, turn).
+
+What is in flight in the middle of the rollout of step n + 1 is saved next to checkpoint n, without the state, which has
+not changed: `WORKDIR/in_flight/`, of which only the newest is kept.
 
 The order of resuming, which `train.py` follows:
 1. build mesh, model and optimizer from the config, so that shapes and layouts are known;
 2. find the newest complete checkpoint (a folder that a kill left half-written has a temporary name and is removed);
 3. restore the state into the layout and compare its fingerprint;
-4. restore the data iterator and the memory of witnesses;
+4. restore the data iterator, the memory of witnesses, and what is in flight;
 5. cut metrics.jsonl after step n;
 6. continue with step n + 1, whose keys are folded from n + 1.
 So a run that was killed after any step and resumed writes what the uninterrupted run would have written.
@@ -27,8 +31,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
+from tapo_jax import sharding
 from tapo_jax.config import UserError
+from tapo_jax.learn import blobs
 from tapo_jax.learn.state import TrainState
 
 
@@ -65,35 +72,68 @@ _raised_later = _RaisedLater()
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process makes one and calls every method."""
+    """The checkpoints of one run. Every process makes one and calls every method.
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
-        self.directory = directory.absolute()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+    directory: of the checkpoints; the folder `in_flight` is next to it.
+    keep: number of checkpoints that are kept.
+    mesh: that of the state, for what is in flight.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, mesh: Mesh | None = None) -> None:
+        self.directory, self._mesh = directory.absolute(), mesh
+        self._manager = _manager(self.directory, keep)
+        self._flights = self._open_flights() if self._folder.exists() else None
         logging.getLogger("absl").addFilter(_raised_later)  # once, however often
+
+    @property
+    def _folder(self) -> Path:
+        return self.directory.parent / "in_flight"
+
+    def _open_flights(self) -> Any:
+        return _manager(self._folder, 1)
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, None in a fresh folder."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, *, data: dict[str, Any], seed: int) -> None:
+    def save(
+        self, step: int, state: TrainState, *, data: dict[str, Any], seed: int, flight: bytes | None = None
+    ) -> None:
         """Start writing; the state may be donated as soon as this returns. Raises UserError if it cannot be written.
 
-        A fingerprint of only the parameters is saved too, for programs that read nothing else.
+        A fingerprint of only the parameters is saved too, for programs that read nothing else. Does nothing if the step
+        is saved already.
         """
+        if step in self._manager.all_steps():
+            return
         state_mark, params_mark = jax.device_get((fingerprint(state), fingerprint(state.params)))
         run = {"step": step, "seed": seed, "fingerprint": int(state_mark), "params_fingerprint": int(params_mark)}
+        self._write(self._manager, step, run, data, flight, state=ocp.args.StandardSave(state))
+
+    def save_flight(self, step: int, state: TrainState, *, data: dict[str, Any], seed: int, flight: bytes) -> None:
+        """Start writing what is in flight in the middle of the rollout after `step`, and the state if it is not saved.
+
+        Raises UserError if it cannot be written.
+        """
+        if step not in self._manager.all_steps():
+            self.save(step, state, data=data, seed=seed, flight=flight)
+            return
+        run = {"step": step, "seed": seed, "params_fingerprint": int(jax.device_get(fingerprint(state.params)))}
+        self._flights = self._flights or self._open_flights()
+        self._write(self._flights, (self._flights.latest_step() or 0) + 1, run, data, flight)
+
+    def _write(
+        self, manager: Any, number: int, run: dict[str, Any], data: dict[str, Any], flight: bytes | None, **items: Any
+    ) -> None:
         run["data_check"] = _check(data)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), run=ocp.args.JsonSave(run)
-        )
+        if flight is not None:
+            array = blobs.put_bytes(flight, self._mesh)
+            run["flight"] = list(array.shape)
+            items["flight"] = ocp.args.StandardSave({"bytes": array})
+        items |= {"data": ocp.args.JsonSave(data), "run": ocp.args.JsonSave(run)}
         try:
             with _no_late_futures():
-                self._manager.save(step, args=items, force=True)
+                manager.save(number, args=ocp.args.Composite(**items), force=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(error) from error
 
@@ -101,10 +141,15 @@ class Checkpoints:
         """Wait until everything saved is on the disk. Raises UserError if it could not be written."""
         try:
             with _no_late_futures():
-                self._manager.wait_until_finished()
-                self._manager.check_for_errors()
+                for manager in self._managers:
+                    manager.wait_until_finished()
+                    manager.check_for_errors()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(error) from error
+
+    @property
+    def _managers(self) -> list[Any]:
+        return [self._manager] if self._flights is None else [self._manager, self._flights]
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
         """Return (state, data, run) of a step.
@@ -129,9 +174,45 @@ class Checkpoints:
             raise self._unreadable(step, problem)
         return state, data, run
 
+    def restore_flight(self, run: dict[str, Any]) -> tuple[bytes | None, dict[str, Any] | None]:
+        """Return the newest of what this process had in flight after the step of `run`, and the data of then.
+
+        The data are None if they are those of the checkpoint, and the bytes if nothing was in flight. Raises UserError
+        if it was saved from another mesh or cannot be read.
+        """
+        try:
+            number = self._flights.latest_step() if self._flights is not None else None
+            if number is not None:
+                items = ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
+                found = self._flights.restore(number, args=items)
+                same = all(found["run"][name] == run[name] for name in ("step", "seed", "params_fingerprint"))
+                if same and _check(found["data"]) == found["run"]["data_check"]:
+                    return self._flight(self._flights, number, found["run"]), found["data"]
+                self._flights.delete(number)  # of a rollout that has ended, or of another run
+            return self._flight(self._manager, run["step"], run), None
+        except Exception as error:  # orbax and its readers raise many kinds for a damaged file
+            problem = _first_line(error)
+        _forget_failed_reads()
+        raise self._unreadable(run["step"], problem)
+
+    def _flight(self, manager: Any, number: int, run: dict[str, Any]) -> bytes | None:
+        """Return what this process had in flight. Raises ValueError if it was saved from another mesh."""
+        if "flight" not in run or self._mesh is None:
+            return None
+        shards = sharding.batch_shards(self._mesh)
+        if run["flight"][0] != shards:
+            raise ValueError(
+                f"what is in flight was split {run['flight'][0]} ways by the mesh (mesh.data × mesh.fsdp), and is now "
+                f"split {shards} ways"
+            )
+        like = {"bytes": blobs.abstract(tuple(run["flight"]), self._mesh)}
+        found = manager.restore(number, args=ocp.args.Composite(flight=ocp.args.StandardRestore(like)))
+        return blobs.take_bytes(found["flight"]["bytes"])
+
     def close(self) -> None:
         self.wait()
-        self._manager.close()
+        for manager in self._managers:
+            manager.close()
 
     def _unreadable(self, step: int, reason: str) -> UserError:
         older = [other for other in self._manager.all_steps() if other < step]
@@ -146,6 +227,14 @@ class Checkpoints:
             f"The checkpoint in {self.directory} could not be written ({_first_line(error)}): "
             "make room on the disk and run the same command again; older checkpoints are intact."
         )
+
+
+def _manager(directory: Path, keep: int) -> Any:
+    directory.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+    )
+    return ocp.CheckpointManager(directory, options=options)
 
 
 def read_params(checkpoint: Path, like: Any) -> Any:

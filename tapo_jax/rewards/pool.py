@@ -1,6 +1,7 @@
 """Score episodes on threads: each one when it ends, while others still play."""
 
 import concurrent.futures
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,13 +28,28 @@ class ScorePool:
 
     def __init__(self, score: Callable[[Episode], Rewards], workers: int):
         self._score = score
-        self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="score")
+        self._tasks: queue.SimpleQueue[tuple[concurrent.futures.Future[Rewards], Episode] | None] = queue.SimpleQueue()
+        # Daemons: a judge that does not reply must not delay the exit of a run that is stopped.
+        self._threads = [threading.Thread(target=self._work, name="score", daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
         self._waiting: dict[int, tuple[Episode, concurrent.futures.Future[Rewards]]] = {}
         self.waited_s = 0.0
 
     def submit(self, episode: Episode) -> None:
         """Start scoring an episode that has ended."""
-        self._waiting[id(episode)] = episode, self._threads.submit(self._score, episode)
+        future: concurrent.futures.Future[Rewards] = concurrent.futures.Future()
+        self._waiting[id(episode)] = episode, future
+        self._tasks.put((future, episode))
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, episode = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._score(episode))
+                except BaseException as error:
+                    future.set_exception(error)
 
     def wait(self, episodes: Sequence[Episode]) -> None:
         """Set the rewards of all episodes, including those never submitted.
@@ -54,8 +70,14 @@ class ScorePool:
             self._waiting.clear()
             self.waited_s = time.perf_counter() - began
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+    def close(self, *, wait: bool = True) -> None:
+        """Cancel what has not begun, and end the threads. wait: until what has begun has ended."""
+        for _, future in self._waiting.values():
+            future.cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads if wait else ():
+            thread.join()
 
 
 class ScoreStream:

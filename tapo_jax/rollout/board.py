@@ -1,5 +1,6 @@
 """Host state of one rollout: which episode plays in which slot, what every slot needs next, what has finished."""
 
+import collections
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,10 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tapo_jax.models.inputs import Row, make_row
-from tapo_jax.rollout.episode import Conversation, Opening, open_prompt
+from tapo_jax.rollout.episode import Conversation, Opening
+from tapo_jax.rollout.groups import Group
 from tapo_jax.rollout.players import Players
-from tapo_jax.rollout.schedule import Draw, Extension, Needs, Sampling
-from tapo_jax.tools.sessions import new_episode
+from tapo_jax.rollout.schedule import Draw, Extension, Needs
 from tapo_jax.types import Episode, Prompt
 
 
@@ -19,10 +20,8 @@ class Player:
     """A conversation in its slot."""
 
     conversation: Conversation
-    episode: int
-    """Index of the episode in the order in which they start."""
     prompt: int
-    """Index into this process's prompts."""
+    """Index into `Board.groups`."""
     sent: int = 0
     """Number of its tokens that are in the cache."""
     sent_images: int = 0
@@ -35,13 +34,13 @@ class Player:
     """Position after the last token of `row`."""
     futures: tuple[concurrent.futures.Future, ...] = ()
     """The tool calls that it waits for: those of its last message."""
-    id: str = dataclasses.field(default_factory=new_episode)
-    """The episode, as stateful tools know it."""
 
     @property
     def starts(self) -> bool:
-        """Return whether its prompt still waits to be added to the cache."""
-        return self.row is not None and not self.sent
+        """Return whether its prompt, and nothing more, still waits to be added to the cache."""
+        return (
+            self.row is not None and not self.sent and not self.conversation.turns and not self.conversation.turn_tokens
+        )
 
 
 @dataclasses.dataclass
@@ -53,28 +52,46 @@ class Slot:
 
 
 class Board:
-    """Host state of one rollout: who plays in which slot. Episodes that have ended are passed on and not kept.
+    """Host state of one rollout: who plays in which slot. What is played is in the groups.
 
     players: the sampler, tools and limits of the run.
-    prompts: the prompts of this process.
-    starts: (index of the prompt, sample) of each episode, in the order in which they start.
-    sampling: the numbers of the prompts in the random keys.
-    on_episode: called with the index in `starts` of every episode, and the episode, when it ends.
+    groups: what this process plays. Conversations that are under way go on, and come before what has not begun.
+    step: the step of training whose weights play.
+    on_episode: called with the index of the group, and the episode, when it ends.
+    starts: (group, sample) of what has not begun, in the order in which it begins; None: all of it, in order. Samples
+        of one group that follow each other share the computation of its prompt.
+
+    The groups hold whatever is played: at the end of any round they are all that is needed to play on.
     """
 
     def __init__(
         self,
         players: Players,
-        prompts: Sequence[Prompt],
-        starts: Sequence[tuple[int, int]],
-        sampling: Sampling,
-        on_episode: Callable[[int, Episode], None],
+        groups: Sequence[Group],
+        step: int = 0,
+        on_episode: Callable[[int, Episode], None] | None = None,
+        starts: Sequence[tuple[int, int]] | None = None,
     ):
-        self._with, self._prompts, self._starts, self._on_episode = players, prompts, starts, on_episode
-        self._keys = sampling.prompt_keys or range(sampling.first_prompt, sampling.first_prompt + len(prompts))
-        self._next = 0
+        self._on_episode = on_episode
+        self._with, self.groups, self._step = players, groups, step
+        self._recomputed = 0
+        places = [(g, sample) for g, group in enumerate(groups) for sample in range(len(group.seats))]
+        begun = [(g, sample) for g, sample in places if isinstance(groups[g].seats[sample], Conversation)]
+        fresh = starts or [(g, sample) for g, sample in places if groups[g].seats[sample] is None]
+        self._queue = collections.deque([*begun, *fresh])
         self._opened: tuple[int, Opening, Row | None, int] | None = None  # the newest prompt that was opened
         self._slots = [Slot() for _ in range(players.sampler.slots)]
+
+    def _finish(self, prompt: int, conversation: Conversation) -> None:
+        """Keep an episode that has ended and report it to `on_episode`."""
+        episode = self.groups[prompt].seats[conversation.sample] = conversation.episode()
+        if self._on_episode is not None:
+            self._on_episode(prompt, episode)
+
+    def take_recomputed(self) -> int:
+        """Return the tokens of conversations of earlier steps that have got a slot since the last call."""
+        taken, self._recomputed = self._recomputed, 0
+        return taken
 
     @property
     def playing(self) -> bool:
@@ -85,9 +102,13 @@ class Board:
     def fill_slots(self) -> None:
         """Give every free slot the next episode, as long as the images in play leave room for more."""
         for slot in self._slots:
-            while slot.player is None and self._next < len(self._starts) and self._has_room():
-                slot.player = self._start(self._next)
-                self._next += 1
+            while slot.player is None and self._queue and self._has_room():
+                prompt, sample = self._queue.popleft()
+                seat = self.groups[prompt].seats[sample]
+                if isinstance(seat, Conversation):
+                    slot.player, slot.held = self._go_on(prompt, seat), None
+                else:
+                    slot.player = self._start(prompt, sample)
 
     def _has_room(self) -> bool:
         most = self._with.most_image_bytes
@@ -97,29 +118,41 @@ class Board:
         held = {id(image): image.pixels.nbytes for conversation in playing for image in conversation.images}
         return not held or sum(held.values()) < most
 
-    def _start(self, index: int) -> Player | None:
+    def _go_on(self, prompt: int, conversation: Conversation) -> Player:
+        """Return the player of a conversation that is under way and in no cache."""
+        player, group = Player(conversation, prompt), self.groups[prompt]
+        self._recomputed += len(conversation.token) if conversation.policy != self._step else 0
+        conversation.policy = self._step
+        if conversation.waits:
+            player.futures = group.calls.get(conversation.sample) or self._submit(group, conversation)
+        else:
+            self._queue_tokens(player)
+        return player
+
+    def _submit(self, group: Group, conversation: Conversation) -> tuple[concurrent.futures.Future, ...]:
+        """Submit the calls of the message that has just ended."""
+        prompt, images = conversation.opening.prompt, conversation.images
+        futures = tuple(self._with.runner.submit_turn(conversation.pending, images, prompt, conversation.id))
+        group.calls[conversation.sample] = futures
+        return futures
+
+    def _start(self, prompt: int, sample: int) -> Player | None:
         """Return the player of an episode, or None if the episode is over at once."""
-        prompt, sample = self._starts[index]
+        group = self.groups[prompt]
         if self._opened is None or self._opened[0] != prompt:
-            self._opened = prompt, *self._open(self._prompts[prompt])
+            self._opened = prompt, *self._open(group.prompt)
         _, opening, row, row_end = self._opened
-        conversation = Conversation(
-            opening, sample, limits=self._with.limits, chat=self._with.chat, image_tokens=self._with.pixels.tokens
-        )
+        conversation = self._with.converse(opening, sample, self._step)
+        group.seats[sample] = conversation
+        group.begun = self._step if group.begun is None else group.begun
         if conversation.finish is not None:
-            self._on_episode(index, conversation.episode())
+            self._finish(prompt, conversation)
             return None
-        return Player(conversation, index, prompt, row=row, row_end=row_end)
+        return Player(conversation, prompt, row=row, row_end=row_end)
 
     def _open(self, prompt: Prompt) -> tuple[Opening, Row | None, int]:
         """Return a prompt as the policy sees it, its row and the position after the row; no row if it is too long."""
-        opening = open_prompt(
-            prompt,
-            chat=self._with.chat,
-            image_tokens=self._with.pixels.tokens,
-            tools=self._with.runner.schemas,
-            system=self._with.system,
-        )
+        opening = self._with.open(prompt)
         if len(opening.token_T) >= self._with.limits.max_length:
             return opening, None, 0
         return opening, *make_row(opening.token_T, opening.images, self._with.sampler.config, self._with.pixels)
@@ -164,7 +197,7 @@ class Board:
             position=player.row_end if player.row else player.position,
             allowance=conversation.allowance,
             drawn=conversation.turn_tokens,
-            prompt=self._keys[player.prompt],
+            prompt=self.groups[player.prompt].key,
             sample=conversation.sample,
             turn=len(conversation.turns),
         )
@@ -177,8 +210,8 @@ class Board:
         for number in [extension.slot for extension in needs.extensions] + [target for _, target in needs.copies]:
             slot = self._slots[number]
             player = slot.player
-            if not player.sent:
-                slot.held = player.prompt
+            if not player.sent:  # the cache of a conversation that goes on begins with no prompt that can be copied
+                slot.held = player.prompt if player.starts else None
             player.sent += len(player.row.token_T)
             player.sent_images = len(player.conversation.images)
             player.position, player.row = player.row_end, None
@@ -195,6 +228,7 @@ class Board:
             if may_take and player and player.futures and all(future.done() for future in player.futures):
                 results = [future.result() for future in player.futures]
                 player.futures = ()
+                self.groups[player.prompt].calls.pop(player.conversation.sample, None)
                 player.conversation.add_results(results)
                 self._after_turn(slot)
 
@@ -212,9 +246,8 @@ class Board:
             player.sent += cached
             player.position += cached
             if ended:
-                if calls := conversation.end_turns():
-                    prompt = conversation.opening.prompt
-                    player.futures = tuple(self._with.runner.submit_turn(calls, conversation.images, prompt, player.id))
+                if conversation.end_turns():
+                    player.futures = self._submit(self.groups[player.prompt], conversation)
                 else:
                     self._after_turn(slot)
             elif paused:
@@ -224,17 +257,22 @@ class Board:
         """End the episodes that still play, after an error: their tools are closed."""
         for slot in self._slots:
             if slot.player is not None:
-                self._with.runner.end(slot.player.id)
+                self._with.runner.end(slot.player.conversation.id)
 
     def _after_turn(self, slot: Slot) -> None:
-        """Pass on an episode that is over; otherwise queue its new tokens for the next round."""
+        """Keep an episode that is over; otherwise queue its new tokens for the next round."""
         player = slot.player
         conversation = player.conversation
         if conversation.finish is not None:
-            self._with.runner.end(player.id)
+            self._with.runner.end(conversation.id)
+            self._finish(player.prompt, conversation)
             slot.player = None
-            self._on_episode(player.episode, conversation.episode())
-            return
+        else:
+            self._queue_tokens(player)
+
+    def _queue_tokens(self, player: Player) -> None:
+        """Queue the tokens of a conversation that are not in the cache."""
+        conversation = player.conversation
         token_T = np.array(conversation.token[player.sent :], np.int32)
         images = conversation.images[player.sent_images :]
         sampler, pixels = self._with.sampler, self._with.pixels

@@ -7,6 +7,7 @@ on the policy's output.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from tapo_jax.rollout.chat import Chat, parse_turn
 from tapo_jax.rollout.cut import cut_result
 from tapo_jax.rollout.spans import split
 from tapo_jax.rollout.turns import WrittenCall
+from tapo_jax.tools.sessions import new_episode
 from tapo_jax.types import Episode, Image, Prompt, ToolCall, ToolResult, Turn, root_image
 
 
@@ -69,11 +71,19 @@ class Conversation:
 
     image_tokens: returns the number of placeholders of an image.
 
-    The attribute `finish` is None until the episode has ended.
+    The attribute `finish` is None until the episode has ended. `policy` is the step of training whose weights draw the
+    tokens that are added next.
     """
 
     def __init__(
-        self, opening: Opening, sample: int, *, limits: Limits, chat: Chat, image_tokens: Callable[[Image], int]
+        self,
+        opening: Opening,
+        sample: int,
+        *,
+        limits: Limits,
+        chat: Chat,
+        image_tokens: Callable[[Image], int],
+        policy: int = 0,
     ):
         self.opening = opening
         self.sample = sample
@@ -84,10 +94,14 @@ class Conversation:
         self.turns: list[Turn] = []
         self.answer: str | None = None
         self.finish: str | None = None
+        self.policy = policy
+        self.id = new_episode()
+        """The episode, as stateful tools know it."""
         self._chat = chat
         self._image_tokens = image_tokens
         self._mask: list[bool] = []
         self._logp: list[float] = []
+        self._policy: list[int] = []
         self._turn_start = 0
         self._forced: tuple[int, int] | None = None  # tokens of the open turn that closed its thought
         self._thought_over = True  # no need to watch the thought of the open turn
@@ -118,6 +132,16 @@ class Conversation:
     def _left(self) -> int:
         return min(self.limits.max_new_tokens - self.turn_tokens, self.limits.max_length - len(self.token))
 
+    @property
+    def waits(self) -> bool:
+        """Return whether the last message has calls whose results are still to come."""
+        return self.finish is None and bool(self._answers)
+
+    @property
+    def pending(self) -> list[ToolCall]:
+        """Return the calls of the last message whose results are still to come."""
+        return [turn.call for turn, wrong in self._answers if wrong is None]
+
     def add_sampled(self, token_N: Sequence[int], logp_N: Sequence[float]) -> None:
         """Add tokens that the sampler drew for the open turn, including the stop token, with their log-probabilities.
 
@@ -127,6 +151,7 @@ class Conversation:
         self.token.extend(int(token) for token in token_N)
         self._logp.extend(float(logp) for logp in logp_N)
         self._mask.extend([True] * len(token_N))
+        self._policy.extend([self.policy] * len(token_N))
         if not self._thought_over:
             self._watch_thought(len(token_N))
 
@@ -267,6 +292,37 @@ class Conversation:
         self.token.extend(tokens)
         self._mask.extend([False] * len(tokens))
         self._logp.extend([0.0] * len(tokens))
+        self._policy.extend([self.policy] * len(tokens))
+
+    def get_state(self) -> dict[str, Any]:
+        """Return what `set_state` needs besides images and turns: plain values, and lists of tokens."""
+        return {
+            "token": self.token,
+            "mask": self._mask,
+            "logp": self._logp,
+            "policy": self._policy,
+            "now": self.policy,
+            "turn_start": self._turn_start,
+            "forced": self._forced,
+            "thought_over": self._thought_over,
+            "image_count": self._image_count,
+            "answers": [wrong if wrong is None else wrong.text for _, wrong in self._answers],
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where `get_state` was called on a conversation of the same opening and sample.
+
+        state: its result, with "turns", "image_start" and "images", the images after those of the question.
+        """
+        self.token, self._mask, self._logp = list(state["token"]), list(state["mask"]), list(state["logp"])
+        self._policy, self.policy = list(state["policy"]), state["now"]
+        self._turn_start, self._thought_over = state["turn_start"], state["thought_over"]
+        self._forced = None if state["forced"] is None else (state["forced"][0], state["forced"][1])
+        self._image_count = state["image_count"]
+        self.turns, self.image_start = list(state["turns"]), list(state["image_start"])
+        self.images = [*self.opening.images, *state["images"]]
+        wrong = [None if text is None else ToolResult(text=text, error="unparsable") for text in state["answers"]]
+        self._answers = list(zip(self.turns[len(self.turns) - len(wrong) :], wrong, strict=True))
 
     def episode(self) -> Episode:
         """Return the finished episode, or raise ValueError while it is still being played."""
@@ -278,6 +334,7 @@ class Conversation:
             token_T=np.array(self.token, np.int32),
             mask_T=np.array(self._mask, bool),
             sampler_logp_T=np.array(self._logp, np.float32),
+            policy_T=np.array(self._policy, np.int32),
             images=self.images,
             image_start=self.image_start,
             turns=self.turns,

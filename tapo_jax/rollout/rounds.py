@@ -8,6 +8,7 @@ pod every process plays its own prompts and makes the same calls in lockstep (`S
 """
 
 import concurrent.futures
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,13 +17,19 @@ import jax
 
 from tapo_jax.config import UserError
 from tapo_jax.rollout.board import Board
-from tapo_jax.rollout.players import Players
+from tapo_jax.rollout.groups import Group, make_groups
+from tapo_jax.rollout.players import Players, Wish
 from tapo_jax.rollout.sampler import Chunk
 from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.rollout.summary import summary
 from tapo_jax.types import Episode, Prompt
 
 POLL_S = 0.002
+LISTEN_S = 0.1  # between two looks for a wish to stop, while tools run
+
+
+class Stopped(Exception):
+    """A rollout has ended before its episodes have, because a process wished it to stop; the groups hold them."""
 
 
 def rollout(
@@ -43,20 +50,14 @@ def rollout(
     on_episode: called with every episode when it ends, while others still play; it must not block.
 
     Returns the episodes in prompt-major order (p·G + g) and metrics: means over this process's episodes, and seconds
-    as time/*. Raises UserError if an episode may become longer than a slot.
+    as time/*. Raises UserError if an episode may become longer than a slot, and Stopped in every process at the
+    beginning of the round in which one of them wishes to stop.
     """
-    starts = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(group_size)]
-    ended: dict[int, Episode] = {}
-
-    def keep(index: int, episode: Episode) -> None:
-        ended[index] = episode
-        if on_episode is not None:
-            on_episode(episode)
-
-    start = time.perf_counter()
-    seconds = stream(players, params, prompts, starts, sampling, keep)
-    episodes = [ended[index] for index in range(len(starts))]
-    return episodes, {**seconds, **summary(episodes, tuple(players.runner.tools), time.perf_counter() - start)}
+    groups = make_groups(prompts, group_size, sampling.first_prompt)
+    began = time.perf_counter()
+    seconds = play_groups(players, params, groups, sampling, on_episode=on_episode)
+    episodes = [episode for group in groups for episode in group.episodes]
+    return episodes, seconds | summary(episodes, tuple(players.runner.tools), time.perf_counter() - began)
 
 
 def stream(
@@ -73,14 +74,89 @@ def stream(
         follow each other share its images and the computation of its prompt.
     on_episode: called with the index in `starts` and the episode.
 
-    Returns seconds as time/*. Raises UserError if an episode may become longer than a slot.
+    Returns seconds as time/*. Raises what `rollout` raises.
     """
+    keys = sampling.prompt_keys or range(sampling.first_prompt, sampling.first_prompt + len(prompts))
+    samples = [1 + max((s for p, s in starts if p == index), default=-1) for index in range(len(prompts))]
+    parts = zip(prompts, samples, keys, strict=True)
+    groups = [Group(prompt, [None] * count, number=key, key=key) for prompt, count, key in parts]
+    index = {start: number for number, start in enumerate(starts)}
+
+    def passed(group: int, episode: Episode) -> None:
+        groups[group].seats[episode.sample] = None
+        on_episode(index[group, episode.sample], episode)
+
+    return _play(players, params, Board(players, groups, sampling.step, passed, starts), sampling)
+
+
+@dataclasses.dataclass(frozen=True)
+class Until:
+    """When a rollout ends although it has not finished all of its groups. The same kind in every process."""
+
+    complete: int
+    """Number of this process's groups that are complete then."""
+    oldest: int
+    """The newest step whose groups have to be complete too: those that began in it or before."""
+
+    def reached(self, groups: Sequence[Group]) -> bool:
+        unfinished = [group for group in groups if not group.complete]
+        late = any(group.begun is not None and group.begun <= self.oldest for group in unfinished)
+        return len(groups) - len(unfinished) >= self.complete and not late
+
+
+@dataclasses.dataclass
+class Counts:
+    """What a rollout has done so far, over this process's slots."""
+
+    steps: int = 0
+    """Decoding steps, in each of which every slot could have drawn a token."""
+    drawn: int = 0
+    """Tokens that were drawn in them."""
+    recomputed: int = 0
+    """Tokens of carried conversations whose keys and values were computed anew."""
+
+
+def play_groups(
+    players: Players,
+    params: Any,
+    groups: Sequence[Group],
+    sampling: Sampling,
+    *,
+    until: Until | None = None,
+    counts: Counts | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+    save: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Play the groups on, in place, until they are complete, or until `until` is reached in every process.
+
+    until: None plays all to their end.
+    counts: is added to.
+    save: called between two rounds, in every process, when one of them wishes to save what is in flight.
+
+    The other arguments, and what is raised, are as for `rollout`. Returns seconds as time/*.
+    """
+    passed = None if on_episode is None else lambda _, episode: on_episode(episode)
+    board = Board(players, groups, sampling.step, passed)
+    return _play(players, params, board, sampling, until=until, counts=counts or Counts(), save=save)
+
+
+def _play(
+    players: Players,
+    params: Any,
+    board: Board,
+    sampling: Sampling,
+    *,
+    until: Until | None = None,
+    counts: Counts | None = None,
+    save: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Play what is on the board, as `play_groups` says; after an error the tools of its episodes are closed."""
     sampler, limits = players.sampler, players.limits
     if limits.max_length > sampler.shapes.capacity:
         raise UserError(
             f"rollout.max_length is {limits.max_length}: a slot of the sampler holds {sampler.shapes.capacity} tokens."
         )
-    board = Board(players, prompts, starts, sampling, on_episode)
+    counts = counts or Counts()
     seconds = {"time/prefill": 0.0, "time/decode": 0.0, "time/tool_wait": 0.0}
     began = time.perf_counter()
     weights = jax.block_until_ready(sampler.reshard(params))
@@ -88,10 +164,16 @@ def stream(
     try:
         while True:
             board.fill_slots()
+            counts.recomputed += board.take_recomputed()
             needs = board.needs()
-            plan = sampler.plan(needs, more=board.playing)
+            more = board.playing and not (until is not None and until.reached(board.groups))
+            plan = sampler.plan(needs, more=more, wish=players.wish())
             if not plan.more:
                 break
+            if plan.wish == Wish.STOP:
+                raise Stopped
+            if plan.wish == Wish.SAVE and save is not None:
+                save()
             began = time.perf_counter()
             sampler.extend(weights, plan, needs.extensions)
             sampler.copy(plan, needs.copies)
@@ -103,11 +185,19 @@ def stream(
             written = chunk.fetch() if chunk else []
             seconds["time/decode"] += (decoded := time.perf_counter()) - decoding
             idle = not needs.draws and not needs.extensions
-            board.collect_tools(_wait(board.futures(), players.tool_wait_s, idle=idle))
+            waited = _wait(board.futures(), players.tool_wait_s, idle=idle, stopping=players.stopping)
             seconds["time/tool_wait"] += time.perf_counter() - decoded
+            if not waited:
+                continue  # the next plan ends the rollout; what this round has drawn is drawn again
+            board.collect_tools(True)
             board.take_turns(needs.draws, written)
-    finally:
+            counts.steps += max((len(token_n) for token_n, _ in written), default=0)
+            counts.drawn += sum(len(token_n) for token_n, _ in written)
+    except Stopped:  # the conversations go on with the next start
+        raise
+    except BaseException:
         board.close()
+        raise
     return seconds
 
 
@@ -118,12 +208,21 @@ def _while_decoding(futures: set[concurrent.futures.Future], chunk: Chunk | None
     return all(future.done() for future in futures)
 
 
-def _wait(futures: set[concurrent.futures.Future], tool_wait_s: float, *, idle: bool) -> bool:
+def _wait(
+    futures: set[concurrent.futures.Future], tool_wait_s: float, *, idle: bool, stopping: Callable[[], bool]
+) -> bool:
     """Wait for the tools up to `tool_wait_s`; if `idle`, at least until the first is done.
 
-    Returns True: finished results may be taken."""
-    timeout = None if tool_wait_s == float("inf") else tool_wait_s
-    _, left = concurrent.futures.wait(futures, timeout=timeout)
-    if idle and futures and left == futures:
-        concurrent.futures.wait(left, return_when=concurrent.futures.FIRST_COMPLETED)
+    Returns whether finished results may be taken: False as soon as the rollout has to stop.
+    """
+    until, left = time.perf_counter() + tool_wait_s, futures
+    while left:
+        rest = max(until - time.perf_counter(), 0.0)
+        first = idle and left == futures
+        if not rest and not first:
+            break
+        when = concurrent.futures.FIRST_COMPLETED if not rest else concurrent.futures.ALL_COMPLETED
+        _, left = concurrent.futures.wait(left, timeout=min(rest or LISTEN_S, LISTEN_S), return_when=when)
+        if left and stopping():
+            return False
     return True

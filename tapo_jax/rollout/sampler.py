@@ -150,10 +150,10 @@ class Sampler:
             {"forbidden_V": np.asarray(forbidden_V, bool), "stop_E": np.array(sorted(self.stop_ids), np.int32)}, mesh
         )
 
-    def plan(self, needs: Needs, *, more: bool) -> Round:
+    def plan(self, needs: Needs, *, more: bool, wish: int = 0) -> Round:
         """Return the calls of a round; in a pod every process calls this at the same time."""
         agree = _maximum if self.mesh.is_multi_process else np.asarray
-        return schedule.plan(self.shapes, needs, more=more, agree=agree)
+        return schedule.plan(self.shapes, needs, more=more, wish=wish, agree=agree)
 
     def extend(self, weights: Any, plan: Round, extensions: Sequence[Extension]) -> None:
         """Add given tokens to slots."""

@@ -193,6 +193,8 @@ class Round:
 
     more: bool = True
     """Whether any process still has episodes to play."""
+    wish: int = 0
+    """The largest wish of a process (`players.Wish`)."""
     pieces: tuple[Piece, ...] = ()
     """The extending calls."""
     copy_rows: int = 0
@@ -203,12 +205,15 @@ class Round:
     """Cache entries of each slot that the decoding call works on."""
 
 
-def plan(shapes: Shapes, needs: Needs, *, more: bool, agree: Callable[[np.ndarray], np.ndarray]) -> Round:
+def plan(
+    shapes: Shapes, needs: Needs, *, more: bool, wish: int = 0, agree: Callable[[np.ndarray], np.ndarray]
+) -> Round:
     """Return the calls that meet the needs of every process.
 
     shapes: the shapes that calls may have.
     needs: what the slots of this process need.
     more: whether this process still has episodes.
+    wish: what this process wants besides playing on (`players.Wish`).
     agree: elementwise maximum over processes.
     """
     extensions, copies, draws = needs.extensions, needs.copies, needs.draws
@@ -220,18 +225,20 @@ def plan(shapes: Shapes, needs: Needs, *, more: bool, agree: Callable[[np.ndarra
         before_K[kinds.index(kind)] = max(extension.before for extension in members)
     head = [
         int(more),
+        int(wish),
         most_in_a_shard([target for _, target in copies], slots),
         most_in_a_shard([draw.slot for draw in draws], slots),
         max((draw.length for draw in draws), default=0),
     ]
     agreed = agree(np.concatenate([np.array(head, np.int64), rows_K, before_K]))
-    (more_any, copy_rows, draw_rows, longest), rows_K, before_K = np.split(agreed, [4, 4 + len(kinds)])
+    (more_any, wish, copy_rows, draw_rows, longest), rows_K, before_K = np.split(agreed, [5, 5 + len(kinds)])
     pieces = []
     for (length, patches), rows, before in zip(kinds, rows_K.tolist(), before_K.tolist(), strict=True):
         window = bucket(min(before + length, shapes.capacity), shapes.windows)  # padding past the end is not written
         pieces.extend(Piece(r, length, patches, window) for r in cover(rows, shapes.rows_of(length, patches)))
     return Round(
         more=bool(more_any),
+        wish=int(wish),
         pieces=tuple(pieces),
         copy_rows=bucket(int(copy_rows), shapes.decode_rows) if copy_rows else 0,
         decode_rows=bucket(int(draw_rows), shapes.decode_rows) if draw_rows else 0,

@@ -110,6 +110,12 @@ class ToolRunner:
         self._cache: collections.OrderedDict[str, ToolResult] = collections.OrderedDict()
         self._cache_size, self._lock = cache, threading.Lock()
         self._sessions = sessions.Sessions()
+        self._abandoned = threading.Event()
+
+    def abandon(self) -> None:
+        """Give up the calls that wait or run, so that none of them delays the program's exit; no call may follow."""
+        self._abandoned.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(
         self, call: ToolCall, images: Sequence[Image], prompt: Prompt | None = None, episode: str | None = None
@@ -239,7 +245,9 @@ class ToolRunner:
             return settle(tool(copy.deepcopy(call.arguments), tuple(map(_read_only, images)), **seen))
 
         for last in [False] * retries + [True]:
-            result, error = _with_timeout(once, self._timeout_s) if self._threaded else _caught(once)
+            if self._abandoned.is_set():
+                raise BadCall("timeout", "The run has been stopped.")
+            result, error = _with_timeout(once, self._timeout_s, self._abandoned) if self._threaded else _caught(once)
             if error is None:
                 return result
             if isinstance(error, BadCall):
@@ -260,6 +268,9 @@ def stop(tools: Iterable[Any], timeout_s: float = 10.0) -> None:
             _, error = _with_timeout(tool.stop, timeout_s)
             if error is not None:
                 logging.getLogger(__name__).warning("the tool %s could not be stopped (%r)", tool.name, error)
+
+
+_LISTEN_S = 0.2  # between two looks at whether the run has been stopped
 
 
 def _checked_name(tool: Tool) -> str:
@@ -301,11 +312,20 @@ def _caught(function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         return None, error
 
 
-def _with_timeout(function: Callable[[], Any], timeout_s: float) -> tuple[Any, BaseException | None]:
+def _with_timeout(
+    function: Callable[[], Any], timeout_s: float, abandoned: threading.Event | None = None
+) -> tuple[Any, BaseException | None]:
     """Run `_caught` on its own daemon thread: a call that hangs blocks neither a worker nor the program's exit."""
     done: concurrent.futures.Future = concurrent.futures.Future()
+    until = time.monotonic() + timeout_s
     try:
         threading.Thread(target=lambda: done.set_result(_caught(function)), daemon=True).start()
-        return done.result(timeout=timeout_s)
-    except (TimeoutError, RuntimeError) as error:  # RuntimeError: no further thread can be started
+    except RuntimeError as error:  # no further thread can be started
         return None, error
+    while True:
+        left = until - time.monotonic()
+        try:
+            return done.result(timeout=min(max(left, 0.0), _LISTEN_S))
+        except TimeoutError as error:
+            if left <= _LISTEN_S or (abandoned is not None and abandoned.is_set()):
+                return None, error
