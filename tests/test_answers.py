@@ -119,7 +119,8 @@ def test_the_table_shows_both_rules_and_how_much_is_answered():
     assert lines[3].startswith("| LiveVQA | 1 | 0.0 % | 0.0 % | 0.0 % |")
     assert "timeout*" in text and "bad_box |" in text
     assert {line.count("|") for line in lines[:4]} == {11}
-    json.loads(json.dumps(benchmarks.rows([], judged=False)))
+    odd = benchmarks.rows([answer(reward=math.nan)], judged=False)  # a reward of one's own that is no number
+    assert odd["mmsearch"]["reward"] is None and json.dumps(odd, allow_nan=False)
 
 
 def test_two_evaluations_are_compared_answer_by_answer(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The table of an evaluation by benchmark, from its answers: exact match and judge next to each other. No jax."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,7 +65,8 @@ def _share(name: str, value_QxK: Sequence[Sequence[float]], samples: int) -> dic
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None
+    mean = float(np.mean(values)) if len(values) else math.nan
+    return mean if math.isfinite(mean) else None
 
 
 def _powers(samples: int) -> list[int]:
