@@ -186,6 +186,9 @@ def test_a_saved_index_is_loaded_and_belongs_to_its_corpus(tmp_path, monkeypatch
     file.write_text('{"contents": "other"}')
     with pytest.raises(UserError, match="made from another corpus: remove it"):
         corpus.open_index(str(file), str(folder))
+    (folder / "about.json").write_text(json.dumps({"format": 1, "fingerprint": corpus.fingerprint(str(file))}))
+    with pytest.raises(UserError, match="another version of this program made: remove it"):
+        corpus.open_index(str(file), str(folder))
     (folder / "about.json").unlink()
     with pytest.raises(UserError, match="holds no index"):
         corpus.open_index(str(file), str(folder))
