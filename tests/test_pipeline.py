@@ -23,6 +23,13 @@ def test_an_epoch_has_every_prompt_once_and_every_epoch_another_order():
     assert drawn[:10] != drawn[10:] and drawn[:10] != names
 
 
+def test_a_step_of_one_question_takes_them_in_the_order_of_larger_steps():
+    one_by_one = Prompts(SOURCE, prompts_per_step=1, local=[0], seed=0)
+    assert [next(one_by_one)[0] for _ in range(8)] == [
+        prompt for _, batch in zip(range(2), iter(make().__next__, None), strict=False) for prompt in batch
+    ]
+
+
 def test_the_seed_fixes_the_order():
     assert [next(make()) for _ in range(2)] == [next(make()) for _ in range(2)]
     assert next(make(seed=0)) != next(make(seed=1))

@@ -120,6 +120,19 @@ def test_the_gpu_recipe_would_not_hold_twice_the_slots():
     assert sum(rollout_bytes().values()) + 2 * cache() + RESERVED > GPU
 
 
+def test_what_stays_on_a_chip_of_the_v5e_recipe():
+    """Without temporaries, which only the TPU's compiler knows: an eighth of the weights and of their two moments, six
+    slots in a rollout, 16 rows with their pixels in an update. GiB of a chip's 16."""
+    c = config("qwen3_vl_2b_v5e_8")
+    made = programs.abstract_run(c, jax.devices()[:8])
+    kept = programs.bytes_of_one(made.params) + programs.bytes_of_one(made.opt_state)
+    slots = cache() / run().config.rollout.slots * c.rollout.slots / 8
+    batch = programs.bytes_of_one(programs.largest_batch(made))
+    assert kept / 2**30 == pytest.approx(3.0, abs=0.05)
+    assert slots / 2**30 == pytest.approx(5.25, abs=0.05)
+    assert batch / 2**30 == pytest.approx(0.77, abs=0.05)
+
+
 @pytest.mark.parametrize(("name", "devices"), [("qwen3_vl_2b_1gpu", 1), ("qwen3_vl_2b_v5e_8", 8)])
 def test_the_small_recipes_divide_their_rows_over_their_machine(name, devices):
     c = config(name)

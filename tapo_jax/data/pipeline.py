@@ -43,7 +43,8 @@ class Prompts:
         self.skipped = 0
         self.rows: list[int] = []
         self._named: set[int] = set()
-        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(prompts_per_step)
+        endless = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        order = endless.batch(prompts_per_step, drop_remainder=True)  # else the length of batches of 1 overflows
         self._order = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))
 
     def __next__(self) -> list[Prompt]:
