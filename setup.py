@@ -65,7 +65,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
         "colab": ["ipykernel", "nbformat"],
         "parquet": ["pyarrow>=17"],  # published data sets; arrays that carry code are refused since 14.0.1
-        "mcp": ["mcp>=2.0,<3"],  # tools.mcp: tools of MCP servers
+        "mcp": ["mcp>=2.3,<3"],  # tools.mcp: tools of MCP servers
         "serve": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # launch/retrieval_server.py
         "test": [
             "starlette>=0.46,<2",
@@ -74,7 +74,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "pyarrow>=17",
-            "mcp>=2.0,<3",
+            "mcp>=2.3,<3",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel",

@@ -93,7 +93,7 @@ def test_a_server_on_stdio_is_called_lost_and_started_again(tmp_path, monkeypatc
         futures = [call.runner.submit(ToolCall("count", {}), []) for _ in range(16)]
         assert sorted(int(future.result()[1].text.split()[1]) for future in futures) == list(range(2, 18))
     assert not runs(again)
-    assert call("count").error in ("service", "exception")
+    assert call("count").text == "Error: count failed: its server is stopped."
 
 
 def test_a_late_call_is_a_timeout_and_the_next_is_answered(tmp_path):

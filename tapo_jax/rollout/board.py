@@ -219,7 +219,13 @@ class Board:
     # Turns and tools.
 
     def futures(self) -> set[concurrent.futures.Future]:
-        return {future for slot in self._slots if slot.player for future in slot.player.futures}
+        """Return the calls to wait for; of a message with several, those that still run."""
+        waiting: set[concurrent.futures.Future] = set()
+        for slot in self._slots:
+            if slot.player and slot.player.futures:
+                running = {future for future in slot.player.futures if not future.done()}
+                waiting |= running or set(slot.player.futures)
+        return waiting
 
     def collect_tools(self, may_take: bool) -> None:
         """Append the results that have arrived, in slot order; none unless `may_take`."""

@@ -128,6 +128,14 @@ class Chat:
         """Return the text with every control token broken by a space and halves of surrogate pairs replaced."""
         return self._control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", whole_text(text))
 
+    def _clean_all(self, value: Any) -> Any:
+        """Clean every text of a schema."""
+        if isinstance(value, str):
+            return self.clean(value)
+        if isinstance(value, Mapping):
+            return {self._clean_all(name): self._clean_all(inner) for name, inner in value.items()}
+        return [self._clean_all(inner) for inner in value] if isinstance(value, list | tuple) else value
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
@@ -162,7 +170,8 @@ class Chat:
         """
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": self._question(question, len(image_tokens))})
-        rendered = self._template.render(messages, tools, add_generation_prompt=True, with_tools=bool(tools))
+        described = [self._clean_all(tool) for tool in tools]  # a server elsewhere may have written them
+        rendered = self._template.render(messages, described, add_generation_prompt=True, with_tools=bool(tools))
         return self._encode(rendered, image_tokens)
 
     def _question(self, question: str, images: int) -> str:

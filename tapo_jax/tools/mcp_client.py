@@ -67,8 +67,10 @@ class Servers:
     ) -> Any:
         """Return the result of a call, as `mcp_types.CallToolResult`. Raises BadCall."""
         connection = self._shared[server]
-        if episode is not None:
-            with self._lock:
+        with self._lock:
+            if not self._running:
+                raise BadCall("service", f"{name} failed: its server is stopped.")
+            if episode is not None:
                 connection = self._own.setdefault((server, episode), Connection(connection.server))
         return self._do(connection.call(name, arguments, limit_s))
 
@@ -94,6 +96,8 @@ class Servers:
         self._do(all_of_them())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(STOP_S)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
         try:
