@@ -125,10 +125,12 @@ def _on_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
 
 
-def _spread(x_RxV: jax.Array) -> jax.Array:
-    """Give every device whole rows of its own of an array that is split along V, if there are enough rows."""
-    divides = x_RxV.shape[0] % sharding.pieces("drawn") == 0
-    return sharding.constrain(x_RxV, "drawn", None) if divides else x_RxV
+def _spread(logits_RxV: jax.Array) -> jax.Array:
+    """Give every device whole rows of its own of logits that are split along V, if there are enough rows."""
+    if logits_RxV.shape[0] % sharding.pieces("drawn"):
+        return logits_RxV
+    # First as the product leaves them: else the compiler would split its rows too, and gather the table for that.
+    return sharding.constrain(sharding.constrain(logits_RxV, "batch", "vocab"), "drawn", None)
 
 
 def _take_kv(x_ZxLxCxKxSxA: jax.Array, slot_ZxR: jax.Array, window: int) -> jax.Array:

@@ -5,13 +5,14 @@ token that is drawn reads all weights, so a rollout begins with a copy that is a
 to the dtype of the computation, low-rank updates merged, laid out for decoding. What is so already is not copied.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from tapo_jax import sharding
 from tapo_jax.models import hf, lora
@@ -35,7 +36,6 @@ class Reshard:
         self.graphdef = nnx.graphdef(plain)
         """The structure of the model with these weights: that of `model` without low-rank parameters."""
         self._scale, self._mesh, self._axes = model.lora_scale, mesh, logical_axes(model.config)
-        self._programs: dict[tuple[Path, ...], Any] = {}
         self._weights = {
             path: jax.ShapeDtypeStruct(
                 x.shape,
@@ -84,31 +84,37 @@ class Reshard:
         return {name: arrays[name] for name in names if name in arrays}
 
     def _program(self, arrays: Mapping[Path, Any], changed: tuple[Path, ...]) -> Any:
-        """Return the compiled program; a run has one."""
-        if changed not in self._programs:
-            weights = {path: self._weights[path] for path in changed}
-            stops = {path: self._stops(path, arrays[path]) for path in changed}
+        ways = ((path, self._weights[path].dtype, self._stops(path, arrays[path])) for path in changed)
+        return _program(tuple(ways), self._scale)
 
-            def reshard(arrays: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-                made = {}
-                for path, weight in weights.items():
-                    x, update = arrays[path], lora.delta(arrays, path)
-                    x = (x if update is None else x.astype(jnp.float32) + self._scale * update).astype(weight.dtype)
-                    for layout in stops[path]:
-                        x = jax.lax.with_sharding_constraint(x, layout)
-                    made[path] = x
-                return made
-
-            layouts = {path: weight.sharding for path, weight in weights.items()}
-            self._programs[changed] = jax.jit(reshard, out_shardings=layouts)
-        return self._programs[changed]
-
-    def _stops(self, path: Path, x: Any) -> tuple[Any, ...]:
-        """Return the layouts that a weight passes on its way.
+    def _stops(self, path: Path, x: Any) -> tuple[NamedSharding, ...]:
+        """Return the layouts that a weight passes on its way, the last one being its own.
 
         It is cast where it lies, so that the links carry narrow numbers; then it is split as the rollout splits it, and
         only then gathered. In one step the compiler would gather it whole, and split it after that."""
         weight = self._weights[path]
         if x.sharding.is_equivalent_to(weight.sharding, x.ndim) or x.sharding.device_set != weight.sharding.device_set:
-            return ()
-        return x.sharding, sharding.layout(self._mesh, self._axes[path], weight.shape, sharding.HALFWAY)
+            return (weight.sharding,)
+        halfway = sharding.layout(self._mesh, self._axes[path], weight.shape, sharding.HALFWAY)
+        return x.sharding, halfway, weight.sharding
+
+
+@functools.cache
+def _program(ways: tuple[tuple[Path, Any, tuple[NamedSharding, ...]], ...], scale: float) -> Any:
+    """Return the program that makes weights of parameters, by path.
+
+    ways: the path, the dtype and the layouts on the way of each weight.
+    scale: of the low-rank updates.
+    """
+
+    def reshard(arrays: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+        made = {}
+        for path, dtype, stops in ways:
+            x, update = arrays[path], lora.delta(arrays, path)
+            x = (x if update is None else x.astype(jnp.float32) + scale * update).astype(dtype)
+            for layout in stops[:-1]:
+                x = jax.lax.with_sharding_constraint(x, layout)
+            made[path] = x
+        return made
+
+    return jax.jit(reshard, out_shardings={path: stops[-1] for path, _, stops in ways})
