@@ -215,6 +215,19 @@ def test_what_is_saved_in_a_rollout_is_what_a_stop_would_save():
     assert told(one_step(make_players(), again, 1)) == taken[0]
 
 
+def idle(carry: int) -> float:
+    """The share of slot-steps of a whole run in which no token was drawn."""
+    players, flight, steps, drawn = make_players(), make_flight(carry), 0, 0
+    for step in range(1, TOTAL + 1):
+        one_step(players, flight, step)
+        steps, drawn = steps + flight.counts.steps, drawn + flight.counts.drawn
+    return 1 - drawn / (steps * players.sampler.slots)
+
+
+def test_fewer_slots_are_idle_the_more_groups_are_carried():
+    assert idle(3) < 0.9 * idle(0)
+
+
 class Slow(world.Say):
     """Waits until it is let go."""
 
