@@ -88,6 +88,11 @@ class Agent:
         processes must call this together.
         """
         groups, began = flight.begin(sampling.step), time.perf_counter()
+        if flight.slots is not None and flight.counts.places is not None:
+            self.players.sampler.set_state(flight.slots)
+        else:
+            flight.counts.places = None
+        flight.slots = None
         with self._scoring() as pool:
             seconds = play_groups(
                 self.players,

@@ -23,6 +23,7 @@ from tapo_jax.rollout.summary import summary
 from tapo_jax.types import Episode, Prompt
 
 POLL_S = 0.002
+GRACE_S = 2.0  # for tools that still run when a stop is wished
 LISTEN_S = 0.1  # between two looks for a wish to stop, while tools run
 
 
@@ -83,6 +84,8 @@ class Counts:
     """Tokens that were drawn in them."""
     recomputed: int = 0
     """Tokens of carried conversations whose keys and values were computed anew."""
+    places: list[dict[str, Any]] | None = None
+    """Where everybody was when a stop or a save was wished (`Board.get_places`); None when nobody plays."""
 
 
 def play_groups(
@@ -109,8 +112,8 @@ def play_groups(
         raise UserError(
             f"rollout.max_length is {limits.max_length}: a slot of the sampler holds {sampler.shapes.capacity} tokens."
         )
-    board = Board(players, groups, sampling.step, on_episode)
     counts = counts or Counts()
+    board, exact = Board(players, groups, sampling.step, on_episode, counts.places), True
     seconds = {"time/prefill": 0.0, "time/decode": 0.0, "time/tool_wait": 0.0}
     while True:
         board.fill_slots()
@@ -120,6 +123,8 @@ def play_groups(
         plan = sampler.plan(needs, more=more, wish=players.wish())
         if not plan.more:
             break
+        if plan.wish != Wish.NOTHING:
+            counts.places = board.get_places() if exact else None
         if plan.wish == Wish.STOP:
             raise Stopped
         if plan.wish == Wish.SAVE and save is not None:
@@ -138,11 +143,13 @@ def play_groups(
         waited = _wait(board.futures(), players.tool_wait_s, idle=idle, stopping=players.stopping)
         seconds["time/tool_wait"] += time.perf_counter() - decoded
         if not waited:
+            exact = False  # the caches are ahead of the conversations
             continue  # the next plan ends the rollout; what this round has drawn is drawn again
         board.collect_tools(True)
         board.take_turns(needs.draws, written)
         counts.steps += max((len(token_n) for token_n, _ in written), default=0)
         counts.drawn += sum(len(token_n) for token_n, _ in written)
+    counts.places = None
     return seconds
 
 
@@ -158,7 +165,7 @@ def _wait(
 ) -> bool:
     """Wait for the tools up to `tool_wait_s`; if `idle`, at least until the first is done.
 
-    Returns whether finished results may be taken: False as soon as the rollout has to stop.
+    Returns whether finished results may be taken: False if the rollout has to stop and a tool still runs.
     """
     until, left = time.perf_counter() + tool_wait_s, futures
     while left:
@@ -169,5 +176,5 @@ def _wait(
         when = concurrent.futures.FIRST_COMPLETED if not rest else concurrent.futures.ALL_COMPLETED
         _, left = concurrent.futures.wait(left, timeout=min(rest or LISTEN_S, LISTEN_S), return_when=when)
         if left and stopping():
-            return False
+            return not concurrent.futures.wait(left, timeout=GRACE_S).not_done
     return True
