@@ -96,6 +96,11 @@ class Agent:
         processes must call this together, and an error of the scoring in one of them is raised in all.
         """
         groups, began = flight.begin(sampling.step), time.perf_counter()
+        if flight.slots is not None and flight.counts.places is not None:
+            self.players.sampler.set_state(flight.slots)
+        else:
+            flight.counts.places = None
+        flight.slots = None
         with self._scoring(self.score) as pool:
             seconds = play_groups(
                 self.players,

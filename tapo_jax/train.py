@@ -38,6 +38,7 @@ from tapo_jax.rollout.rounds import Stopped
 from tapo_jax.tapo import adaptive
 from tapo_jax.types import Prompt
 
+MOST_SLOT_BYTES = 1 << 30  # of a process, that are saved in the middle of a rollout; more are computed anew
 SILENT_STEPS = 3  # steps in a row without a written token after which the config must be wrong
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -107,7 +108,9 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
 
     def save_middle() -> None:
         data = positions(parts) | {"line": {name: float(value) for name, value in line.items()}}
-        checkpoints.save_flight(step, state, data=data, seed=config.seed, flight=flight.pack())
+        within = flight.counts.places is not None  # a rollout of training, whose caches are those of its conversations
+        slots = agent.players.sampler.get_state(MOST_SLOT_BYTES) if within else None
+        checkpoints.save_flight(step, state, data=data, seed=config.seed, flight=flight.pack(), slots=slots)
         wishes.saved()
 
     with wishes.stop:
@@ -246,7 +249,7 @@ def restore(
         raise UserError(
             f"seed is {config.seed} but the run in this --workdir began with {saved['seed']}: give another --workdir."
         )
-    in_flight, newer = checkpoints.restore_flight(saved)
+    in_flight, newer, flight.slots = checkpoints.restore_flight(saved, agent.players.sampler.abstract_state())
     data = data if newer is None else newer
     for name, part in parts.items():
         part.set_state(data[name])

@@ -188,16 +188,19 @@ def test_a_token_has_the_log_probability_of_the_policy_that_drew_it():
 
 
 @settings(deadline=None, max_examples=12)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(0, 3))
-def test_a_run_that_is_stopped_in_any_rounds_and_started_again_plays_the_same(stops, carry):
-    """Each start has `stops[i]` rounds before it is told to stop; everything goes through bytes."""
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(0, 3), st.booleans())
+def test_a_run_that_is_stopped_in_any_rounds_and_started_again_plays_the_same(stops, carry, caches):
+    """Each start has `stops[i]` rounds before it is told to stop; everything goes through bytes. caches: whether the
+    caches are kept too, so that nothing is read again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(episode_module, "parse_turn", world.read_turn)
-        want, found, questions = whole_run(carry), [], Questions()
+        want, found, questions, held = whole_run(carry), [], Questions(), None
         flight, step = make_flight(carry, questions=questions), 0
         for rounds in [*stops, None]:
             count = itertools.count(1)
             players = make_players(lambda: Wish.STOP if rounds and next(count) > rounds else Wish.NOTHING)  # noqa: B023
+            if held is not None:
+                players.sampler.held, players.sampler.prompt = held.held, held.prompt
             try:
                 while step < TOTAL:
                     found.append(told(one_step(players, flight, step + 1)))
@@ -206,6 +209,9 @@ def test_a_run_that_is_stopped_in_any_rounds_and_started_again_plays_the_same(st
                 data, questions = flight.pack(), Questions(questions.at)
                 flight = make_flight(carry, questions=questions)
                 flight.unpack(data, players.reopen)
+                assert flight.counts.places is not None
+                held = players.sampler if caches else None
+                flight.counts.places = flight.counts.places if caches else None
         assert found == want
 
 
@@ -215,7 +221,21 @@ def test_what_is_saved_in_a_rollout_is_what_a_stop_would_save():
     assert len(saved) > 4 and taken == whole_run()[:2]
     again = make_flight(questions=Questions(P * 3))
     again.unpack(saved[len(saved) // 4], players.reopen)
+    again.counts.places = None  # the caches are not kept
     assert told(one_step(make_players(), again, 1)) == taken[0]
+
+
+def idle(carry: int) -> float:
+    """The share of slot-steps of a whole run in which no token was drawn."""
+    players, flight, steps, drawn = make_players(), make_flight(carry), 0, 0
+    for step in range(1, TOTAL + 1):
+        one_step(players, flight, step)
+        steps, drawn = steps + flight.counts.steps, drawn + flight.counts.drawn
+    return 1 - drawn / (steps * players.sampler.slots)
+
+
+def test_fewer_slots_are_idle_the_more_groups_are_carried():
+    assert idle(3) < 0.9 * idle(0)
 
 
 class Slow(world.Say):
@@ -242,6 +262,7 @@ def test_a_stop_does_not_wait_for_a_tool_and_its_call_runs_again():
     assert any(conversation.waits for group in flight.groups for conversation in group.conversations)
     again = make_flight(questions=Questions(P * 2))
     again.unpack(flight.pack(), players.reopen)
+    again.counts.places = None  # the caches are not kept
     tool.gate.set()
     assert told(one_step(make_players(), again, step)) == whole_run()[step - 1]
 

@@ -19,7 +19,7 @@ VALUES = (-1, 0, math.nan, "", (), None)
 # Values of VALUES that are in range and mean something: all others are refused.
 ZERO_IS_FINE = {
     "seed", "total_epochs", "data.world_seed", "model.lora_rank", "rollout.max_image_tokens", "rollout.max_pixels",
-    "rollout.max_think_tokens", "rollout.mesh.tensor",
+    "rollout.max_think_tokens", "rollout.mesh.tensor", "rollout.carry", "checkpoint.minutes",
     "rollout.tool_wait_s", "tools.retries", "tools.thumbnails", "algorithm.gigpo_omega", "algorithm.gigpo_discount",
     "algorithm.clip_low", "algorithm.clip_high", "algorithm.kl_coef", "algorithm.overlong_buffer", "tapo.theta",
     "tapo.alpha_min", "tapo.beta", "tapo.cluster_theta", "tapo.adaptive_quantile", "tapo.adaptive_rate",

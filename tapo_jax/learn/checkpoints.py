@@ -110,17 +110,28 @@ class Checkpoints:
         run = {"step": step, "seed": seed, "fingerprint": int(state_mark), "params_fingerprint": int(params_mark)}
         self._write(self._manager, step, run, data, flight, state=ocp.args.StandardSave(state))
 
-    def save_flight(self, step: int, state: TrainState, *, data: dict[str, Any], seed: int, flight: bytes) -> None:
+    def save_flight(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        data: dict[str, Any],
+        seed: int,
+        flight: bytes,
+        slots: Any = None,
+    ) -> None:
         """Start writing what is in flight in the middle of the rollout after `step`, and the state if it is not saved.
 
-        Raises UserError if it cannot be written.
+        slots: the sampler's arrays, so that the rollout can go on with them; None: without them.
+
+        A checkpoint that is new holds the same, without the slots. Raises UserError if it cannot be written.
         """
-        if step not in self._manager.all_steps():
-            self.save(step, state, data=data, seed=seed, flight=flight)
-            return
+        self.save(step, state, data=data, seed=seed, flight=flight)
         run = {"step": step, "seed": seed, "params_fingerprint": int(jax.device_get(fingerprint(state.params)))}
         self._flights = self._flights or self._open_flights()
-        self._write(self._flights, (self._flights.latest_step() or 0) + 1, run, data, flight)
+        items = {} if slots is None else {"slots": ocp.args.StandardSave(slots)}
+        run["slots"] = _shapes(slots)
+        self._write(self._flights, (self._flights.latest_step() or 0) + 1, run, data, flight, **items)
 
     def _write(
         self, manager: Any, number: int, run: dict[str, Any], data: dict[str, Any], flight: bytes | None, **items: Any
@@ -174,11 +185,13 @@ class Checkpoints:
             raise self._unreadable(step, problem)
         return state, data, run
 
-    def restore_flight(self, run: dict[str, Any]) -> tuple[bytes | None, dict[str, Any] | None]:
-        """Return the newest of what this process had in flight after the step of `run`, and the data of then.
+    def restore_flight(self, run: dict[str, Any], slots: Any = None) -> tuple[bytes | None, dict[str, Any] | None, Any]:
+        """Return the newest of what this process had in flight after the step of `run`, the data and slots of then.
 
-        The data are None if they are those of the checkpoint, and the bytes if nothing was in flight. Raises UserError
-        if it was saved from another mesh or cannot be read.
+        slots: the sampler's arrays as shapes with layouts.
+
+        The bytes are None if nothing was in flight, the data if they are those of the checkpoint, and the slots if they
+        were not saved or had other shapes. Raises UserError if it was saved from another mesh or cannot be read.
         """
         try:
             number = self._flights.latest_step() if self._flights is not None else None
@@ -187,9 +200,13 @@ class Checkpoints:
                 found = self._flights.restore(number, args=items)
                 same = all(found["run"][name] == run[name] for name in ("step", "seed", "params_fingerprint"))
                 if same and _check(found["data"]) == found["run"]["data_check"]:
-                    return self._flight(self._flights, number, found["run"]), found["data"]
+                    held = None
+                    if slots is not None and found["run"]["slots"] == _shapes(slots):
+                        items = ocp.args.Composite(slots=ocp.args.StandardRestore(slots))
+                        held = self._flights.restore(number, args=items)["slots"]
+                    return self._flight(self._flights, number, found["run"]), found["data"], held
                 self._flights.delete(number)  # of a rollout that has ended, or of another run
-            return self._flight(self._manager, run["step"], run), None
+            return self._flight(self._manager, run["step"], run), None, None
         except Exception as error:  # orbax and its readers raise many kinds for a damaged file
             problem = _first_line(error)
         _forget_failed_reads()
@@ -291,6 +308,11 @@ def _no_late_futures() -> Iterator[None]:
     sys.excepthook = hook
     yield
     sys.excepthook = shown
+
+
+def _shapes(tree: Any) -> list[list[Any]]:
+    """Return the shapes and dtypes of a tree as JSON-able values."""
+    return [[*leaf.shape, str(leaf.dtype)] for leaf in jax.tree.leaves(tree)]
 
 
 def _check(data: dict[str, Any]) -> int:

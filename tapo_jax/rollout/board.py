@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class Board:
     on_episode: called with the index of the group, and the episode, when it ends.
     starts: (group, sample) of what has not begun, in the order in which it begins; None: all of it, in order. Samples
         of one group that follow each other share the computation of its prompt.
+    places: what `get_places` returned, if the caches are as they were then; else every conversation is read anew.
 
     The groups hold whatever is played: at the end of any round they are all that is needed to play on.
     """
@@ -71,16 +73,42 @@ class Board:
         step: int = 0,
         on_episode: Callable[[int, Episode], None] | None = None,
         starts: Sequence[tuple[int, int]] | None = None,
+        places: Sequence[dict[str, Any]] | None = None,
     ):
         self._on_episode = on_episode
         self._with, self.groups, self._step = players, groups, step
         self._recomputed = 0
-        places = [(g, sample) for g, group in enumerate(groups) for sample in range(len(group.seats))]
-        begun = [(g, sample) for g, sample in places if isinstance(groups[g].seats[sample], Conversation)]
-        fresh = starts or [(g, sample) for g, sample in places if groups[g].seats[sample] is None]
-        self._queue = collections.deque([*begun, *fresh])
         self._opened: tuple[int, Opening, Row | None, int] | None = None  # the newest prompt that was opened
         self._slots = [Slot() for _ in range(players.sampler.slots)]
+        self._set_places(places or ())
+        placed = {(s.player.prompt, s.player.conversation.sample) for s in self._slots if s.player}
+        seats = [(g, sample) for g, group in enumerate(groups) for sample in range(len(group.seats))]
+        begun = [(g, sample) for g, sample in seats if isinstance(groups[g].seats[sample], Conversation)]
+        fresh = starts or [(g, sample) for g, sample in seats if groups[g].seats[sample] is None]
+        self._queue = collections.deque([*(seat for seat in begun if seat not in placed), *fresh])
+
+    def get_places(self) -> list[dict[str, Any]]:
+        """Return who is in which slot and what its cache holds, as JSON-able values, between two rounds."""
+        places = []
+        for slot in self._slots:
+            place: dict[str, Any] = {"held": None if slot.held is None else self.groups[slot.held].number}
+            if player := slot.player:
+                place |= {"group": self.groups[player.prompt].number, "sample": player.conversation.sample}
+                place |= {"sent": player.sent, "sent_images": player.sent_images, "position": player.position}
+            places.append(place)
+        return places
+
+    def _set_places(self, places: Sequence[dict[str, Any]]) -> None:
+        """Seat the players as `get_places` found them."""
+        index = {group.number: g for g, group in enumerate(self.groups)}
+        for slot, place in zip(self._slots, places, strict=bool(places)):
+            slot.held = index.get(place["held"])  # a group that has been trained on since is in no slot's future
+            if "group" in place:
+                prompt = index[place["group"]]
+                player = slot.player = Player(self.groups[prompt].seats[place["sample"]], prompt)
+                player.sent, player.sent_images = place["sent"], place["sent_images"]
+                player.position = place["position"]
+                self._wait_or_queue(player)
 
     def _finish(self, prompt: int, conversation: Conversation) -> None:
         """Keep an episode that has ended and report it to `on_episode`."""
@@ -120,14 +148,19 @@ class Board:
 
     def _go_on(self, prompt: int, conversation: Conversation) -> Player:
         """Return the player of a conversation that is under way and in no cache."""
-        player, group = Player(conversation, prompt), self.groups[prompt]
+        player = Player(conversation, prompt)
         self._recomputed += len(conversation.token) if conversation.policy != self._step else 0
         conversation.policy = self._step
+        self._wait_or_queue(player)
+        return player
+
+    def _wait_or_queue(self, player: Player) -> None:
+        """Let a player wait for the calls of its last message, or queue its tokens that are not in the cache."""
+        conversation, group = player.conversation, self.groups[player.prompt]
         if conversation.waits:
             player.futures = group.calls.get(conversation.sample) or self._submit(group, conversation)
-        else:
+        elif player.sent < len(conversation.token):
             self._queue_tokens(player)
-        return player
 
     def _submit(self, group: Group, conversation: Conversation) -> tuple[concurrent.futures.Future, ...]:
         """Submit the calls of the message that has just ended."""

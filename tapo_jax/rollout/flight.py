@@ -5,7 +5,8 @@ and the others go on in the next step under its weights. So every batch has P gr
 groups are begun than the steps that are left can train on, so the last step ends with none in flight.
 
 Which groups are carried depends on rounds and tokens alone, so a run repeats bit for bit; what is in flight is part of
-a checkpoint (`pack`, `unpack`), as ids, log-probabilities and images, without keys and values.
+a checkpoint (`pack`, `unpack`), as ids, log-probabilities and images. Keys and values are saved only in the middle of
+a rollout and where they are small; otherwise they are computed anew.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,6 +60,8 @@ class Flight:
         self.counts = Counts()
         self.skipped = 0
         """Rows that were left out when the questions of this step were read."""
+        self.slots: Any = None
+        """The sampler's slots of a rollout that was stopped, if they were saved: it goes on with them, bit for bit."""
         self._step = 0  # whose rollout is under way, or was the last one
         self._batches = 0  # that were read
 

@@ -25,6 +25,7 @@ from tapo_jax.rollout.summary import summary
 from tapo_jax.types import Episode, Prompt
 
 POLL_S = 0.002
+GRACE_S = 2.0  # for tools that still run when a stop is wished
 LISTEN_S = 0.1  # between two looks for a wish to stop, while tools run
 
 
@@ -114,6 +115,8 @@ class Counts:
     """Tokens that were drawn in them."""
     recomputed: int = 0
     """Tokens of carried conversations whose keys and values were computed anew."""
+    places: list[dict[str, Any]] | None = None
+    """Where everybody was when a stop or a save was wished (`Board.get_places`); None when nobody plays."""
 
 
 def play_groups(
@@ -135,9 +138,9 @@ def play_groups(
 
     The other arguments, and what is raised, are as for `rollout`. Returns seconds as time/*.
     """
-    passed = None if on_episode is None else lambda _, episode: on_episode(episode)
-    board = Board(players, groups, sampling.step, passed)
-    return _play(players, params, board, sampling, until=until, counts=counts or Counts(), save=save)
+    passed, counts = None if on_episode is None else lambda _, episode: on_episode(episode), counts or Counts()
+    board = Board(players, groups, sampling.step, passed, places=counts.places)
+    return _play(players, params, board, sampling, until=until, counts=counts, save=save)
 
 
 def _play(
@@ -161,6 +164,7 @@ def _play(
     began = time.perf_counter()
     weights = jax.block_until_ready(sampler.reshard(params))
     seconds["time/reshard"] = time.perf_counter() - began
+    exact = True  # whether the caches hold what the conversations say
     try:
         while True:
             board.fill_slots()
@@ -170,6 +174,8 @@ def _play(
             plan = sampler.plan(needs, more=more, wish=players.wish())
             if not plan.more:
                 break
+            if plan.wish != Wish.NOTHING:
+                counts.places = board.get_places() if exact else None
             if plan.wish == Wish.STOP:
                 raise Stopped
             if plan.wish == Wish.SAVE and save is not None:
@@ -188,6 +194,7 @@ def _play(
             waited = _wait(board.futures(), players.tool_wait_s, idle=idle, stopping=players.stopping)
             seconds["time/tool_wait"] += time.perf_counter() - decoded
             if not waited:
+                exact = False  # the caches are ahead of the conversations
                 continue  # the next plan ends the rollout; what this round has drawn is drawn again
             board.collect_tools(True)
             board.take_turns(needs.draws, written)
@@ -198,6 +205,7 @@ def _play(
     except BaseException:
         board.close()
         raise
+    counts.places = None
     return seconds
 
 
@@ -213,7 +221,7 @@ def _wait(
 ) -> bool:
     """Wait for the tools up to `tool_wait_s`; if `idle`, at least until the first is done.
 
-    Returns whether finished results may be taken: False as soon as the rollout has to stop.
+    Returns whether finished results may be taken: False if the rollout has to stop and a tool still runs.
     """
     until, left = time.perf_counter() + tool_wait_s, futures
     while left:
@@ -224,5 +232,5 @@ def _wait(
         when = concurrent.futures.FIRST_COMPLETED if not rest else concurrent.futures.ALL_COMPLETED
         _, left = concurrent.futures.wait(left, timeout=min(rest or LISTEN_S, LISTEN_S), return_when=when)
         if left and stopping():
-            return False
+            return not concurrent.futures.wait(left, timeout=GRACE_S).not_done
     return True

@@ -220,6 +220,24 @@ class Sampler:
         """Free the memory of the slots, for the updates between two rollouts. The next call begins with empty ones."""
         self._state = self._seen = None
 
+    def get_state(self, most_bytes: int) -> SlotState | None:
+        """Return the slots as they are, to be saved; None if they are empty, or larger than this in this process."""
+        if self._state is None:
+            return None
+        pieces = [shard.data.nbytes for leaf in jax.tree.leaves(self._state) for shard in leaf.addressable_shards]
+        return self._state if sum(pieces) <= most_bytes else None
+
+    def set_state(self, state: SlotState) -> None:
+        """Go on with slots that `get_state` returned; their buffers are donated to the next call."""
+        self._state = state
+
+    def abstract_state(self) -> SlotState:
+        """Return the shapes, dtypes and layouts of the slots."""
+        with jax.set_mesh(self.mesh):
+            state = self._slots()
+        self.release()
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
     def warm_up(self, params: Any) -> None:
         """Compile every call that can occur, by running each on empty rows.
 
