@@ -65,7 +65,17 @@ setup(
         "colab": ["ipykernel", "nbformat"],
         "parquet": ["pyarrow>=17"],  # published data sets; arrays that carry code are refused since 14.0.1
         "serve": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # launch/retrieval_server.py
+        "web": [  # tools.backend="ddgs", and the tool "visit"
+            "ddgs>=9.6,<10",
+            "trafilatura>=2,<3",
+            "lxml_html_clean>=0.4",  # trafilatura needs it and gets it only through an extra of lxml
+            "httpcore>=1.0,<2",
+        ],
         "test": [
+            "ddgs>=9.6,<10",
+            "trafilatura>=2,<3",
+            "lxml_html_clean>=0.4",
+            "httpcore>=1.0,<2",
             "starlette>=0.46,<2",
             "uvicorn>=0.34,<1",
             "pytest>=8.0",

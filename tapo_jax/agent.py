@@ -11,7 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tapo_jax import rewards
+from tapo_jax import processes, rewards
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
 from tapo_jax.models import hf, lora
@@ -28,6 +28,7 @@ from tapo_jax.rollout.rounds import rollout
 from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
 from tapo_jax.tools.base import Tool, ToolRunner
+from tapo_jax.tools.watch import Watch
 from tapo_jax.types import Episode, Prompt
 
 
@@ -59,6 +60,8 @@ class Agent:
     """Reward name -> weight in the total."""
     score_workers: int = 1
     """Threads that score; more than one only if `score` is thread-safe."""
+    watch: Watch = dataclasses.field(default_factory=lambda: Watch({}, max_failures=1.0, window=1))
+    """Of the services that the tools ask."""
 
     def play(
         self, params: Any, prompts: Sequence[Prompt], group_size: int, sampling: Sampling
@@ -74,9 +77,36 @@ class Agent:
             pool.wait(episodes)
         finally:
             pool.close()
+        self.watch.note(episodes)
         for episode in episodes:
             episode.reward = rewards.total(episode.rewards, self.weights)
         return episodes, metrics | {"time/reward": pool.waited_s}
+
+    def broken_service(self) -> str:
+        """Return a sentence about a service that fails too often in some process, "" if there is none.
+
+        Every process must call this, and gets the same.
+        """
+        if not self.players.runner.services:
+            return ""
+        return next(filter(None, processes.gather(self.watch.broken())), "")
+
+
+def open_tools(config: ConfigDict) -> list[Tool]:
+    """Return the tools of a config after a first question to each of their services. Every process must call this.
+
+    Raises UserError in every process if a service does not answer one of them.
+    """
+    tools, found = sources.tools(config), ""
+    probes = [tool.probe for tool in tools if "probe" in dir(tool)]
+    for probe in probes:
+        try:
+            probe()
+        except UserError as error:
+            found = found or str(error)
+    if probes and (found := next(filter(None, processes.gather(found)), "")):
+        raise UserError(found)
+    return tools
 
 
 def sampler_shapes(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh, image_patches: int) -> Shapes:
@@ -126,7 +156,9 @@ def make_agent(
     limits = Limits(r.max_turns, r.max_new_tokens, r.max_length, r.max_image_tokens or None, r.max_think_tokens or None)
     players = Players(sampler, chat, pixels, runner, limits, system=r.system, tool_wait_s=r.tool_wait_s)
     score, workers = sources.score(config, evaluating=evaluating), sources.score_workers(config, evaluating=evaluating)
-    return Agent(players, score, dict(config.reward.weights), workers)
+    services = {tool.service: tool.address for tool in tools if {"service", "address"} <= set(dir(tool))}
+    watch = Watch(services, max_failures=config.tools.max_failures, window=config.tools.failure_window)
+    return Agent(players, score, dict(config.reward.weights), workers, watch)
 
 
 def examiner(agent: Agent, config: ConfigDict) -> Agent:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tapo_jax import check, evaluate, processes, records, sharding, viewer
-from tapo_jax.agent import examiner, load_model, make_agent
+from tapo_jax.agent import examiner, load_model, make_agent, open_tools
 from tapo_jax.config import UserError, flat, total_steps
 from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
@@ -76,9 +76,10 @@ def train_alone(config: ConfigDict, workdir: Path) -> None:
     prompts = Prompts(source, prompts_per_step=config.data.prompts_per_step, local=local, seed=config.seed)
     total = total_steps(config.total_steps, config.total_epochs, len(source), config.data.prompts_per_step)
     held_out = evaluate.split_prompts(config) if config.eval.at_start or config.eval.at_end or config.eval.every else []
-    # -------------------------------------------------------------------------------------- model
+    # -------------------------------------------------------------------------------------- tools and model
+    tools = open_tools(config)
     model, model_config = load_model(directory, config.model, mesh)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh)
+    agent = make_agent(config, directory, model, tools, mesh)
     graphdef, params = split_model(model)
     # -------------------------------------------------------------------------------------- init or restore
     optimizer, schedule = make_optimizer(config, total)
@@ -101,7 +102,7 @@ def train_alone(config: ConfigDict, workdir: Path) -> None:
     if resumed is None and config.eval.at_start:
         writer.write(0, evaluated(run, state, held_out))
     # -------------------------------------------------------------------------------------- loop
-    step, stopping, silent = resumed or 0, False, 0
+    step, stopping, silent, broken = resumed or 0, False, 0, ""
     with processes.StopRequest() as stop:
         while step < total and not stopping:
             step += 1
@@ -113,10 +114,13 @@ def train_alone(config: ConfigDict, workdir: Path) -> None:
             raise_if_broken(metrics, step, config, workdir)
             silent = 0 if metrics["rollout/written"] else silent + 1
             raise_if_silent(silent, step, total, config)
-            stopping = step == total or processes.any_of(stop.requested)
+            broken = agent.broken_service()
+            stopping = step == total or broken or processes.any_of(stop.requested)
             if stopping or step % config.checkpoint.every == 0:
                 checkpoints.save(step, state, data=positions(parts), seed=config.seed)
         checkpoints.close()
+    if broken:
+        raise UserError(f"{broken}: step {step} is saved; look at the service, then give the same command to go on.")
     # -------------------------------------------------------------------------------------- what a run leaves
     if step < total:
         writer.say(f"stopped after step {step}; the same command goes on from there")

@@ -19,6 +19,7 @@ from tapo_jax.config import UserError
 from tapo_jax.learn import advantages, assign_credit, losses, optimizer
 from tapo_jax.models.stack import REMAT
 from tapo_jax.tapo import controls, similarity
+from tapo_jax.tools import backends
 
 INF = math.inf
 SEED = 2**31 - 1  # max seed: seeds are passed as 32-bit integers
@@ -127,7 +128,12 @@ RANGES: dict[str, Range] = {
     "tools.thumbnails": whole(0),
     "tools.text_top_k": whole(1),
     "tools.text_budget": whole(1),
+    "tools.backend": choice(*backends.NAMES),
     "tools.endpoint": text(),
+    "tools.requests_per_second": number(0),
+    "tools.max_failures": number(0, 1),
+    "tools.failure_window": whole(1),
+    "tools.visit_budget": whole(1),
     "tools.cache": text(),
     "tools.record": text(),
     "tools.replay": text(),
@@ -221,6 +227,7 @@ RANGES: dict[str, Range] = {
 FREE: dict[str, Range | None] = {
     "data.extra.": None,
     "tools.extra.": None,
+    "tools.request.": None,
     "reward.extra.": None,
     "reward.weights.": number(-INF),
 }

@@ -27,11 +27,13 @@ from tapo_jax.data.readers import READERS, read
 from tapo_jax.rewards import judge
 from tapo_jax.rewards.judged import Scored, make_score
 from tapo_jax.tools.base import Tool
+from tapo_jax.tools.page_reader import read_page
 from tapo_jax.tools.recorded_image_search import RecordedImageSearch
 from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.tools.search_store import Kept
+from tapo_jax.tools.visit import Visit
 from tapo_jax.tools.zoom import ZoomTool
-from tapo_jax.types import BadPrompt, Episode, Prompt
+from tapo_jax.types import VISIT, BadPrompt, Episode, Prompt
 
 
 def prompts(config: Any, split: str) -> Sequence[Prompt]:
@@ -77,32 +79,46 @@ def tools(config: Any) -> list[Tool]:
         raise UserError(
             f"tools.source is '{config.tools.source}': use atlas, recorded or your own \"package.module:function\"."
         )
-    made = {tool.name: tool for tool in found}
-    if remote := _remote_search(config.tools):
-        made[remote.name] = remote
+    made = {tool.name: tool for tool in found} | {tool.name: tool for tool in remote_tools(config.tools)}
     for name in config.tools.names:
         if name not in made:
             raise UserError(f"tools.names has '{name}': the tools of this source are {', '.join(made)}.")
     return [made[name] for name in config.tools.names]
 
 
-def _remote_search(c: Any) -> RemoteTextSearch | None:
-    """Return the text search of a service or of a recording; None if the config names neither."""
-    if not c.endpoint and not c.replay:
+def remote_tools(c: Any) -> list[Tool]:
+    """Return the tools that ask somebody else: the text search of a service or of a recording, and visits."""
+    searches = bool(c.endpoint or c.replay or c.backend != "search-r1")
+    visits = VISIT in c.names
+    if not searches and not visits:
         if c.record or c.cache:
             field = "record" if c.record else "cache"
             raise UserError(
                 f"tools.{field} is '{c[field]}' without tools.endpoint: only searches of a service are kept."
             )
-        return None
-    return RemoteTextSearch(
-        c.endpoint,
-        top_k=c.text_top_k,
-        budget=c.text_budget,
-        timeout_s=c.timeout_s,
-        retries=c.retries,
-        kept=Kept(cache=c.cache, record=c.record, replay=c.replay),
-    )
+        return []
+    kept, found = Kept(cache=c.cache, record=c.record, replay=c.replay), []
+    if searches:
+        search = RemoteTextSearch(
+            c.endpoint,
+            backend=c.backend,
+            asked=not c.replay,
+            top_k=c.text_top_k,
+            budget=c.text_budget,
+            timeout_s=c.timeout_s,
+            retries=c.retries,
+            per_second=c.requests_per_second,
+            request=dict(c.request),
+            kept=kept,
+        )
+        found.append(search)
+    if visits:
+        read = None if c.replay else read_page
+        visit = Visit(
+            budget=c.visit_budget, timeout_s=c.timeout_s, per_second=c.requests_per_second, kept=kept, read=read
+        )
+        found.append(visit)
+    return found
 
 
 def score(config: Any, *, evaluating: bool = False) -> Callable[[Episode], dict[str, float] | Scored]:

@@ -11,9 +11,8 @@ import jax
 from ml_collections import ConfigDict
 
 from tapo_jax import check, evaluate, records, sharding, viewer
-from tapo_jax.agent import load_model, make_agent
+from tapo_jax.agent import load_model, make_agent, open_tools
 from tapo_jax.config import UserError
-from tapo_jax.data import sources
 from tapo_jax.learn import checkpoints
 from tapo_jax.learn.state import split_model
 from tapo_jax.models.shipped import model_directory
@@ -40,14 +39,17 @@ def run(config: ConfigDict, checkpoint: str, out: str | None = None, *, page: bo
             f"There is nothing to evaluate: eval.prompts is {config.eval.prompts} and eval.split "
             f"'{config.eval.split}': set eval.prompts to at least 1."
         )
+    tools = open_tools(config)
     model, _ = load_model(directory, config.model, mesh)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh, evaluating=True)
+    agent = make_agent(config, directory, model, tools, mesh, evaluating=True)
     params = split_model(model)[1]
     if saved is not None:
         params = checkpoints.read_params(saved, params)
     episodes, played = evaluate.play(
         agent, params, prompts, temperature=config.eval.temperature, top_p=config.eval.top_p, seed=config.seed
     )
+    if broken := agent.broken_service():
+        raise UserError(f"{broken}: nothing is written; look at the service, then evaluate again.")
     values = evaluate.numbers(evaluate.added(evaluate.tally(episodes, played)))
     if jax.process_index() == 0:
         data = about_data(config)

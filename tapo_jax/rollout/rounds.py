@@ -17,7 +17,7 @@ from tapo_jax.rollout.board import Board
 from tapo_jax.rollout.players import Players
 from tapo_jax.rollout.sampler import Chunk
 from tapo_jax.rollout.schedule import Sampling
-from tapo_jax.rollout.summary import summary
+from tapo_jax.rollout.summary import service_summary, summary
 from tapo_jax.types import Episode, Prompt
 
 POLL_S = 0.002
@@ -72,7 +72,8 @@ def rollout(
         seconds["time/tool_wait"] += time.perf_counter() - decoded
         board.take_turns(needs.draws, written)
     episodes = [episode for episode in board.episodes if episode is not None]
-    return episodes, {**seconds, **summary(episodes, tuple(players.runner.tools), time.perf_counter() - start)}
+    numbers = summary(episodes, tuple(players.runner.tools), time.perf_counter() - start)
+    return episodes, seconds | numbers | service_summary(episodes, players.runner.services)
 
 
 def _while_decoding(futures: set[concurrent.futures.Future], chunk: Chunk | None) -> bool:

@@ -21,7 +21,7 @@ from tapo_jax.tools import schemas, values
 from tapo_jax.tools.arguments import BadCall, call_parameters, check_arguments, check_schema, compose
 from tapo_jax.tools.results import error_word, settle
 from tapo_jax.tools.schemas import function_schema
-from tapo_jax.types import Identity, Image, Prompt, ToolCall, ToolResult
+from tapo_jax.types import Identity, Image, Origin, Prompt, ToolCall, ToolResult
 
 __all__ = ["BadCall", "Tool", "ToolRunner", "call_parameters", "compose", "function_schema", "needs_prompt"]
 
@@ -29,7 +29,9 @@ __all__ = ["BadCall", "Tool", "ToolRunner", "call_parameters", "compose", "funct
 class Tool(Protocol):
     """A function that the policy can call. It gets checked arguments.
 
-    A tool with `needs_prompt = True` is called with `prompt=` too: its results belong to the question.
+    A tool with `needs_prompt = True` is called with `prompt=` too: its results belong to the question. A tool that asks
+    a service has the service's name in `service`, and gives an `Origin` with its results and failures. A tool with a
+    method `compared` returns there the arguments by which calls are equal or similar, such as a URL in one spelling.
     """
 
     name: str
@@ -42,6 +44,11 @@ class Tool(Protocol):
 
 def needs_prompt(tool: Tool) -> bool:
     return "needs_prompt" in dir(tool) and bool(tool.needs_prompt)
+
+
+def service_of(tool: Tool) -> str | None:
+    """Return the name of the service that a tool asks, None if it asks none."""
+    return tool.service if "service" in dir(tool) else None
 
 
 class ToolRunner:
@@ -58,7 +65,7 @@ class ToolRunner:
     threaded: False runs a call in its caller's thread, without a time-out (for tools that are known).
 
     The attribute `schemas` has the schemas as the policy reads them; `resolved` has them with the kind of each
-    property, for `tapo.parameter_slots`.
+    property, for `tapo.parameter_slots`. `services` has the names of the services that the tools ask.
 
     Raises UserError for a tool whose name or schema cannot be understood.
     """
@@ -79,6 +86,7 @@ class ToolRunner:
         self.resolved = [schemas.resolved(tool.schema, tool.name) for tool in tools]
         self.schemas = [schemas.shown(schema) for schema in self.resolved]
         self._schema = dict(zip(self.tools, self.resolved, strict=True))
+        self.services = tuple(dict.fromkeys(filter(None, map(service_of, tools))))
         self._validator = {name: schemas.validator(schema) for name, schema in self._schema.items()}
         self._timeout_s, self._retries, self._threaded = timeout_s, retries, threaded
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tool")
@@ -100,7 +108,8 @@ class ToolRunner:
         try:
             ran, result = self._run(call, images, prompt)
         except BadCall as error:
-            ran, result = call, ToolResult(text=values.whole_text(f"Error: {error}"), error=error_word(error.kind))
+            text, word = values.whole_text(f"Error: {error}"), error_word(error.kind)
+            ran, result = call, ToolResult(text=text, error=word, origin=error.origin)
         except Exception:  # a bug of this project: the run continues, and the log says where it is
             logging.getLogger(__name__).exception("a call could not be run")
             ran, result = call, ToolResult(text="Error: The call could not be run.", error="internal")
@@ -110,7 +119,8 @@ class ToolRunner:
         tool, schema = self._tool(call.name), self._schema[call.name]
         check_arguments(schema, call.arguments, images)
         check_schema(self._validator[call.name], call.arguments)
-        parameters, seen = call_parameters(schema, call.arguments, images), {}
+        compared = tool.compared(call.arguments) if "compared" in dir(tool) else call.arguments
+        parameters, seen = call_parameters(schema, compared, images), {}
         if needs_prompt(tool):
             if prompt is None:
                 raise BadCall("no_prompt", f"{call.name} works inside of a question only.")
@@ -130,7 +140,7 @@ class ToolRunner:
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
-                return self._cache[key]
+                return _from_cache(self._cache[key])
         result = self._tries(tool, call, images, seen)
         if result.error is None:
             with self._lock:
@@ -143,6 +153,8 @@ class ToolRunner:
         def once() -> ToolResult:
             return settle(tool(copy.deepcopy(call.arguments), tuple(map(_read_only, images)), **seen))
 
+        service = service_of(tool)
+        live = None if service is None else Origin(service, "live")
         for last in [False] * self._retries + [True]:
             result, error = _with_timeout(once, self._timeout_s) if self._threaded else _caught(once)
             if error is None:
@@ -152,10 +164,19 @@ class ToolRunner:
             if isinstance(error, KeyboardInterrupt) and not self._threaded:
                 raise error  # the user's Ctrl-C: this is the caller's own thread
             if last and isinstance(error, TimeoutError):
-                raise BadCall("timeout", f"{call.name} gave no result in {self._timeout_s:g} seconds.") from None
+                sentence = f"{call.name} gave no result in {self._timeout_s:g} seconds."
+                raise BadCall("timeout", sentence, origin=live) from None
             if last:
-                raise BadCall("exception", f"{call.name} failed: {type(error).__name__[:100]}.") from error
+                sentence = f"{call.name} failed: {type(error).__name__[:100]}."
+                raise BadCall("exception", sentence, origin=live) from error
         raise AssertionError("unreachable")
+
+
+def _from_cache(result: ToolResult) -> ToolResult:
+    """Return a result that the runner kept. A replayed one stays one: which of two equal calls is first is chance."""
+    if result.origin is None or result.origin.source == "replay":
+        return result
+    return dataclasses.replace(result, origin=Origin(result.origin.service, "cache"))
 
 
 def _checked_name(tool: Tool) -> str:

@@ -4,6 +4,7 @@ A tool is foreign code. A value with an obvious meaning is accepted (a str is a 
 image); anything else is a `BadCall` of kind "bad_result", which the policy reads.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,7 +28,8 @@ def settle(value: Any) -> ToolResult:
     shown in their order; a dict with "text", "images" or "image", and "error". Raises BadCall.
     """
     if isinstance(value, ToolResult):
-        return _result(value.text, value.images, value.error, value.parts)
+        settled = _result(value.text, value.images, value.error, value.parts)
+        return settled if value.origin is None else dataclasses.replace(settled, origin=value.origin)
     if isinstance(value, Mapping):
         return _from_dict(value)
     if isinstance(value, list | tuple):
