@@ -356,3 +356,17 @@ def test_the_config_gives_the_tool_where_it_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"tools.names has 'visit', which needs more: pip install 'tapo_jax\[web\]'"):
         sources.tools(config(names=names))
     assert visit.VISIT == "visit"
+
+
+def test_a_replay_of_nothing_but_visits_leaves_the_text_search_as_it_was(tmp_path):
+    names, folder = ("text_search_tool", "visit"), str(tmp_path / "r")
+    with pytest.raises(UserError, match="tools.replay"):
+        sources.tools(config(names=names, replay=folder))
+    Kept(record=folder)._record.put("k", '["visit", "", "http://a.org/", 0, 9, "{}"]', None, "x")
+    assert [type(tool).__name__ for tool in sources.tools(config(names=names, replay=folder))] == [
+        "TextSearch",
+        "Visit",
+    ]
+    Kept(record=folder)._record.put("l", '["search-r1", "", "lima", 1, 9, "{}"]', None, "x")
+    found = sources.tools(config(names=names, replay=folder))
+    assert [type(tool).__name__ for tool in found] == ["RemoteTextSearch", "Visit"]

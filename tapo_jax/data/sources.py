@@ -87,9 +87,11 @@ def tools(config: Any) -> list[Tool]:
 
 
 def remote_tools(c: Any) -> list[Tool]:
-    """Return the tools that ask somebody else: the text search of a service or of a recording, and visits."""
-    searches = bool(c.endpoint or c.replay or c.backend != "search-r1")
-    visits = VISIT in c.names
+    """Return the tools that ask somebody else: the text search of a service or of a recording, and visits.
+
+    In a replay of nothing but visits, the text search is that of this process, as it was when they were recorded.
+    """
+    searches, visits = bool(c.endpoint or c.replay or c.backend != "search-r1"), VISIT in c.names
     if not searches and not visits:
         if c.record or c.cache:
             field = "record" if c.record else "cache"
@@ -98,6 +100,8 @@ def remote_tools(c: Any) -> list[Tool]:
             )
         return []
     kept, found = Kept(cache=c.cache, record=c.record, replay=c.replay), []
+    if kept.replays(VISIT) and not kept.replays(c.backend) and not c.endpoint and c.backend == "search-r1":
+        searches = False
     if searches:
         search = RemoteTextSearch(
             c.endpoint,

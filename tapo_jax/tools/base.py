@@ -25,6 +25,8 @@ from tapo_jax.types import Identity, Image, Origin, Prompt, ToolCall, ToolResult
 
 __all__ = ["BadCall", "Tool", "ToolRunner", "call_parameters", "compose", "function_schema", "needs_prompt"]
 
+GRACE_S = 5.0
+
 
 class Tool(Protocol):
     """A function that the policy can call. It gets checked arguments.
@@ -59,7 +61,7 @@ class ToolRunner:
     pixels: both belong to the conversation.
 
     workers: number of threads.
-    timeout_s: max seconds of one attempt.
+    timeout_s: max seconds of one attempt; a tool that asks a service gets GRACE_S more.
     retries: further attempts after an exception of the tool itself (not after a bad call).
     cache: max results kept to answer equal calls on equal images; errors are not kept.
     threaded: False runs a call in its caller's thread, without a time-out (for tools that are known).
@@ -156,7 +158,9 @@ class ToolRunner:
         service = service_of(tool)
         live = None if service is None else Origin(service, "live")
         for last in [False] * self._retries + [True]:
-            result, error = _with_timeout(once, self._timeout_s) if self._threaded else _caught(once)
+            # A tool that asks a service ends by itself, and says better why.
+            limit_s = self._timeout_s if service is None else self._timeout_s + GRACE_S
+            result, error = _with_timeout(once, limit_s) if self._threaded else _caught(once)
             if error is None:
                 return result
             if isinstance(error, BadCall):
@@ -164,7 +168,7 @@ class ToolRunner:
             if isinstance(error, KeyboardInterrupt) and not self._threaded:
                 raise error  # the user's Ctrl-C: this is the caller's own thread
             if last and isinstance(error, TimeoutError):
-                sentence = f"{call.name} gave no result in {self._timeout_s:g} seconds."
+                sentence = f"{call.name} gave no result in {limit_s:g} seconds."
                 raise BadCall("timeout", sentence, origin=live) from None
             if last:
                 sentence = f"{call.name} failed: {type(error).__name__[:100]}."

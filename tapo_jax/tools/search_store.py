@@ -60,6 +60,15 @@ class Store:
         except sqlite3.Error:
             return None
 
+    def holds(self, backend: str) -> bool:
+        """Return whether there is a search of this back-end."""
+        try:
+            with self._lock:
+                rows = self._file.execute("SELECT 1 FROM searches WHERE asked LIKE ? LIMIT 1", (f'["{backend}",%',))
+                return rows.fetchone() is not None
+        except sqlite3.Error:
+            return False
+
     def put(self, key: str, asked: str, error: str | None, text: str) -> None:
         """Keep an outcome; the first one of a key stays."""
         try:
@@ -108,6 +117,10 @@ class Kept:
         self._replay = Store(Path(replay) / FILE, field="tools.replay", read_only=True) if replay else None
         self._memory: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._lock, self._joined = threading.Lock(), Joined()
+
+    def replays(self, backend: str) -> bool:
+        """Return whether a recording is replayed that holds a search of this back-end."""
+        return self._replay is not None and self._replay.holds(backend)
 
     def result(self, asked: Asked, search: Callable[[], tuple[str, int]]) -> ToolResult:
         """Return the text of a search and where it came from.
