@@ -54,6 +54,7 @@ setup(
         "rich>=13",
         "tensorboardX>=2.6.2",
         "httpx>=0.27",
+        "httpcore>=1.0,<2",
         "jsonschema>=4.23,<5",
         "referencing>=0.35",  # jsonschema looks references up with it
     ],
@@ -69,13 +70,11 @@ setup(
             "ddgs>=9.6,<10",
             "trafilatura>=2,<3",
             "lxml_html_clean>=0.4",  # trafilatura needs it and gets it only through an extra of lxml
-            "httpcore>=1.0,<2",
         ],
         "test": [
             "ddgs>=9.6,<10",
             "trafilatura>=2,<3",
             "lxml_html_clean>=0.4",
-            "httpcore>=1.0,<2",
             "starlette>=0.46,<2",
             "uvicorn>=0.34,<1",
             "pytest>=8.0",

@@ -370,3 +370,19 @@ def test_a_replay_of_nothing_but_visits_leaves_the_text_search_as_it_was(tmp_pat
     Kept(record=folder)._record.put("l", '["search-r1", "", "lima", 1, 9, "{}"]', None, "x")
     found = sources.tools(config(names=names, replay=folder))
     assert [type(tool).__name__ for tool in found] == ["RemoteTextSearch", "Visit"]
+
+
+class Handbook:
+    name = "visit"
+    schema = visit.SCHEMA
+
+    def __call__(self, arguments, images):
+        return "own"
+
+
+def own_tools(config):
+    return [Handbook()]
+
+
+def test_a_tool_of_ones_own_with_the_same_name_stays():
+    assert isinstance(sources.tools(config(source=f"{__name__}:own_tools", names=("visit",)))[0], Handbook)

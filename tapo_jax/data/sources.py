@@ -79,19 +79,22 @@ def tools(config: Any) -> list[Tool]:
         raise UserError(
             f"tools.source is '{config.tools.source}': use atlas, recorded or your own \"package.module:function\"."
         )
-    made = {tool.name: tool for tool in found} | {tool.name: tool for tool in remote_tools(config.tools)}
+    made = {tool.name: tool for tool in found}
+    made |= {tool.name: tool for tool in remote_tools(config.tools, own=tuple(made))}
     for name in config.tools.names:
         if name not in made:
             raise UserError(f"tools.names has '{name}': the tools of this source are {', '.join(made)}.")
     return [made[name] for name in config.tools.names]
 
 
-def remote_tools(c: Any) -> list[Tool]:
+def remote_tools(c: Any, own: Sequence[str] = ()) -> list[Tool]:
     """Return the tools that ask somebody else: the text search of a service or of a recording, and visits.
+
+    own: the names of the tools of the source; one of its own named "visit" stays.
 
     In a replay of nothing but visits, the text search is that of this process, as it was when they were recorded.
     """
-    searches, visits = bool(c.endpoint or c.replay or c.backend != "search-r1"), VISIT in c.names
+    searches, visits = bool(c.endpoint or c.replay or c.backend != "search-r1"), VISIT in c.names and VISIT not in own
     if not searches and not visits:
         if c.record or c.cache:
             field = "record" if c.record else "cache"
