@@ -202,8 +202,9 @@ def test_a_service_that_dies_stops_the_run_after_saving_and_the_run_goes_on_when
             train(config, tmp_path / "run")  # it is still dead
         with pytest.raises(UserError, match="A first search of the service"):
             checkpoint.run(config, str(tmp_path / "run"))
+        config.tools.failure_window = 1
         monkeypatch.setattr(sources, "tools", lambda c: [world.Crop(), Unprobed(sources.remote_tools(c.tools)[0])])
-        with pytest.raises(UserError, match="the last .* requests to the service 'search-r1'.*nothing is written"):
+        with pytest.raises(UserError, match="1 of the last 1 requests to the service 'search-r1'.*nothing is written"):
             checkpoint.run(config, str(tmp_path / "run"))
         assert not (tmp_path / "run" / "eval").exists()
         patch(monkeypatch.setattr)
