@@ -54,6 +54,7 @@ setup(
         "rich>=13",
         "tensorboardX>=2.6.2",
         "httpx>=0.27",
+        "httpcore>=1.0,<2",
         "jsonschema>=4.23,<5",
         "pyyaml>=6",
         "referencing>=0.35",  # jsonschema looks references up with it
@@ -67,7 +68,15 @@ setup(
         "parquet": ["pyarrow>=17"],  # published data sets; arrays that carry code are refused since 14.0.1
         "mcp": ["mcp>=2.3,<3"],  # tools.mcp: tools of MCP servers
         "serve": ["starlette>=0.46,<2", "uvicorn>=0.34,<1"],  # launch/retrieval_server.py
+        "web": [  # tools.backend="ddgs", and the tool "visit"
+            "ddgs>=9.6,<10",
+            "trafilatura>=2,<3",
+            "lxml_html_clean>=0.4",  # trafilatura needs it and gets it only through an extra of lxml
+        ],
         "test": [
+            "ddgs>=9.6,<10",
+            "trafilatura>=2,<3",
+            "lxml_html_clean>=0.4",
             "starlette>=0.46,<2",
             "uvicorn>=0.34,<1",
             "pytest>=8.0",

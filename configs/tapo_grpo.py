@@ -74,7 +74,15 @@ def get_config(arg: str = "") -> ConfigDict:
         names=("image_zoom_in_tool", "image_search_tool", "text_search_tool"), timeout_s=10.0, retries=1, workers=4,
         # Atlas: long side of a crop in pixels; 0: its own pixels, as for all other pictures.
         zoom_size=64, image_top_k=1, thumbnails=0, text_top_k=1, text_budget=400,
-        endpoint="",  # "http://host:port" of launch/retrieval_server.py; "": the text search of this process
+        # Who answers text searches: "search-r1" (launch/retrieval_server.py and its kin), "mars", "serper", "tavily" or
+        # "ddgs"; docs/search.md says what each is asked, and in which environment variable its key is.
+        backend="search-r1",
+        endpoint="",  # "http://host:port"; "": that of serper and tavily; with search-r1, the search of this process
+        request=ConfigDict(),  # further fields of every request to the service
+        requests_per_second=0.0,  # to a service, of each process; 0: no limit
+        max_failures=0.5,  # share of failing requests among the last failure_window, above which the run stops
+        failure_window=50,  # requests; they are judged from 20 on, or from failure_window if that is less
+        visit_budget=4000,  # characters of a page that the tool "visit" gives; tools.names may have it
         cache="",  # a file (SQLite) of what the service answered, shared by processes and runs; "": none
         record="",  # a folder that gets every search of the run and its outcome, to be replayed; "": none
         replay="",  # a folder of `tools.record`: its searches, without a service; others are the error replay_miss

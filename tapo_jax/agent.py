@@ -32,6 +32,7 @@ from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
 from tapo_jax.rollout.summary import summary
 from tapo_jax.tools.base import Tool, ToolRunner, stop
+from tapo_jax.tools.watch import Watch
 from tapo_jax.types import Episode, Prompt
 
 # What stays in memory: bytes of processed images, results of calls, and bytes of pixels in play.
@@ -67,6 +68,8 @@ class Agent:
     """Reward name -> weight in the total."""
     score_workers: int = 1
     """Threads that score; more than one only if `score` is thread-safe."""
+    watch: Watch = dataclasses.field(default_factory=lambda: Watch({}, max_failures=1.0, window=1))
+    """Of the services that the tools ask."""
 
     def play(
         self, params: Any, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, *, keep_images: bool = True
@@ -114,7 +117,8 @@ class Agent:
             )
             taken = flight.take()
             episodes = [episode for group in taken for episode in group.episodes]
-            played = summary(episodes, tuple(self.players.runner.tools), time.perf_counter() - began)
+            runner = self.players.runner
+            played = summary(episodes, tuple(runner.tools), time.perf_counter() - began, runner.services)
             self.players.sampler.release()
             failure = _failure(pool.wait, [episode for episode in episodes if not episode.rewards] + flight.unscored())
         processes.raise_together(failure)
@@ -137,6 +141,7 @@ class Agent:
             pool.close(wait=patient)
 
     def _totalled(self, episodes: list[Episode]) -> list[Episode]:
+        self.watch.note(episodes)
         for episode in episodes:
             episode.reward = rewards.total(episode.rewards, self.weights)
         return episodes
@@ -156,7 +161,7 @@ class Agent:
         """
 
         def scored(index: int, episode: Episode) -> None:
-            episode.reward = rewards.total(episode.rewards, self.weights)
+            self._totalled([episode])
             on_episode(index, episode)
 
         scores = ScoreStream(self.score, self.score_workers, scored)
@@ -166,6 +171,15 @@ class Agent:
             scores.finish()
         finally:
             scores.close()
+
+    def broken_service(self) -> str:
+        """Return a sentence about a service that fails too often in some process, "" if there is none.
+
+        Every process must call this, and gets the same.
+        """
+        if not self.players.runner.services:
+            return ""
+        return next(filter(None, processes.gather(self.watch.broken())), "")
 
     def close(self) -> None:
         """Close the judge, if there is one. Nothing can be played afterwards."""
@@ -211,6 +225,26 @@ def rollout_mesh(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh) ->
     return sharding.rollout_mesh(mesh, data=chosen.data, tensor=chosen.tensor)
 
 
+def open_tools(config: ConfigDict, at_end: contextlib.ExitStack) -> list[Tool]:
+    """Return the tools of a config after a first question to each of their services. Every process must call this.
+
+    at_end: gets what stops them when they are no longer needed.
+
+    Raises UserError in every process if a service does not answer one of them.
+    """
+    tools, found = sources.tools(config), ""
+    at_end.callback(stop, tools)
+    probes = [tool.probe for tool in tools if "probe" in dir(tool)]
+    for probe in probes:
+        try:
+            probe()
+        except UserError as error:
+            found = found or str(error)
+    if probes and (found := next(filter(None, processes.gather(found)), "")):
+        raise UserError(found)
+    return tools
+
+
 def sampler_shapes(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh, image_patches: int) -> Shapes:
     """Return the shapes of the sampler's calls on the rollout's mesh. image_patches: patches of the largest image."""
     r = config.rollout
@@ -239,15 +273,13 @@ def make_agent(
     """Make the agent of a config.
 
     mesh: that of training.
-    at_end: gets what closes the tools and the judge when they are no longer needed; None: they are left open.
+    at_end: gets what ends the calls of tools and closes the judge; None: they are left open.
     evaluating: with the judge of evaluations.
     wish: asked once a round of a rollout.
 
     Raises UserError for a directory without a usable tokenizer, a rollout.mesh that does not fit the devices or the
     model, slots that it does not divide, or a judge whose key is not set.
     """
-    if at_end is not None:
-        at_end.callback(stop, tools)
     chat = Chat.from_dir(directory)
     r = config.rollout
     processor = ImageProcessor.from_dir(directory)
@@ -295,7 +327,9 @@ def make_agent(
         wish=wish,
     )
     score, workers = _scorer(config, evaluating=evaluating)
-    agent = Agent(players, score, dict(config.reward.weights), workers)
+    services = {tool.service: tool.address for tool in tools if {"service", "address"} <= set(dir(tool))}
+    watch = Watch(services, max_failures=config.tools.max_failures, window=config.tools.failure_window)
+    agent = Agent(players, score, dict(config.reward.weights), workers, watch)
     if at_end is not None:
         at_end.callback(agent.close)
     return agent

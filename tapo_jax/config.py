@@ -79,7 +79,8 @@ def _parse_flags(args: list[str], *, words: bool) -> list[str]:
         if flag.present and flag.value == "" and flag.default != "" and not name.startswith("config."):
             raise UserError(f"--{name} is empty (a variable that is not set?): give it a value, or leave it out.")
     for section, name, value in extra:
-        with flags.FLAGS["config"].value[section].extra.unlocked() as free:
+        first, second = section.split(".")
+        with flags.FLAGS["config"].value[first][second].unlocked() as free:
             free[name] = value
     for name in nothing:
         _set_none(flags.FLAGS["config"].value, name)
@@ -107,11 +108,11 @@ def _set_none(config: ConfigDict, name: str) -> None:
         config[field] = None
 
 
-_EXTRA = re.compile(r"--config\.(data|tools|reward)\.extra\.(\w+)=(.*)", re.DOTALL)
+_EXTRA = re.compile(r"--config\.((?:data|tools|reward)\.extra|tools\.request)\.(\w+)=(.*)", re.DOTALL)
 
 
 def _take_extra(args: list[str]) -> tuple[list[str], list[tuple[str, str, Any]]]:
-    """Split off the free fields of a user's own functions, such as --config.data.extra.NAME=VALUE.
+    """Split off the fields that the user names: --config.data.extra.NAME=VALUE, --config.tools.request.NAME=VALUE.
 
     A value is parsed as a Python literal if possible, else kept as text.
     """

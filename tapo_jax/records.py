@@ -64,6 +64,8 @@ class RecordedTurn:
     call_arguments: dict[str, Any] | None = None
     result: str | None = None
     error: str | None = None
+    source: str = ""
+    """Where the result of a service came from: live, cache, joined or replay; "" if no service was asked."""
     result_images: tuple[int, ...] = ()
     """Indices into the episode's images."""
     slot: int = -1
@@ -173,6 +175,7 @@ def record(
                 call_arguments=turn.call.arguments if turn.call else None,
                 result=turn.result.text if turn.result else None,
                 error=turn.result.error if turn.result else None,
+                source=turn.result.origin.source if turn.result and turn.result.origin else "",
                 result_images=tuple(index for index in shown if index < len(episode.images)),
                 adv_before=advantage,
                 continues=turn.continues,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tapo_jax import check, evaluate, processes, records, sharding, viewer
-from tapo_jax.agent import Agent, examiner, load_model, make_agent
+from tapo_jax.agent import Agent, examiner, load_model, make_agent, open_tools
 from tapo_jax.config import UserError, flat, total_steps
 from tapo_jax.data import sources
 from tapo_jax.data.pipeline import Prompts
@@ -77,10 +77,11 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
     prompts = Prompts(source, prompts_per_step=config.data.prompts_per_step, local=local, seed=config.seed)
     total = total_steps(config.total_steps, config.total_epochs, len(source), config.data.prompts_per_step)
     held_out = evaluate.split_prompts(config) if config.eval.at_start or config.eval.at_end or config.eval.every else []
-    # -------------------------------------------------------------------------------------- model
+    # -------------------------------------------------------------------------------------- tools and model
+    tools = open_tools(config, at_end)
     model, model_config = load_model(directory, config.model, mesh)
     wishes = Wishes(config.checkpoint.minutes)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh, at_end, wish=wishes.now)
+    agent = make_agent(config, directory, model, tools, mesh, at_end, wish=wishes.now)
     graphdef, params = split_model(model)
     # -------------------------------------------------------------------------------------- init or restore
     optimizer, schedule = make_optimizer(config, total)
@@ -103,7 +104,7 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
         writer.say("compiling all that a step runs …")
         state = warm_up(run, state)
     # -------------------------------------------------------------------------------------- loop
-    step, stopped, silent = resumed or 0, False, 0
+    step, stopped, silent, broken = resumed or 0, False, 0, ""
     first = resumed is None and config.eval.at_start  # whether the evaluation before training is still to come
 
     def save_middle() -> None:
@@ -129,9 +130,9 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
                 raise_if_broken(line, step, config, workdir)
                 silent = 0 if line["rollout/written"] else silent + 1
                 raise_if_silent(silent, step, total, config)
-                line, wish = {}, wishes.agreed()
-                stopped = wish == Wish.STOP and step < total
-                if wish != Wish.NOTHING or step == total or step % config.checkpoint.every == 0:
+                line, wish, broken = {}, wishes.agreed(), agent.broken_service()
+                stopped = bool(broken) or (wish == Wish.STOP and step < total)
+                if wish != Wish.NOTHING or stopped or step == total or step % config.checkpoint.every == 0:
                     left = flight.pack() if flight.groups else None
                     checkpoints.save(step, state, data=positions(parts), seed=config.seed, flight=left)
                     wishes.saved()
@@ -140,6 +141,8 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
             if not first:
                 save_middle()
         checkpoints.close()
+    if broken:
+        raise UserError(f"{broken}: step {step} is saved; look at the service, then give the same command to go on.")
     # -------------------------------------------------------------------------------------- what a run leaves
     if stopped:
         writer.say(f"stopped after step {step}; the same command goes on from there")

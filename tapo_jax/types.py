@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-ZOOM, IMAGE_SEARCH, TEXT_SEARCH = "image_zoom_in_tool", "image_search_tool", "text_search_tool"
+ZOOM, IMAGE_SEARCH, TEXT_SEARCH, VISIT = "image_zoom_in_tool", "image_search_tool", "text_search_tool", "visit"
 """Names of the shipped tools, as the policy writes them."""
 
 
@@ -119,6 +119,18 @@ class ToolCall:
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where the result of a service came from, or its failure."""
+
+    service: str
+    """The name of the service in metrics, such as "search-r1"."""
+    source: str
+    """One of "live", "cache", "joined" (an equal call was under way) or "replay"."""
+    retries: int = 0
+    """Requests after the first one."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ToolResult:
     """What a tool returns."""
 
@@ -135,6 +147,8 @@ class ToolResult:
     """Returns the text for another number of the result's first image; None: the text names no number.
 
     Of several calls of a turn, a later one does not know how many images the earlier ones give."""
+    origin: Origin | None = None
+    """None if no service was involved."""
 
     def __post_init__(self) -> None:
         if self.parts:

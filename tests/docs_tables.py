@@ -9,6 +9,8 @@ ROW = re.compile(r"^\| `([^`]+)` \|[^|]*\|[^|]*\|([^|]*)\|$", re.M)
 LETTERS = {
     "TOOL": r"[a-z_]+",
     "KIND": r"[a-z_]+",
+    "SERVICE": r"[a-z0-9_-]+",
+    "MEASURE": r"[a-z0-9_]+",
     "N": r"\d+",
     "X": r"[01]\.\d+",
     "NAME": r"(?!mean$|overlong$|unjudged$).+",
@@ -22,7 +24,7 @@ def documented() -> dict[str, str]:
 
 def pattern(name: str) -> re.Pattern:
     """Turn `tools/errors/KIND` into what a metric's name has to match."""
-    parts = re.split(r"(TOOL|KIND|NAME|\bX\b|(?<=_)X\b|(?<=_)N\b)", name)
+    parts = re.split(r"(TOOL|KIND|NAME|SERVICE|MEASURE|\bX\b|(?<=_)X\b|(?<=_)N\b)", name)
     return re.compile("".join(LETTERS.get(part, re.escape(part)) for part in parts))
 
 

@@ -18,6 +18,7 @@ from rollout_world import model
 
 from tapo_jax import check, evaluate, records
 from tapo_jax.config import UserError
+from tapo_jax.data import sources
 from tapo_jax.evaluate import checkpoint as evaluate_checkpoint
 from tapo_jax.evaluate import measure
 from tapo_jax.learn.checkpoints import Checkpoints, read_params
@@ -108,6 +109,9 @@ class FakeAgent:
 
     def close(self):
         pass
+
+    def broken_service(self):
+        return ""
 
 
 def test_evaluate_plays_each_prompt_once():
@@ -281,7 +285,7 @@ def test_run_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     """The whole program around a player and a model that are not there."""
     monkeypatch.setattr(evaluate_checkpoint, "load_model", lambda *_: (model(), None))
     monkeypatch.setattr(evaluate_checkpoint, "make_agent", lambda *_, **__: FakeAgent())
-    monkeypatch.setattr(evaluate_checkpoint.sources, "tools", lambda _: [])
+    monkeypatch.setattr(sources, "tools", lambda _: [])
     monkeypatch.setattr(evaluate_checkpoint.evaluate, "split_prompts", lambda _: [e.prompt for e in EPISODES])
     config = get_config()
     evaluate_checkpoint.run(config, str(model_folder(tmp_path / "model")), str(tmp_path / "out"), page=True)

@@ -9,10 +9,12 @@ import httpx
 import pytest
 
 from tapo_jax.config import UserError
-from tapo_jax.tools import http_client
+from tapo_jax.tools import backends, patience
+from tapo_jax.tools.backends import passages_of
 from tapo_jax.tools.base import BadCall, ToolRunner
 from tapo_jax.tools.http_client import Client, retry_after
-from tapo_jax.tools.remote_search import RemoteTextSearch, normalised, passages_of
+from tapo_jax.tools.patience import Joined, Pace, Patience
+from tapo_jax.tools.remote_search import RemoteTextSearch, folded, tidy
 from tapo_jax.types import ToolCall
 
 GOOD = {"result": [[{"document": {"contents": "Peru\nLima."}, "score": 1.0}]]}
@@ -22,13 +24,13 @@ GOOD = {"result": [[{"document": {"contents": "Peru\nLima."}, "score": 1.0}]]}
 def waits(monkeypatch):
     """The waits between tries, which take no time."""
     found = []
-    monkeypatch.setattr(http_client.time, "sleep", found.append)
+    monkeypatch.setattr(patience.time, "sleep", found.append)
     return found
 
 
 def client(handler, *, timeout_s=5.0, retries=2, **more):
     """A client whose requests go to a function."""
-    made = Client("http://search", timeout_s=timeout_s, retries=retries, **more)
+    made = Client("http://search", Patience(timeout_s, retries), **more)
     made._http = httpx.Client(
         transport=httpx.MockTransport(handler), base_url=made.endpoint, headers=made._http.headers, verify=False
     )
@@ -59,7 +61,7 @@ def good():
 
 @pytest.mark.parametrize("first", [408, 429, 500, 503, httpx.ConnectError("no"), httpx.RemoteProtocolError("gone")])
 def test_what_may_pass_is_tried_again(first, waits):
-    assert client(replies(first, first, good())).post("/retrieve", {}) == GOOD
+    assert client(replies(first, first, good())).post("/retrieve", {}) == (GOOD, 2)
     assert 0.125 <= waits[0] <= 0.25 and 0.25 <= waits[1] <= 0.5  # exponential, with jitter
 
 
@@ -92,7 +94,7 @@ def test_one_event_has_one_name(answers, kind, says, waits):
 
 def test_retry_after_is_waited_for(waits):
     busy = httpx.Response(429, headers={"retry-after": "3"})
-    assert client(replies(busy, good())).post("/retrieve", {}) == GOOD
+    assert client(replies(busy, good())).post("/retrieve", {}) == (GOOD, 1)
     assert waits == [3.0]
     assert retry_after("nan") == retry_after("soon") == retry_after("") == retry_after("-5") == 0
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0 < retry_after("Wed, 21 Oct 2099 07:28:00 GMT")
@@ -123,25 +125,58 @@ def test_a_reply_that_trickles_ends_at_the_time_limit():
     assert caught.value.kind == "timeout" and time.monotonic() - start < 5
 
 
-def test_equal_calls_at_one_time_are_one_request():
-    started, go, requests = threading.Event(), threading.Event(), []
+def test_equal_calls_at_one_time_are_one_call():
+    started, go, calls, joined = threading.Event(), threading.Event(), [], Joined()
 
-    def handler(request):
-        requests.append(json.loads(request.content))
+    def call():
+        calls.append(1)
         started.set()
         assert go.wait(10)
-        return good()
+        return "found"
 
-    made = client(handler, timeout_s=10)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        first = pool.submit(made.post, "/retrieve", {"q": 1})
+        first = pool.submit(joined, "key", call)
         assert started.wait(10)
-        others = [pool.submit(made.post, "/retrieve", {"q": 1}) for _ in range(7)]
+        others = [pool.submit(joined, "key", call) for _ in range(7)]
         time.sleep(0.1)
         go.set()
-        assert [call.result(10) for call in [first, *others]] == [GOOD] * 8
-    assert len(requests) == 1
-    assert made.post("/retrieve", {"q": 1}) == GOOD and len(requests) == 2  # nothing is kept
+        assert first.result(10) == ("found", False)
+        assert [other.result(10) for other in others] == [("found", True)] * 7
+    assert len(calls) == 1
+    assert joined("key", call) == ("found", False) and len(calls) == 2  # nothing is kept
+
+
+def test_a_failure_is_that_of_all_who_joined():
+    started, go, joined = threading.Event(), threading.Event(), Joined()
+
+    def call():
+        started.set()
+        assert go.wait(10)
+        raise BadCall("service", "no")
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(joined, "key", call)]
+        assert started.wait(10)
+        calls.append(pool.submit(joined, "key", call))
+        time.sleep(0.1)
+        go.set()
+        assert [str(one.exception(10)) for one in calls] == ["no", "no"]
+
+
+def test_requests_come_no_faster_than_the_limit(waits):
+    pace = Pace(4.0)
+    for _ in range(4):
+        pace.wait(time.monotonic() + 100)
+    assert waits == pytest.approx([0, 0.25, 0.5, 0.75], abs=0.1)
+    with pytest.raises(TimeoutError):  # its turn would come after its time: at once, and it takes no turn
+        pace.wait(time.monotonic() + 0.5)
+    Pace(0.0).wait(0.0)
+    assert len(waits) == 4
+    late = client(replies(good()))
+    late._patience = Patience(0.5, 0, pace)
+    with pytest.raises(BadCall) as caught:
+        late.post("/retrieve", {})
+    assert caught.value.kind == "timeout"
 
 
 def test_a_key_is_sent_and_told_to_nobody(monkeypatch):
@@ -152,7 +187,7 @@ def test_a_key_is_sent_and_told_to_nobody(monkeypatch):
         return httpx.Response(500)
 
     with pytest.raises(BadCall) as caught:
-        client(handler, retries=0, key="PLANTED").post("/retrieve", {})
+        client(handler, retries=0, headers={"Authorization": "Bearer PLANTED"}).post("/retrieve", {})
     assert seen == ["Bearer PLANTED"] and "PLANTED" not in str(caught.value)
 
 
@@ -161,7 +196,7 @@ def test_a_key_is_sent_and_told_to_nobody(monkeypatch):
 )
 def test_a_wrong_address_is_one_sentence(endpoint):
     with pytest.raises(UserError, match=r"tools\.endpoint") as caught:
-        Client(endpoint, timeout_s=1, retries=0)
+        Client(endpoint, Patience(1.0))
     assert "SECRET" not in str(caught.value)
 
 
@@ -194,14 +229,16 @@ def test_replies_that_are_understood(reply, found):
 )
 def test_other_replies_are_an_observation(reply):
     search = RemoteTextSearch("http://search", top_k=3, budget=100, timeout_s=5)
-    search._client = client(lambda request: reply_of(json.dumps(reply).encode()))
+    made = client(lambda request: reply_of(json.dumps(reply).encode()))
+    search._search = backends.posted(backends.BACKENDS["search-r1"], made, {})
     _, result = ToolRunner([search], workers=1, timeout_s=5, retries=1).run(
         ToolCall("text_search_tool", {"query": "x"}), []
     )
     assert result.error == "service" and result.text.startswith("Error: The search service sent")
 
 
-def test_spellings_of_a_query_are_one():
+def test_spellings_of_a_query_are_one_and_the_service_sees_that_of_the_policy():
     spellings = [" Chad:  capital\n", "chad: capital", "CHAD:\tCAPITAL"]
-    assert {normalised(query) for query in spellings} == {"chad: capital"}
-    assert normalised("cafe\u0301") == normalised("CAF\u00c9") == "caf\u00e9" and normalised("\ud83d") == "?"
+    assert {folded(tidy(query)) for query in spellings} == {"chad: capital"}
+    assert [tidy(query) for query in spellings] == ["Chad: capital", "chad: capital", "CHAD: CAPITAL"]
+    assert folded("cafe\u0301") == folded("CAF\u00c9") == "caf\u00e9" and tidy("\ud83d") == "?"

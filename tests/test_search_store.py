@@ -1,19 +1,23 @@
 """The cache, recordings and replays of searches."""
 
+import concurrent.futures
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import rollout_world as world
 
 from configs import tapo_grpo
 from tapo_jax.config import UserError
 from tapo_jax.data import sources
+from tapo_jax.tools import backends
 from tapo_jax.tools.base import BadCall, ToolRunner
 from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.tools.search_store import FILE, Asked, Kept, Store
-from tapo_jax.types import ToolCall
+from tapo_jax.types import Image, Origin, ToolCall
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "http://search:1"
@@ -31,13 +35,13 @@ class Service:
         self.asked.append(body["queries"][0])
         if self.fails:
             raise BadCall("service", "The search service answered with status 500.")
-        return {"result": [[{"contents": f"{body['queries'][0]} {len(self.asked)}"}]]}
+        return {"result": [[{"contents": f"{body['queries'][0].lower()} {len(self.asked)}"}]]}, 0
 
 
 def search(service, *, top_k=1, budget=100, endpoint=ADDRESS, **kept):
-    made = RemoteTextSearch(endpoint, top_k=top_k, budget=budget, timeout_s=5, kept=Kept(**kept))
+    made = RemoteTextSearch(endpoint, asked=bool(endpoint), top_k=top_k, budget=budget, timeout_s=5, kept=Kept(**kept))
     if endpoint:
-        made._client = service
+        made._search = backends.posted(backends.BACKENDS["search-r1"], service, {})
     return made
 
 
@@ -78,6 +82,7 @@ def test_the_cache_keeps_no_failure(tmp_path):
 
 WRITE = """
 import sys
+import threading
 from pathlib import Path
 from tapo_jax.tools.search_store import Store
 store = Store(Path(sys.argv[1]), field="x")
@@ -102,10 +107,10 @@ def test_processes_share_a_cache(tmp_path):
 def test_a_store_that_fails_later_is_no_failure_of_the_search(tmp_path, monkeypatch):
     service, kept = Service(), Kept(cache=str(tmp_path / "c"))
     kept._cache.close()
-    assert kept.text(Asked("b", "e", "q", 1, 1), lambda: "found") == "found"
+    assert kept.result(Asked("b", "e", "q", 1, 1), lambda: ("found", 0)).text == "found"
     kept = Kept(record=str(tmp_path / "r"))
     kept._record.close()
-    assert kept.text(Asked("b", "e", "q", 1, 1), lambda: "found") == "found" and not service.asked
+    assert kept.result(Asked("b", "e", "q", 1, 1), lambda: ("found", 0)).text == "found" and not service.asked
 
 
 def test_a_replay_is_what_the_recorded_run_saw(tmp_path):
@@ -116,7 +121,7 @@ def test_a_replay_is_what_the_recorded_run_saw(tmp_path):
         service.fails = number == 1
         seen.append(run(tool, query))
     assert [error for _, error in seen] == [None, "service", None, None, "service"]
-    assert service.asked == ["lima", "chad", "peru"] and seen[0] == seen[2]
+    assert [query.lower() for query in service.asked] == ["lima", "chad", "peru"] and seen[0] == seen[2]
     for _ in range(2):
         replay = search(None, endpoint="", replay=folder)
         assert [run(replay, query) for query in ("lima", "chad", "LIMA", "peru", "chad")] == seen
@@ -129,6 +134,46 @@ def test_a_recording_of_a_run_with_a_cache_holds_what_came_from_the_cache(tmp_pa
     run(search(service, cache=cache), "lima")
     assert run(search(service, cache=cache, record=folder), "lima") == ("1. lima 1", None)
     assert run(search(None, endpoint="", replay=folder), "lima") == ("1. lima 1", None) and len(service.asked) == 1
+
+
+def origins(tool, *queries, images=()):
+    runner = ToolRunner([tool], workers=1, timeout_s=30, retries=0)
+    return [runner.run(ToolCall("text_search_tool", {"query": query}), images)[1].origin for query in queries]
+
+
+def test_a_result_says_where_it_came_from(tmp_path):
+    cache, folder, service = str(tmp_path / "c"), str(tmp_path / "run"), Service()
+    live, kept, replay = (Origin("search-r1", source) for source in ("live", "cache", "replay"))
+    tool = search(service, cache=cache, record=folder)
+    assert origins(tool, "Lima", "LIMA", "Lima") == [live, kept, kept]
+    assert origins(search(service, cache=cache), "lima") == [kept]
+    assert origins(search(service, record=folder), "lima") == [kept]
+    service.fails = True
+    assert origins(tool, "chad", "chad") == [live, kept]  # the recording has its failure
+    assert origins(search(service), "chad", "chad") == [live, live]
+    assert origins(search(None, endpoint="", replay=folder), "lima", "lima", "chad", "oslo") == [replay] * 4
+
+
+def test_one_query_is_one_request_in_any_spelling_after_any_crops_and_while_it_is_asked():
+    service, go, tool = Service(), threading.Event(), None
+    tool = search(service)
+    images = [[], [Image(world.picture(1), 1)], [Image(world.picture(2), 2)]]
+    for shown, query in zip(images, ("Lima", " lima", "LIMA\n"), strict=True):
+        assert origins(tool, query, images=shown)[0].service == "search-r1"
+    assert service.asked == ["Lima"]  # as the policy spelt it first
+    ask = tool._search
+
+    def slow(*of):
+        assert go.wait(10)
+        return ask(*of)
+
+    tool._search = slow
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(origins, tool, query) for query in ("Chad", "CHAD", "chad ", "chad") * 2]
+        threading.Timer(0.3, go.set).start()
+        sources = [call.result(20)[0].source for call in calls]
+    assert service.asked == ["Lima", service.asked[1]] and service.asked[1].lower() == "chad"
+    assert sorted(sources) == ["joined"] * 7 + ["live"]
 
 
 def test_no_key_is_in_what_is_kept(tmp_path, monkeypatch):
@@ -158,5 +203,5 @@ def test_the_fields_reach_the_search(tmp_path):
     tool = sources.tools(config(replay=str(tmp_path)))[2]
     assert isinstance(tool, RemoteTextSearch) and run(tool, "lima")[1] == "replay_miss"
     tool = sources.tools(config(endpoint=ADDRESS, cache=str(tmp_path / "c"), record=str(tmp_path / "r")))[2]
-    assert tool._endpoint == ADDRESS and (tmp_path / "c").exists() and (tmp_path / "r" / FILE).exists()
+    assert tool.address == ADDRESS and (tmp_path / "c").exists() and (tmp_path / "r" / FILE).exists()
     assert type(sources.tools(config())[2]).__name__ == "TextSearch"

@@ -42,6 +42,10 @@ MEANINGS = {
     "total_steps": "training steps: one step is one batch of rollouts and `train.updates_per_batch` updates",
     "data.extra": "free fields for your own function of questions",
     "tools.extra": "free fields for your own function of tools",
+    "tools.request": "further fields of every request to the search service, by their names there; no key belongs here",
+    "tools.backend": "who answers text searches: search-r1, mars, serper, tavily or ddgs ([search](search.md))",
+    "tools.max_failures": "share of failing requests to a service, among the last `tools.failure_window`, above which "
+    "the run stops; 1: never",
     "reward.extra": "keyword arguments of your own reward",
     "data.source": '"atlas", "jsonl" (your own folder data.dir) or your own "package.module:function"',
     "reward.source": '"rewards" (exact match and format) or your own "package.module:function"',

@@ -20,6 +20,7 @@ from tapo_jax.config import UserError
 from tapo_jax.learn import advantages, assign_credit, losses, optimizer
 from tapo_jax.models.stack import REMAT
 from tapo_jax.tapo import controls, similarity
+from tapo_jax.tools import backends
 from tapo_jax.tools.schemas import KINDS
 
 INF = math.inf
@@ -134,7 +135,12 @@ RANGES: dict[str, Range] = {
     "tools.thumbnails": whole(0),
     "tools.text_top_k": whole(1),
     "tools.text_budget": whole(1),
+    "tools.backend": choice(*backends.NAMES),
     "tools.endpoint": text(),
+    "tools.requests_per_second": number(0),
+    "tools.max_failures": number(0, 1),
+    "tools.failure_window": whole(1),
+    "tools.visit_budget": whole(1),
     "tools.cache": text(),
     "tools.record": text(),
     "tools.replay": text(),
@@ -247,6 +253,7 @@ FREE: dict[str, Range | None] = {
     "data.extra.": None,
     "tools.extra.": None,
     "tools.kinds.": choice(*KINDS),
+    "tools.request.": None,
     "reward.extra.": None,
     "reward.weights.": number(-INF),
 }

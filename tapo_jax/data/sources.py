@@ -28,11 +28,13 @@ from tapo_jax.data.readers import READERS, read
 from tapo_jax.rewards import judge
 from tapo_jax.rewards.judged import JudgedScore, Scored
 from tapo_jax.tools.base import Tool, stop
+from tapo_jax.tools.page_reader import read_page
 from tapo_jax.tools.recorded_image_search import RecordedImageSearch
 from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.tools.search_store import Kept
+from tapo_jax.tools.visit import Visit
 from tapo_jax.tools.zoom import ZoomTool
-from tapo_jax.types import IMAGE_SEARCH, ZOOM, BadPrompt, Episode, Prompt
+from tapo_jax.types import IMAGE_SEARCH, VISIT, ZOOM, BadPrompt, Episode, Prompt
 
 
 def prompts(config: Any, split: str) -> Sequence[Prompt]:
@@ -86,8 +88,7 @@ def tools(config: Any) -> list[Tool]:
             '"package.module:function".'
         )
     made = {tool.name: tool for tool in found}
-    if remote := _remote_search(config.tools):
-        made[remote.name] = remote
+    made |= {tool.name: tool for tool in remote_tools(config.tools, own=tuple(made))}
     theirs = _foreign_tools(config.tools)
     made |= {tool.name: tool for tool in theirs}
     unknown = next((name for name in config.tools.names if name not in made), None)
@@ -119,29 +120,51 @@ def _known_tool(name: str, c: Any) -> Tool:
         return ZoomTool()
     if name == IMAGE_SEARCH:
         return RecordedImageSearch(results=c.image_top_k)
-    remote = _remote_search(c)
-    if remote is None:
+    search = next((tool for tool in remote_tools(c) if isinstance(tool, RemoteTextSearch)), None)
+    if search is None:
         raise UserError(f"tools.verl '{c.verl}' has a text search, and no service is named: set tools.endpoint.")
-    return remote
+    return search
 
 
-def _remote_search(c: Any) -> RemoteTextSearch | None:
-    """Return the text search of a service or of a recording; None if the config names neither."""
-    if not c.endpoint and not c.replay:
+def remote_tools(c: Any, own: Sequence[str] = ()) -> list[Tool]:
+    """Return the tools that ask somebody else: the text search of a service or of a recording, and visits.
+
+    own: the names of the tools of the source; one of its own named "visit" stays.
+
+    In a replay of nothing but visits, the text search is that of this process, as it was when they were recorded.
+    """
+    searches, visits = bool(c.endpoint or c.replay or c.backend != "search-r1"), VISIT in c.names and VISIT not in own
+    if not searches and not visits:
         if c.record or c.cache:
             field = "record" if c.record else "cache"
             raise UserError(
                 f"tools.{field} is '{c[field]}' without tools.endpoint: only searches of a service are kept."
             )
-        return None
-    return RemoteTextSearch(
-        c.endpoint,
-        top_k=c.text_top_k,
-        budget=c.text_budget,
-        timeout_s=c.timeout_s,
-        retries=c.retries,
-        kept=Kept(cache=c.cache, record=c.record, replay=c.replay),
-    )
+        return []
+    kept, found = Kept(cache=c.cache, record=c.record, replay=c.replay), []
+    if kept.replays(VISIT) and not kept.replays(c.backend) and not c.endpoint and c.backend == "search-r1":
+        searches = False
+    if searches:
+        search = RemoteTextSearch(
+            c.endpoint,
+            backend=c.backend,
+            asked=not c.replay,
+            top_k=c.text_top_k,
+            budget=c.text_budget,
+            timeout_s=c.timeout_s,
+            retries=c.retries,
+            per_second=c.requests_per_second,
+            request=dict(c.request),
+            kept=kept,
+        )
+        found.append(search)
+    if visits:
+        read = None if c.replay else read_page
+        visit = Visit(
+            budget=c.visit_budget, timeout_s=c.timeout_s, per_second=c.requests_per_second, kept=kept, read=read
+        )
+        found.append(visit)
+    return found
 
 
 def score(config: Any, *, evaluating: bool = False) -> Callable[[Episode], dict[str, float] | Scored]:

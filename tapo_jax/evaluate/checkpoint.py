@@ -14,9 +14,8 @@ import jax
 from ml_collections import ConfigDict
 
 from tapo_jax import check, evaluate, processes, records, sharding, viewer
-from tapo_jax.agent import Agent, load_model, make_agent
+from tapo_jax.agent import Agent, load_model, make_agent, open_tools
 from tapo_jax.config import UserError
-from tapo_jax.data import sources
 from tapo_jax.evaluate import asking, benchmarks
 from tapo_jax.learn import checkpoints
 from tapo_jax.learn.state import split_model
@@ -83,11 +82,12 @@ def load(config: ConfigDict, checkpoint: str, at_end: contextlib.ExitStack) -> L
     saved, directory, name, folder = find(Path(checkpoint), config)
     keep_compiled(config.compilation_cache)
     mesh = sharding.make_mesh(**config.mesh)
+    tools = open_tools(config, at_end)
     model, _ = load_model(directory, config.model, mesh)
     params = split_model(model)[1]
     if saved is not None:
         params = checkpoints.read_params(saved, params)
-    agent = make_agent(config, directory, model, sources.tools(config), mesh, at_end, evaluating=True)
+    agent = make_agent(config, directory, model, tools, mesh, at_end, evaluating=True)
     return Loaded(agent, params, saved or directory, name, folder)
 
 
@@ -111,6 +111,9 @@ def evaluate_own_data(
         loaded = load(config, checkpoint, at_end)
         tools = tuple(loaded.agent.players.runner.tools)
         episodes = evaluate.play(loaded.agent, loaded.params, prompts, evaluate.sampling_of(config), keep_images=page)
+        broken = loaded.agent.broken_service()
+    if broken:
+        raise UserError(f"{broken}: nothing is written; look at the service, then evaluate again.")
     values = evaluate.Tally.of(episodes, tools).over_processes().metrics()
     data, name = about_data(config), loaded.name
     label = f"{data['source']}-{data['split']}"

@@ -58,7 +58,8 @@ def rollout(
     began = time.perf_counter()
     seconds = play_groups(players, params, groups, sampling, on_episode=on_episode)
     episodes = [episode for group in groups for episode in group.episodes]
-    return episodes, seconds | summary(episodes, tuple(players.runner.tools), time.perf_counter() - began)
+    runner, played_s = players.runner, time.perf_counter() - began
+    return episodes, seconds | summary(episodes, tuple(runner.tools), played_s, runner.services)
 
 
 def stream(

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from tapo_jax.types import Episode
 
 FINISHES = ("answer", "length", "turns", "malformed")
@@ -18,8 +20,10 @@ ERRORS = (
 )
 
 
-def summary(episodes: Sequence[Episode], tools: Sequence[str], seconds: float) -> dict[str, float]:
-    """Return means over the episodes; the names of the metrics are always the same.
+def summary(
+    episodes: Sequence[Episode], tools: Sequence[str], seconds: float, services: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return means over the episodes; the names of the metrics are always the same for the same tools and services.
 
     A call of an unknown tool counts only as an error.
     """
@@ -46,4 +50,31 @@ def summary(episodes: Sequence[Episode], tools: Sequence[str], seconds: float) -
         metrics[f"tools/errors/{kind}"] = sum(turn.result.error == kind for turn in calls) / count
     other = sum(turn.result.error not in (None, *ERRORS) for turn in calls)
     metrics["tools/errors/other"] = other / count
+    return metrics | service_summary(episodes, services)
+
+
+def service_summary(episodes: Sequence[Episode], services: Sequence[str]) -> dict[str, float]:
+    """Return what the tools asked each service, as means over the episodes; {} without services.
+
+    calls = live + cache_hits + joined + replayed; failures are calls of any of these. The seconds are quantiles of the
+    live calls, NaN without one.
+    """
+    metrics = {}
+    results = [turn.result for episode in episodes for turn in episode.turns if turn.result is not None]
+    for service in services:
+        found = [result for result in results if result.origin is not None and result.origin.service == service]
+        live = [result.seconds for result in found if result.origin.source == "live"]
+        counts = {
+            "service_calls": len(found),
+            "live": len(live),
+            "cache_hits": sum(result.origin.source == "cache" for result in found),
+            "joined": sum(result.origin.source == "joined" for result in found),
+            "replayed": sum(result.origin.source == "replay" for result in found),
+            "retries": sum(result.origin.retries for result in found),
+            "failures": sum(result.error is not None for result in found),
+        }
+        metrics |= {f"tools/{name}/{service}": count / max(len(episodes), 1) for name, count in counts.items()}
+        for quantile in (50, 95, 99):
+            seconds = float(np.percentile(live, quantile)) if live else float("nan")
+            metrics[f"tools/seconds_p{quantile}/{service}"] = seconds
     return metrics

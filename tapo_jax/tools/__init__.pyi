@@ -2,6 +2,7 @@ from .base import BadCall, Tool, ToolRunner, function_schema
 from .image_search import ImageSearch
 from .remote_search import RemoteTextSearch
 from .text_search import TextSearch
+from .visit import Visit
 from .zoom import ZoomTool
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "TextSearch",
     "Tool",
     "ToolRunner",
+    "Visit",
     "ZoomTool",
     "function_schema",
 ]

@@ -9,18 +9,21 @@ import jsonschema.protocols
 
 from tapo_jax.tools import values
 from tapo_jax.tools.schemas import bounds, kinds, takes_more
-from tapo_jax.types import Identity, Image, Number, Parameter, Region, Text
+from tapo_jax.types import Identity, Image, Number, Origin, Parameter, Region, Text
 
 _TYPES = {"string": str, "integer": int, "number": (int, float), "array": list, "boolean": bool, "object": dict}
 _MAX_NAME = 100  # max characters of the policy's text that a message repeats
 
 
 class BadCall(Exception):
-    """The call cannot run. `kind` is one word for the metrics; the message is what the policy reads."""
+    """The call cannot run. `kind` is one word for the metrics; the message is what the policy reads.
 
-    def __init__(self, kind: str, message: str):
+    origin: the service that failed, if it was one.
+    """
+
+    def __init__(self, kind: str, message: str, *, origin: Origin | None = None):
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.origin = kind, origin
 
 
 def whole_numbers(schema: dict[str, Any], arguments: Any) -> Any:

@@ -28,9 +28,11 @@ from tapo_jax.tools.arguments import (
 )
 from tapo_jax.tools.results import error_word, settle
 from tapo_jax.tools.schemas import function_schema
-from tapo_jax.types import Identity, Image, Prompt, ToolCall, ToolResult
+from tapo_jax.types import Identity, Image, Origin, Prompt, ToolCall, ToolResult
 
 __all__ = ["BadCall", "Tool", "ToolRunner", "call_parameters", "compose", "function_schema", "needs_prompt"]
+
+GRACE_S = 5.0
 
 
 class Tool(Protocol):
@@ -38,8 +40,10 @@ class Tool(Protocol):
 
     A tool with `needs_prompt = True` is called with `prompt=` too: its results belong to the question. One with
     `open(episode)` and `close(episode)` is opened for each episode, and called with `episode=` too (`sessions.py`).
+    One that asks a service has the service's name in `service`, and gives an `Origin` with its results and failures.
     `kinds`: property -> kind, for a schema of others that does not say it. `repeatable = False`: an equal call may give
-    another result, so nothing is cached or tried again. `stop()`, if there is one, is called when the run ends.
+    another result, so nothing is cached or tried again. `compared(arguments)` returns the arguments by which calls are
+    equal or similar, such as a URL in one spelling. `stop()`, if there is one, is called when the run ends.
     """
 
     name: str
@@ -58,6 +62,11 @@ def _own_kinds(tool: Tool) -> Mapping[str, str]:
     return tool.kinds if "kinds" in dir(tool) and isinstance(tool.kinds, Mapping) else {}
 
 
+def service_of(tool: Tool) -> str | None:
+    """Return the name of the service that a tool asks, None if it asks none."""
+    return tool.service if "service" in dir(tool) else None
+
+
 class ToolRunner:
     """Runs calls on a bounded pool of threads.
 
@@ -66,14 +75,14 @@ class ToolRunner:
     pixels: both belong to the conversation.
 
     workers: number of threads.
-    timeout_s: max seconds of one attempt.
+    timeout_s: max seconds of one attempt; a tool that asks a service gets GRACE_S more.
     retries: further attempts after an exception of the tool itself (not after a bad call).
     cache: max results kept to answer equal calls on equal images; errors are not kept.
     threaded: False runs a call in its caller's thread, without a time-out (for tools that are known).
     kinds: tool -> property -> kind, instead of what the schema says.
 
     The attribute `schemas` has the schemas as the policy reads them; `resolved` has them with the kind of each
-    property, for `tapo.parameter_slots`.
+    property, for `tapo.parameter_slots`. `services` has the names of the services that the tools ask.
 
     Raises UserError for a tool whose name or schema cannot be understood.
     """
@@ -104,6 +113,7 @@ class ToolRunner:
         ]
         self.schemas = [schemas.shown(schema) for schema in self.resolved]
         self._schema = dict(zip(self.tools, self.resolved, strict=True))
+        self.services = tuple(dict.fromkeys(filter(None, map(service_of, tools))))
         self._validator = {name: schemas.validator(schema) for name, schema in self._schema.items()}
         self._timeout_s, self._retries, self._threaded = timeout_s, retries, threaded
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="tool")
@@ -165,7 +175,8 @@ class ToolRunner:
         try:
             ran, result = self._run(call, images, prompt, episode)
         except BadCall as error:
-            ran, result = call, ToolResult(text=values.whole_text(f"Error: {error}"), error=error_word(error.kind))
+            text, word = values.whole_text(f"Error: {error}"), error_word(error.kind)
+            ran, result = call, ToolResult(text=text, error=word, origin=error.origin)
         except Exception:  # a bug of this project: the run continues, and the log says where it is
             logging.getLogger(__name__).exception("a call could not be run")
             ran, result = call, ToolResult(text="Error: The call could not be run.", error="internal")
@@ -203,7 +214,8 @@ class ToolRunner:
         call = dataclasses.replace(call, arguments=whole_numbers(schema, call.arguments))
         check_arguments(schema, call.arguments, images)
         check_schema(self._validator[call.name], call.arguments)
-        parameters, seen = call_parameters(schema, call.arguments, images), dict[str, Any]()
+        compared = tool.compared(call.arguments) if "compared" in dir(tool) else call.arguments
+        parameters, seen = call_parameters(schema, compared, images), dict[str, Any]()
         if needs_prompt(tool):
             if prompt is None:
                 raise BadCall("no_prompt", f"{call.name} works inside of a question only.")
@@ -227,7 +239,7 @@ class ToolRunner:
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
-                return self._cache[key]
+                return _from_cache(self._cache[key])
         result = self._tries(tool, call, images, seen, retries=self._retries)
         if result.error is None:
             with self._lock:
@@ -244,10 +256,14 @@ class ToolRunner:
                 self._sessions.enter(tool, seen["episode"])
             return settle(tool(copy.deepcopy(call.arguments), tuple(map(_read_only, images)), **seen))
 
+        service = service_of(tool)
+        live = None if service is None else Origin(service, "live")
+        # A tool that asks a service ends by itself, and says better why.
+        limit_s = self._timeout_s if service is None else self._timeout_s + GRACE_S
         for last in [False] * retries + [True]:
             if self._abandoned.is_set():
                 raise BadCall("timeout", "The run has been stopped.")
-            result, error = _with_timeout(once, self._timeout_s, self._abandoned) if self._threaded else _caught(once)
+            result, error = _with_timeout(once, limit_s, self._abandoned) if self._threaded else _caught(once)
             if error is None:
                 return result
             if isinstance(error, BadCall):
@@ -255,9 +271,11 @@ class ToolRunner:
             if isinstance(error, KeyboardInterrupt) and not self._threaded:
                 raise error  # the user's Ctrl-C: this is the caller's own thread
             if last and isinstance(error, TimeoutError):
-                raise BadCall("timeout", f"{call.name} gave no result in {self._timeout_s:g} seconds.") from None
+                sentence = f"{call.name} gave no result in {limit_s:g} seconds."
+                raise BadCall("timeout", sentence, origin=live) from None
             if last:
-                raise BadCall("exception", f"{call.name} failed: {type(error).__name__[:100]}.") from error
+                sentence = f"{call.name} failed: {type(error).__name__[:100]}."
+                raise BadCall("exception", sentence, origin=live) from error
         raise AssertionError("unreachable")
 
 
@@ -271,6 +289,13 @@ def stop(tools: Iterable[Any], timeout_s: float = 10.0) -> None:
 
 
 _LISTEN_S = 0.2  # between two looks at whether the run has been stopped
+
+
+def _from_cache(result: ToolResult) -> ToolResult:
+    """Return a result that the runner kept. A replayed one stays one: which of two equal calls is first is chance."""
+    if result.origin is None or result.origin.source == "replay":
+        return result
+    return dataclasses.replace(result, origin=Origin(result.origin.service, "cache"))
 
 
 def _checked_name(tool: Tool) -> str:

@@ -1,117 +1,96 @@
-"""A client for JSON services that may be slow, busy, broken or hostile: every failure is a BadCall of one of two kinds.
+"""A client for services that may be slow, busy, broken or hostile: every failure is a BadCall of one of two kinds.
 
 "timeout": no complete reply within the time limit. "service": the reply is of no use, or none can be had.
 """
 
-import concurrent.futures
 import datetime
 import email.utils
 import json
-import random
-import threading
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
 
 from tapo_jax.config import UserError
-from tapo_jax.tools.base import BadCall
+from tapo_jax.tools.arguments import BadCall
+from tapo_jax.tools.patience import Patience, TryAgain, ask
 
 MAX_REPLY = 8 << 20
-_BACK_OFF_S = (0.25, 8.0)  # the first wait and the longest, before jitter
+WHAT = "search service"
+
+
+def json_value(data: bytes, content_type: str) -> Any:
+    """Return the value of a reply that is JSON. Raises BadCall for any other."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadCall("service", f"The {WHAT} sent something that is no JSON.") from error
 
 
 class Client:
-    """Posts JSON to one service. Safe to use from many threads. Equal concurrent calls are one request.
+    """Posts JSON to one service. Safe to use from many threads.
 
     endpoint: "http://host:port".
-    timeout_s: of a whole call, including retries and the waits between them.
-    retries: further attempts after a failed connection, a 408, a 429 or a 5xx.
-    key: sent as a bearer token, and shown nowhere.
+    patience: how long and how often to try: again after a failed connection, a 408, a 429 or a 5xx.
+    headers: sent with every request, and shown nowhere.
+    secret: a key among the headers; a reply that repeats it is read without it.
     max_reply: max bytes of a reply.
     """
 
-    def __init__(self, endpoint: str, *, timeout_s: float, retries: int, key: str = "", max_reply: int = MAX_REPLY):
+    def __init__(
+        self,
+        endpoint: str,
+        patience: Patience,
+        *,
+        headers: Mapping[str, str] | None = None,
+        secret: str = "",
+        max_reply: int = MAX_REPLY,
+    ):
         self.endpoint = checked(endpoint)
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}  # no decompression bombs
-        headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        sent = {"Accept": "application/json, text/plain", "Accept-Encoding": "identity"}  # no decompression bombs
         limits = httpx.Limits(max_connections=256, max_keepalive_connections=256)
-        self._http = httpx.Client(base_url=self.endpoint, headers=headers, limits=limits, follow_redirects=False)
-        self._timeout_s, self._retries, self._max_reply = timeout_s, retries, max_reply
-        self._flying: dict[str, concurrent.futures.Future[Any]] = {}
-        self._lock = threading.Lock()
+        sent |= headers or {}
+        self._http = httpx.Client(base_url=self.endpoint, headers=sent, limits=limits, follow_redirects=False)
+        self._patience, self._secret, self._max_reply = patience, secret.encode(), max_reply
 
-    def post(self, path: str, body: Any) -> Any:
-        """Return the JSON value of the reply. Raises BadCall."""
-        deadline, key = time.monotonic() + self._timeout_s, json.dumps([path, body], sort_keys=True)
-        with self._lock:
-            other = self._flying.get(key)
-            mine: concurrent.futures.Future[Any] = concurrent.futures.Future()
-            if other is None:
-                self._flying[key] = mine
-        if other is not None:
-            try:
-                return other.result(timeout=self._timeout_s)
-            except TimeoutError:
-                raise self._timeout() from None
-        try:
-            value = self._tries(path, body, deadline)
-        except BaseException as error:
-            mine.set_exception(error)
-            raise
-        else:
-            mine.set_result(value)
-            return value
-        finally:
-            with self._lock:
-                del self._flying[key]
+    def post(self, path: str, body: Any, read: Callable[[bytes, str], Any] = json_value) -> tuple[Any, int]:
+        """Return the reply and the number of retries. Raises BadCall.
 
-    def _tries(self, path: str, body: Any, deadline: float) -> Any:
-        for number in range(self._retries + 1):
-            wait_s = min(_BACK_OFF_S[0] * 2**number, _BACK_OFF_S[1]) * random.uniform(0.5, 1.0)
+        read: returns the value of the reply's bytes and content type, or raises BadCall.
+        """
+
+        def request(deadline: float) -> Any:
             try:
-                status, headers, data = self._once(path, body, deadline)
+                return read(*self._once(path, body, deadline))
             except httpx.TimeoutException:
-                raise self._timeout() from None
+                raise TimeoutError from None
             except httpx.HTTPError as error:
-                failed = f"cannot be reached ({type(error).__name__})"
-            else:
-                if status == 200:
-                    return self._value(data)
-                failed = f"answered with status {status}"
-                if status not in (408, 429) and status < 500:
-                    break
-                wait_s = max(wait_s, retry_after(headers.get("retry-after", "")))
-            if number == self._retries or time.monotonic() + wait_s >= deadline:
-                break
-            time.sleep(wait_s)
-        raise BadCall("service", f"The search service {failed}.")
+                raise TryAgain(f"cannot be reached ({type(error).__name__})") from None
 
-    def _once(self, path: str, body: Any, deadline: float) -> tuple[int, httpx.Headers, bytes]:
+        return ask(request, self._patience, what=WHAT)
+
+    def _once(self, path: str, body: Any, deadline: float) -> tuple[bytes, str]:
         """Send one request. Its time limit holds for every piece of the reply, so that a trickling one ends too."""
         left = max(deadline - time.monotonic(), 0.001)
         with self._http.stream("POST", path, json=body, timeout=left) as reply:
-            if reply.status_code != 200:
-                return reply.status_code, reply.headers, b""
-            if reply.headers.get("content-encoding", "identity") != "identity":
-                raise BadCall("service", "The search service sent a compressed reply, which was not asked for.")
+            status, headers = reply.status_code, reply.headers
+            if status in (408, 429) or status >= 500:
+                wait_s = retry_after(headers.get("retry-after", ""))
+                raise TryAgain(f"answered with status {status}", wait_s=wait_s)
+            if status != 200:
+                raise BadCall("service", f"The {WHAT} answered with status {status}.")
+            if headers.get("content-encoding", "identity") != "identity":
+                raise BadCall("service", f"The {WHAT} sent a compressed reply, which was not asked for.")
             data = bytearray()
             for piece in reply.iter_raw():
                 data += piece
                 if len(data) > self._max_reply:
-                    raise BadCall("service", f"The search service sent more than {self._max_reply >> 10} KiB.")
+                    raise BadCall("service", f"The {WHAT} sent more than {self._max_reply >> 10} KiB.")
                 if time.monotonic() > deadline:
-                    raise self._timeout()
-            return reply.status_code, reply.headers, bytes(data)
-
-    def _value(self, data: bytes) -> Any:
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise BadCall("service", "The search service sent something that is no JSON.") from error
-
-    def _timeout(self) -> BadCall:
-        return BadCall("timeout", f"The search service gave no result in {self._timeout_s:g} seconds.")
+                    raise TimeoutError
+        whole = bytes(data).replace(self._secret, b"[key]") if self._secret else bytes(data)
+        return whole, headers.get("content-type", "")
 
 
 def checked(endpoint: str) -> str:

@@ -29,6 +29,7 @@ def settle(value: Any) -> ToolResult:
     """
     if isinstance(value, ToolResult):
         result = _result(value.text, value.images, value.error, value.parts)
+        result = result if value.origin is None else dataclasses.replace(result, origin=value.origin)
         return result if value.text_from is None else dataclasses.replace(result, text_from=_safe(value, result.text))
     if isinstance(value, Mapping):
         return _from_dict(value)

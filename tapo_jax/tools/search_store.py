@@ -4,6 +4,7 @@ As a cache, it keeps successes, by back-end, address, query, top_k and budget. A
 and has no address, so that a run can be repeated without the service.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -13,10 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tapo_jax.config import UserError
-from tapo_jax.tools.base import BadCall
+from tapo_jax.tools.arguments import BadCall
+from tapo_jax.tools.patience import Failed, Joined
+from tapo_jax.types import Origin, ToolResult
 
 FILE = "searches.sqlite"  # the recording, in its folder
+MEMORY = 1 << 14  # results that a process keeps in memory
+NOT_RECORDED = "This search was not recorded."
 _MAKE = "CREATE TABLE IF NOT EXISTS searches (key TEXT PRIMARY KEY, asked TEXT, error TEXT, text TEXT) WITHOUT ROWID"
+
+Found = tuple[str | None, str]
+"""The outcome of a search: (the kind of its failure or None, the text or the message)."""
 
 
 class Store:
@@ -45,12 +53,21 @@ class Store:
         except (sqlite3.Error, OSError) as error:
             raise UserError(f"{field} is '{path}', which holds no searches or cannot be opened ({error}).") from error
 
-    def get(self, key: str) -> tuple[str | None, str] | None:
+    def get(self, key: str) -> Found | None:
         try:
             with self._lock:
                 return self._file.execute("SELECT error, text FROM searches WHERE key = ?", (key,)).fetchone()
         except sqlite3.Error:
             return None
+
+    def holds(self, backend: str) -> bool:
+        """Return whether there is a search of this back-end."""
+        try:
+            with self._lock:
+                rows = self._file.execute("SELECT 1 FROM searches WHERE asked LIKE ? LIMIT 1", (f'["{backend}",%',))
+                return rows.fetchone() is not None
+        except sqlite3.Error:
+            return False
 
     def put(self, key: str, asked: str, error: str | None, text: str) -> None:
         """Keep an outcome; the first one of a key stays."""
@@ -72,16 +89,20 @@ class Asked:
     backend: str
     endpoint: str
     query: str
-    """Normalised."""
+    """In the one spelling by which it is known."""
     top_k: int
     budget: int
+    request: str = "{}"
+    """Further fields of the request, as JSON."""
 
     def written(self) -> str:
         return json.dumps(dataclasses.astuple(self), ensure_ascii=False)
 
 
 class Kept:
-    """The layer between a search and its service: a recording that is replayed or made, and a cache.
+    """The layer between a search and its service: a recording that is made or replayed, a cache, equal calls joined.
+
+    Successes are kept in memory too, as long as the run.
 
     cache: a file that keeps successes, or "".
     record: a folder to which every outcome is written, or "".
@@ -94,13 +115,69 @@ class Kept:
         self._cache = Store(Path(cache), field="tools.cache") if cache and not replay else None
         self._record = Store(Path(record) / FILE, field="tools.record", alone=True) if record else None
         self._replay = Store(Path(replay) / FILE, field="tools.replay", read_only=True) if replay else None
+        self._memory: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._lock, self._joined = threading.Lock(), Joined()
 
-    def text(self, asked: Asked, search: Callable[[], str]) -> str:
-        """Return the text of a search. Raises BadCall, with kind "replay_miss" if the search was not recorded."""
+    def replays(self, backend: str) -> bool:
+        """Return whether a recording is replayed that holds a search of this back-end."""
+        return self._replay is not None and self._replay.holds(backend)
+
+    def result(self, asked: Asked, search: Callable[[], tuple[str, int]]) -> ToolResult:
+        """Return the text of a search and where it came from.
+
+        search: asks the service, and returns the text and the number of retries.
+
+        Raises BadCall with its origin; of kind "replay_miss" if the search was not recorded.
+        """
         if self._replay is not None:
-            return replayed(self._replay, nameless(asked))
-        live = search if self._cache is None else lambda: cached(self._cache, asked.written(), search)
-        return live() if self._record is None else recorded(self._record, nameless(asked), live)
+            found = self._replay.get(key_of(nameless(asked)))
+            return _outcome(found or ("replay_miss", NOT_RECORDED), Origin(asked.backend, "replay"))
+        (found, origin), joined = self._joined(asked.written(), lambda: self._lead(asked, search))
+        return _outcome(found, Origin(asked.backend, "joined") if joined else origin)
+
+    def _lead(self, asked: Asked, search: Callable[[], tuple[str, int]]) -> tuple[Found, Origin]:
+        """Return the outcome of a search that no other thread is asking."""
+        written = asked.written()
+        with self._lock:
+            if written in self._memory:
+                self._memory.move_to_end(written)
+                return (None, self._memory[written]), Origin(asked.backend, "cache")
+        found, origin = self._recorded(asked, search)
+        if found[0] is None:
+            with self._lock:
+                self._memory[written] = found[1]
+                if len(self._memory) > MEMORY:
+                    self._memory.popitem(last=False)
+        return found, origin
+
+    def _recorded(self, asked: Asked, search: Callable[[], tuple[str, int]]) -> tuple[Found, Origin]:
+        """Return the first outcome of a search, failures included: what is recorded is what the run saw, every time.
+
+        Two processes that ask at the same time both get what was kept. What cannot be kept is used as it came.
+        """
+        if self._record is None:
+            return self._cached(asked, search)
+        key = key_of(nameless(asked))
+        if (found := self._record.get(key)) is not None:
+            return found, Origin(asked.backend, "cache")
+        found, origin = self._cached(asked, search)
+        self._record.put(key, nameless(asked), *found)
+        return self._record.get(key) or found, origin
+
+    def _cached(self, asked: Asked, search: Callable[[], tuple[str, int]]) -> tuple[Found, Origin]:
+        """Return the text in the cache, or the outcome of a live search, which is kept unless it is a failure."""
+        key = key_of(asked.written())
+        if self._cache is not None and (found := self._cache.get(key)) is not None:
+            return found, Origin(asked.backend, "cache")
+        try:
+            text, retries = search()
+        except Failed as error:
+            return (error.kind, str(error)), Origin(asked.backend, "live", error.retries)
+        except BadCall as error:
+            return (error.kind, str(error)), Origin(asked.backend, "live")
+        if self._cache is not None:
+            self._cache.put(key, asked.written(), None, text)
+        return (None, text), Origin(asked.backend, "live", retries)
 
 
 def nameless(asked: Asked) -> str:
@@ -108,47 +185,12 @@ def nameless(asked: Asked) -> str:
     return dataclasses.replace(asked, endpoint="").written()
 
 
-def cached(store: Store, asked: str, search: Callable[[], str]) -> str:
-    """Return the stored text of `asked`, or the search's, which is then stored. A failure is not stored."""
-    key = key_of(asked)
-    if (found := store.get(key)) is not None:
-        return found[1]
-    text = search()
-    store.put(key, asked, None, text)
-    return text
-
-
-def recorded(store: Store, asked: str, search: Callable[[], str]) -> str:
-    """Return the first outcome of `asked`, failures included: what is recorded is what the run saw, every time.
-
-    Two processes that ask at the same time both get what was kept.
-    """
-    key = key_of(asked)
-    if store.get(key) is None:
-        try:
-            error, text = None, search()
-        except BadCall as failed:
-            error, text = failed.kind, str(failed)
-        store.put(key, asked, error, text)
-        if store.get(key) is None:  # it could not be kept; the run continues with what it got
-            return _outcome((error, text))
-    return replayed(store, asked)
-
-
-def replayed(store: Store, asked: str) -> str:
-    """Return the recorded outcome of `asked`. Raises BadCall "replay_miss" if there is none."""
-    found = store.get(key_of(asked))
-    if found is None:
-        raise BadCall("replay_miss", "This search was not recorded.")
-    return _outcome(found)
-
-
 def key_of(asked: str) -> str:
     return hashlib.blake2b(asked.encode(), digest_size=20).hexdigest()
 
 
-def _outcome(found: tuple[str | None, str]) -> str:
+def _outcome(found: Found, origin: Origin) -> ToolResult:
     error, text = found
     if error is not None:
-        raise BadCall(error, text)
-    return text
+        raise BadCall(error, text, origin=origin)
+    return ToolResult(text=text, origin=origin)

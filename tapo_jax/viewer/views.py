@@ -147,6 +147,7 @@ class Views:
             "written": None if parsed.format_ok else turn.text,
             "result": turn.result,
             "error": turn.error,
+            "source": turn.source,
             "target": target,
             "box": box,
             "target_image": target_image,
