@@ -160,8 +160,9 @@ def record_episodes(run: Run, episodes: Sequence[Episode], credit: Credit, step:
     records.save(run.workdir / "episodes" / f"step_{step:06d}.npz", recorded)
 
 
-def warm_up(run: Run, state: TrainState) -> TrainState:
+def warm_up(run: Run, state: TrainState, say: Callable[[str], None]) -> TrainState:
     """Compile everything that a step runs. The update gets NaN advantages, so it changes no parameter."""
+    say("compiling all that a step runs …")
     config, programs = run.config, run.programs
     run.agent.players.sampler.warm_up(state.params)
     run.agent.players.sampler.release()

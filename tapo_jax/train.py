@@ -85,9 +85,7 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
     graphdef, params = split_model(model)
     # -------------------------------------------------------------------------------------- init or restore
     optimizer, schedule = make_optimizer(config, total)
-    follow = adaptive_settings(config, list(agent.players.runner.tools))
-    thresholds = None if follow is None else adaptive.init(follow, config.tapo.theta)
-    state = init_state(params, logical_axes(model_config), optimizer, mesh, thresholds)
+    state = init_state(params, logical_axes(model_config), optimizer, mesh, initial_thresholds(config, agent))
     encoder = make_encoder(config, agent, params)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, mesh=mesh)
     parts, flight = {"prompts": prompts, "witnesses": encoder}, make_flight(config, prompts, local, total)
@@ -100,9 +98,7 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
     written = resumed - 1 if line else resumed
     writer = MetricWriter(workdir, total_steps=total, resumed_step=written, tensorboard=config.log.tensorboard)
     write_config(config, workdir, resumed, writer)
-    if config.train.warm_up:
-        writer.say("compiling all that a step runs …")
-        state = warm_up(run, state)
+    state = warm_up(run, state, writer.say) if config.train.warm_up else state
     # -------------------------------------------------------------------------------------- loop
     step, stopped, silent, broken = resumed or 0, False, 0, ""
     first = resumed is None and config.eval.at_start  # whether the evaluation before training is still to come
@@ -266,6 +262,12 @@ def restore(
                 "it began with, or give another --workdir."
             ) from error
     return state, latest, data.get("line", {})
+
+
+def initial_thresholds(config: ConfigDict, agent: Agent) -> Any:
+    """Return the thresholds that adapt while training; None if they are fixed."""
+    follow = adaptive_settings(config, list(agent.players.runner.tools))
+    return None if follow is None else adaptive.init(follow, config.tapo.theta)
 
 
 def load_reference(config: ConfigDict, directory: Path, mesh: Mesh) -> Any:
