@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from tapo_jax.models.image_processor import ImageProcessor
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.published import MODELS
 from tapo_jax.models.qwen3_vl import Qwen3VL
+from tapo_jax.models.shipped import located
 from tapo_jax.programs import buckets, make_objective, make_optimizer
 from tapo_jax.rollout import slots
 from tapo_jax.rollout.schedule import Shapes
@@ -67,7 +67,7 @@ class Abstract:
 def model_shapes(model: ConfigDict) -> Qwen3VLConfig:
     """Return the shapes of model.path, or of the published model that model.shape names."""
     if model.path:
-        return Qwen3VLConfig.from_hf(json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8")))
+        return Qwen3VLConfig.from_hf(json.loads((located(model.path) / "config.json").read_text(encoding="utf-8")))
     check_choice("model.shape", model.shape, tuple(MODELS))
     return MODELS[model.shape]
 
@@ -108,7 +108,7 @@ def abstract_model(model_config: Qwen3VLConfig, model: ConfigDict) -> Qwen3VL:
 
 def image_patches(config: ConfigDict, model_config: Qwen3VLConfig) -> int:
     """Return the number of patches of the largest image that the image processor allows."""
-    processor = ImageProcessor.from_dir(config.model.path) if config.model.path else ImageProcessor()
+    processor = ImageProcessor.from_dir(located(config.model.path)) if config.model.path else ImageProcessor()
     if config.rollout.max_pixels:
         processor = processor.limited(config.rollout.max_pixels)
     return processor.max_patches
