@@ -7,8 +7,9 @@ Takes about an hour on two idle cores. WORKDIR/export can replace tapo_jax/cold_
     python launch/sft.py --config=configs/sft_atlas.py:band --workdir=/tmp/band_sft
     python launch/sft.py --config=configs/sft_atlas.py:band,nothing --workdir=/tmp/band_sft
 
-The cold start for questions that can also be guessed, `configs/tapo_grpo.py:band`: a stage of training after the first
-cold start, with another expert. It begins with the weights that ship, or (`nothing`) makes the first cold start too.
+The cold start for questions that can also be guessed, `configs/tapo_grpo.py:band`: two stages of training after the
+first cold start, with another expert. They begin with the weights that ship, or (`nothing`) make the first cold start
+too. They take about ten minutes of one core.
 WORKDIR/export can replace tapo_jax/cold_start/atlas_band. Arguments: `steps=…`, `seed=…`, `band`, `nothing`.
 """
 
@@ -23,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     a = parse_arg(arg, steps=0, seed=0, band=False, nothing=False)
     if 0 < a.steps <= WARM_UP:
         raise UserError(f"steps={a.steps}: give more than the {WARM_UP} steps of the warm-up.")
-    return band(a.steps or 400, a.seed, a.nothing) if a.band else first(a.steps or 7000, a.seed)
+    return band(a.steps or 80, a.seed, a.nothing) if a.band else first(a.steps or 7000, a.seed)
 
 
 def first(steps: int, seed: int) -> ConfigDict:
@@ -55,7 +56,8 @@ def first(steps: int, seed: int) -> ConfigDict:
     return c
 
 
-def band(steps: int, seed: int, nothing: bool) -> ConfigDict:
+def guessing(steps: int, seed: int, nothing: bool) -> ConfigDict:
+    """Return the first stage: to guess in a part of the episodes, and the new questions."""
     c = first(steps, seed)
     c.start, c.base = ("base", first(7000, seed)) if nothing else ("shipped", ConfigDict())
     data = beside(__file__, "tapo_grpo.py")("band").data
@@ -66,4 +68,15 @@ def band(steps: int, seed: int, nothing: bool) -> ConfigDict:
     c.shapes.full.update(rows=6, length=464, patches=400)
     c.phases = (ConfigDict(dict(until=steps, mixture=dict(copy=0.05, text_part=0.25, full=0.7))),)
     c.lr = 1e-3
+    return c
+
+
+def band(steps: int, seed: int, nothing: bool) -> ConfigDict:
+    """Return the second stage: the right look-ups too, mostly on text alone, where a batch has many of them."""
+    c = guessing(400, seed, nothing)
+    c.base = guessing(400, seed, nothing)
+    c.start, c.total_steps = "base", steps
+    c.flaws.update(guess=0.4, wrong_attribute=0.6, early_answer=0.05)
+    c.phases = (ConfigDict(dict(until=steps, mixture=dict(text_part=0.6, full=0.4))),)
+    c.lr, c.warmup_steps = 7e-4, 10
     return c

@@ -6,7 +6,6 @@ They are the programs that training runs, made by the same functions; nothing is
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from tapo_jax.models.model_files import read_json
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.published import MODELS
 from tapo_jax.models.qwen3_vl import Qwen3VL
+from tapo_jax.models.shipped import located
 from tapo_jax.programs import buckets, make_objective, make_optimizer
 from tapo_jax.rollout import slots
 from tapo_jax.rollout.schedule import Shapes
@@ -71,7 +71,7 @@ def model_shapes(model: ConfigDict) -> Qwen3VLConfig:
     """Return the shapes of model.path, or of the published model that model.shape names."""
     if model.path:
         try:
-            return Qwen3VLConfig.from_hf(read_json(Path(model.path) / "config.json"))
+            return Qwen3VLConfig.from_hf(read_json(located(model.path) / "config.json"))
         except ValueError as error:
             raise UserError(f"{model.path} cannot be checked ({error}): give a Qwen3-VL model.") from error
     check_choice("model.shape", model.shape, tuple(MODELS))
@@ -114,7 +114,7 @@ def abstract_model(model_config: Qwen3VLConfig, model: ConfigDict) -> Qwen3VL:
 
 def image_patches(config: ConfigDict, model_config: Qwen3VLConfig) -> int:
     """Return the number of patches of the largest image that the image processor allows."""
-    processor = ImageProcessor.from_dir(config.model.path) if config.model.path else ImageProcessor()
+    processor = ImageProcessor.from_dir(located(config.model.path)) if config.model.path else ImageProcessor()
     if config.rollout.max_pixels:
         processor = processor.limited(config.rollout.max_pixels)
     return processor.max_patches

@@ -10,6 +10,11 @@ NAMED = {"": DIRECTORY, "atlas_band": DIRECTORY.with_name("atlas_band")}
 """Values of model.path that stand for a model of the package: for the questions of Atlas, and for those of `band`."""
 
 
+def located(path: str) -> Path:
+    """Return the place of a config's model.path, whether or not it exists."""
+    return NAMED[path] if path in NAMED else Path(path)
+
+
 def model_directory(path: str, shape: str = "") -> Path:
     """Return the directory of a config's model.path; the names of `NAMED` are models of the package.
 
@@ -19,7 +24,7 @@ def model_directory(path: str, shape: str = "") -> Path:
         raise UserError(
             f"model.path is empty and this config is for {shape}: give --config.model.path=DIR with its files."
         )
-    directory = NAMED[path] if path in NAMED else Path(path)
+    directory = located(path)
     if not directory.is_dir():
         raise UserError(
             f"model.path is '{directory}', which is no directory: give a model directory in Hugging Face form."
