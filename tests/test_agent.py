@@ -32,7 +32,7 @@ def test_instructions_and_rewards_of_ones_own(monkeypatch):
 
     def rollout(players, *_):
         seen["system"] = players.system
-        return [SimpleNamespace(answer="Lima")], {}
+        return [SimpleNamespace(answer="Lima", turns=[])], {}
 
     monkeypatch.setattr(agent, "rollout", rollout)
     prompts = [Prompt("1", "?", (), ("Lima",))]
@@ -61,7 +61,7 @@ def test_an_episode_is_scored_while_others_still_play(monkeypatch):
     made = dataclasses.replace(agent.make_agent(config, shipped.DIRECTORY, model, [], mesh), score=score)
 
     def rollout(players, params, prompts, group_size, sampling, on_episode):
-        episodes = [SimpleNamespace(answer="Lima"), SimpleNamespace(answer="Quito")]
+        episodes = [SimpleNamespace(answer="Lima", turns=[]), SimpleNamespace(answer="Quito", turns=[])]
         on_episode(episodes[0])
         assert scored.wait(timeout=10)
         on_episode(episodes[1])

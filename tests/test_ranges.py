@@ -28,6 +28,7 @@ ZERO_IS_FINE = {
     "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.vision_lr_multiplier", "eval.prompts", "eval.every",
     "eval.temperature", "eval.top_k", "eval.min_p", "eval.presence_penalty", "benchmarks.limit",
     "reward.weights.accuracy", "reward.weights.format", "tools.max_response_tokens", "tools.zoom_size",
+    *(f"data.mix.{kind}" for kind in ("larger", "populous", "continent", "position", "border")),
     "reward.judge.retries", "eval.judge.retries", "reward.judge.max_failed", "eval.judge.max_failed",
 }  # fmt: skip
 NONE_IS_FINE = {
