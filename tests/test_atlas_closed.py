@@ -132,7 +132,7 @@ def test_invented_worlds_have_the_facts_without_a_change_of_the_others():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"data.mix.open": 0.0}, "data.mix has no share above 0"),
+        ({"data.mix.open": 0.0}, "data.mix.open and all its other shares are 0"),
         ({"data.outlines": 6, "data.outline": (0.4, 0.5)}, "6 outlines .* do not fit"),
         ({"data.outlines": 1, "data.outline": (0.5, 0.6), "data.mix.border": 1.0}, "2 outlines .* do not fit"),
         ({"data.mix.border": -1.0}, "data.mix.border is -1.0"),

@@ -65,7 +65,7 @@ def check_atlas(data: ConfigDict) -> None:
         return
     if sum(data.mix.values()) <= 0:
         raise UserError(
-            "data.mix.open and all other shares of data.mix are 0: give at least one kind of question a share."
+            "data.mix.open and all its other shares are 0: set the share of at least one kind of question."
         )
     paired = any(data.mix[kind] > 0 for kind in closed.PAIRS)
     count = max(2, data.outlines) if paired else data.outlines
