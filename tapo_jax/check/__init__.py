@@ -64,9 +64,7 @@ def check_atlas(data: ConfigDict) -> None:
     if data.source != "atlas":
         return
     if sum(data.mix.values()) <= 0:
-        raise UserError(
-            "data.mix.open and all its other shares are 0: set the share of at least one kind of question."
-        )
+        raise UserError("data.mix.open and all its other shares are 0: set the share of at least one kind of question.")
     paired = any(data.mix[kind] > 0 for kind in closed.PAIRS)
     count = max(2, data.outlines) if paired else data.outlines
     if not fits(count, data.outline[0]):
