@@ -105,6 +105,7 @@ def test_one_wrong_value_is_one_sentence_that_names_the_field(name):
     [
         ("seed", 2**31), ("seed", True), ("seed", 1.0), ("rollout.top_p", 1.5), ("rollout.slots", True),
         ("optimizer.lr", math.inf), ("rollout.tool_wait_s", math.nan), ("optimizer.b2", 1.0), ("tapo.clip", 1),
+        ("rollout.carry", 1000),
         ("tapo.theta", "0.7"), ("data.hops", 1), ("data.hops", (1, "2")), ("data.hops", (True,)), ("data.hops", "1"),
         ("data.sizes", (1, 2, 3)), ("data.outline", (0.3, 0.2)), ("data.outlines", 7), ("tools.names", "zoom"),
         ("algorithm.clip_dual", 1.0), ("tapo.chunks", 3), ("algorithm.overlong_buffer", 10_000), ("mesh.data", 0),
@@ -143,6 +144,13 @@ def test_the_recipes_are_in_range(size):
 def test_all_rows_of_the_sweeps_are_in_range():
     for row in beside(CONFIGS, "ablations.py", "ROWS"):
         check.check(config(f"row={row}", "ablations.py"))
+
+
+def test_gigpo_with_a_budget_of_thoughts_is_refused():
+    c = put(config(), "rollout.max_think_tokens", 64)
+    assert outcome("algorithm.credit", "gigpo") == "runs"
+    with pytest.raises(UserError, match=r"algorithm\.credit is 'gigpo' and rollout\.max_think_tokens 64"):
+        check.check(put(c, "algorithm.credit", "gigpo"))
 
 
 def table() -> str:

@@ -17,6 +17,7 @@ from tapo_jax.learn.state import split_model
 from tapo_jax.models.shipped import model_directory
 from tapo_jax.rollout import rounds
 from tapo_jax.rollout.board import Board
+from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.types import Episode
 
 CONFIGS = str(Path(__file__).parents[2] / "configs" / "x")
@@ -34,9 +35,7 @@ class Player:
         """Play the first training questions, `group_size` times each, as a training step does."""
         source = sources.prompts(self.config, "train")
         prompts = [source[index] for index in range(questions)]
-        return self.agent.play(
-            self.params, prompts, group_size=group_size, temperature=1.0, top_p=1.0, seed=self.config.seed, step=step
-        )[0]
+        return self.agent.play(self.params, prompts, group_size, Sampling(seed=self.config.seed, step=step))[0]
 
 
 def make_player(*, slots: int) -> Player:
@@ -65,16 +64,20 @@ class Watched(Board):
     """The host's state of a rollout, which also records the tool calls and their times."""
 
     bars: list[Bar]
-    now: list[float]
+
+    def episode(self, slot: int) -> int:
+        """Return the number of the episode that plays in a slot."""
+        player = self._slots[slot].player
+        return player.prompt * len(self.groups[player.prompt].seats) + player.conversation.sample
 
     def take_turns(self, draws: Sequence[Any], written: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         for draw, tokens in zip(draws, written, strict=True):
-            episode = self._players[draw.slot].episode
+            episode = self.episode(draw.slot)
             super().take_turns([draw], [tokens])
-            player = self._players[draw.slot]
-            if player is not None and player.future is not None:
+            player = self._slots[draw.slot].player
+            for future in player.futures if player is not None else ():
                 began, slot = time.perf_counter(), draw.slot
-                player.future.add_done_callback(
+                future.add_done_callback(
                     lambda _, began=began, slot=slot, episode=episode: self.bars.append(
                         Bar("tool", slot, began, time.perf_counter(), episode)
                     )
@@ -85,7 +88,7 @@ def watch(player: Player, questions: int, group_size: int, step: int) -> list[Ba
     """Play as `Player.play` does and return what every slot did. Each call is waited for, so bars do not overlap."""
     bars: list[Bar] = []
     boards: list[Watched] = []
-    sampler = player.agent.sampler
+    sampler = player.agent.players.sampler
     extend, copy, decode = sampler.extend, sampler.copy, sampler.decode
 
     def make_board(*arguments: Any, **named: Any) -> Watched:
@@ -94,8 +97,7 @@ def watch(player: Player, questions: int, group_size: int, step: int) -> list[Ba
         return boards[-1]
 
     def note(kind: str, slots: Sequence[int], start: float) -> None:
-        playing = boards[-1]._players
-        bars.extend(Bar(kind, slot, start, time.perf_counter(), playing[slot].episode) for slot in slots)
+        bars.extend(Bar(kind, slot, start, time.perf_counter(), boards[-1].episode(slot)) for slot in slots)
 
     def extended(params: Any, plan: Any, extensions: Sequence[Any]) -> None:
         start = time.perf_counter()
@@ -109,9 +111,9 @@ def watch(player: Player, questions: int, group_size: int, step: int) -> list[Ba
         sampler.wait()
         note("copy", [target for _, target in copies], start)
 
-    def decoded(params: Any, plan: Any, draws: Sequence[Any], **named: Any) -> Any:
+    def decoded(params: Any, plan: Any, draws: Sequence[Any], sampling: Sampling) -> Any:
         start = time.perf_counter()
-        chunk = decode(params, plan, draws, **named)
+        chunk = decode(params, plan, draws, sampling)
         jax.block_until_ready(chunk.drawn)
         note("decode", [draw.slot for draw in draws], start)
         return chunk

@@ -39,11 +39,11 @@ def draw_episode(player: Player, out: Path) -> None:
     else:
         raise ValueError("no failure borrowed credit from a success in eight steps: choose another seed.")
     episode, T = episodes[row], len(episodes[row].token_T)
-    config = player.agent.sampler.config
+    config = player.agent.players.sampler.config
     batch = pack(
         episodes,
         config,
-        player.agent.pixels,
+        player.agent.players.pixels,
         steps=transfer.advantage_PxS.shape[1] // GROUP,
         length=player.config.rollout.max_length,
         patches=player.config.rollout.max_length * config.vision.merge**2,

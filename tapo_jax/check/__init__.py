@@ -32,6 +32,11 @@ def check(config: ConfigDict) -> None:
             f"tools.parallel_calls {config.tools.parallel_calls}: set tapo.max_tool_steps to at least the product of "
             "the other two, so that every tool step has a slot."
         )
+    if config.algorithm.credit == "gigpo" and rollout.max_think_tokens:
+        raise UserError(
+            f"algorithm.credit is 'gigpo' and rollout.max_think_tokens {rollout.max_think_tokens}: GiGPO tells turns "
+            "apart by the tokens between them, and a thought that is closed by force has such tokens inside; set it to 0."
+        )
     if rollout.carry > config.data.prompts_per_step:
         raise UserError(
             f"rollout.carry is {rollout.carry} and data.prompts_per_step {config.data.prompts_per_step}: carry at most "
