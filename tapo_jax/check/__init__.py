@@ -35,7 +35,7 @@ def check(config: ConfigDict) -> None:
     if config.algorithm.credit == "gigpo" and rollout.max_think_tokens:
         raise UserError(
             f"algorithm.credit is 'gigpo' and rollout.max_think_tokens {rollout.max_think_tokens}: GiGPO tells turns "
-            "apart by the tokens between them, and a thought that is closed by force has such tokens inside; set it to 0."
+            "apart by the tokens between them, and a thought closed by force has such tokens inside; set it to 0."
         )
     if rollout.carry > config.data.prompts_per_step:
         raise UserError(
