@@ -220,7 +220,8 @@ class Sampler:
     def _slots(self) -> SlotState:
         """Return the state, making empty slots if there are none. Call inside `jax.set_mesh`."""
         if self._state is None:
-            sizes = (self._shards, self.slots_per_shard, self.shapes.capacity)
+            shards = sharding.batch_shards(self.mesh)
+            sizes = (shards, self._shards // shards * self.slots_per_shard, self.shapes.capacity)
             self._state = init_slots(self.config, *sizes, self._dtype)
         return self._state
 
