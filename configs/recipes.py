@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 SLOTS = {"2b": 256, "4b": 256, "8b": 512, "32b": 768}
 
 # Devices that share a conversation's heads while episodes are played. Their memory holds 1 / TENSOR of the weights in
-# bfloat16, next to the slots; every token that is drawn reads both once.
+# bfloat16, next to the slots: 1.0 GiB (2B), 2.1 (4B), 2.0 (8B) or 7.8 (32B). Every token that is drawn reads both once.
 TENSOR = {"2b": 4, "4b": 4, "8b": 8, "32b": 8}
 
 # The published models know from the chat template how to call a tool, but not how to answer.

@@ -67,10 +67,10 @@ def make_sampler(mesh: jax.sharding.Mesh) -> Sampler:
     return Sampler(model(), mesh, shapes, stop_ids=CHAT.stop_ids, forbidden_V=CHAT.forbidden_V(CONFIG.vocab))
 
 
-def play(sampler: Sampler, temperature: float, count: int = 8):
+def play(sampler: Sampler, temperature: float, count: int = 8, group_size: int = 1):
     limits = Limits(5, 24, CAPACITY, None, None)
     players = Players(sampler, CHAT, world.pixels(), world.runner(), limits)
-    return rollout(players, trained(), world.prompts(count), 1, Sampling(temperature=temperature, seed=3))[0]
+    return rollout(players, trained(), world.prompts(count), group_size, Sampling(temperature=temperature, seed=3))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_rows_may_be_put_in_smaller_pieces_than_the_slots_are_split_into(monkeyp
     monkeypatch.setattr(sharding, "rows_mesh", lambda mesh: sharding.rollout_mesh(mesh, tensor=1))
     sampler = make_sampler(mesh)
     assert sampler.slots_per_shard == 2
-    assert_plain(play(sampler, temperature=0.0))
+    assert_plain(play(sampler, temperature=0.0, group_size=2))  # the second of a group is a copy of the first's prompt
 
 
 @pytest.mark.parametrize(

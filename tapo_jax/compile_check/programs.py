@@ -232,9 +232,10 @@ def abstract_slots(run: Abstract) -> Slots:
     rows = sharding.rows_mesh(mesh)
     shards = sharding.batch_shards(rows)
     shapes = sampler_shapes(config, model_config, mesh, image_patches(config, model_config))
-    sizes = {"slots": shapes.slots, "capacity": shapes.capacity}
+    together = sharding.batch_shards(mesh)
+    sizes = {"slots": shards // together * shapes.slots, "capacity": shapes.capacity}
     with jax.set_mesh(mesh):
-        empty = slots.init_slots.lower(model_config, shards, **sizes, dtype=jnp.dtype(config.model.dtype))
+        empty = slots.init_slots.lower(model_config, together, **sizes, dtype=jnp.dtype(config.model.dtype))
         state = placed(empty.out_info, empty.compile().output_shardings)
     reshard = Reshard(abstract_model(model_config, config.model), mesh)
     beside = bytes_of_one(reshard.beside(run.params)) + bytes_of_one(run.opt_state) + reference_bytes(run)

@@ -255,7 +255,8 @@ class Sampler:
     def _slots(self) -> SlotState:
         """Return the state, making empty slots if there are none. Call inside `jax.set_mesh`."""
         if self._state is None:
-            sizes = (self._shards, self.slots_per_shard, self.shapes.capacity)
+            shards = sharding.batch_shards(self.mesh)
+            sizes = (shards, self._shards // shards * self.slots_per_shard, self.shapes.capacity)
             self._state = init_slots(self.config, *sizes, self._dtype)
         return self._state
 
@@ -263,7 +264,7 @@ class Sampler:
         """Return the state with the tokens of the open turns. Call inside `jax.set_mesh`."""
         state = self._slots()
         if self._seen is None:
-            self._seen = init_seen(self._shards, self.slots_per_shard, self.config.vocab)
+            self._seen = init_seen(*state.hidden_ZxCxD.shape[:2], self.config.vocab)
         return dataclasses.replace(state, seen_ZxCxV=self._seen)
 
     def _inside(self, slot: int) -> int:

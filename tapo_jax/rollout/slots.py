@@ -9,7 +9,8 @@ then feeds what it drew. So the last token of a turn is never in the cache; it i
 
 The first axis of every array is Z, the row shards (devices along the batch): a call takes R of the C slots of each
 shard, so that no entry of the cache moves between devices. A request names a slot by its index inside the shard; the
-index C marks an empty row, which reads any slot and writes none. N: tokens of a decoding chunk; E: stop ids.
+index C marks an empty row, which reads any slot and writes none. Requests may come in smaller pieces than the state
+(`_join`). N: tokens of a decoding chunk; E: stop ids.
 """
 
 import dataclasses
@@ -125,6 +126,22 @@ def _on_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
 
 
+def _join(request_ZxR: Any, slot_ZxR: jax.Array, state: SlotState) -> tuple[Any, jax.Array]:
+    """Return a request and its slots by the shards of the state, where these hold the slots of several pieces.
+
+    In a pod the devices of a shard may belong to several processes, each with a piece of the shard's slots and rows.
+    """
+    shards, slots = state.hidden_ZxCxD.shape[:2]
+    pieces = slot_ZxR.shape[0] // shards
+    if pieces > 1:
+        own = slots // pieces
+        first_Zx1 = own * (jnp.arange(slot_ZxR.shape[0], dtype=jnp.int32) % pieces)[:, None]
+        slot_ZxR = jnp.where(slot_ZxR < own, slot_ZxR + first_Zx1, slots)
+        together = lambda x: x.reshape(shards, pieces * x.shape[1], *x.shape[2:])  # noqa: E731
+        request_ZxR, slot_ZxR = jax.tree.map(together, request_ZxR), together(slot_ZxR)
+    return _on_rows((request_ZxR, slot_ZxR))
+
+
 def _spread(logits_RxV: jax.Array) -> jax.Array:
     """Give every device whole rows of its own of logits that are split along V, if there are enough rows."""
     if logits_RxV.shape[0] % sharding.pieces("drawn"):
@@ -208,8 +225,8 @@ def extend_slots(
     window: cache entries of each slot that the call works on.
     """
     model = nnx.merge(graphdef, params)
-    inputs, request_ZxRx3 = _on_rows((inputs, request_ZxRx3))
-    slot_ZxR, before_ZxR, fresh_ZxR = (request_ZxRx3[..., i] for i in range(3))
+    request_ZxRx3, slot_ZxR = _join(request_ZxRx3, request_ZxRx3[..., 0], state)
+    inputs, before_ZxR, fresh_ZxR = _on_rows(inputs), request_ZxRx3[..., 1], request_ZxRx3[..., 2]
     cache = _take_cache(state, slot_ZxR, before_ZxR, window)
     hidden_BxTxD, cache = qwen3_vl.extend(model, cache, inputs)
     state = _put_cache(state, cache, slot_ZxR)
@@ -229,8 +246,8 @@ def extend_slots(
 @functools.partial(jax.jit, donate_argnames="state")
 def copy_slots(state: SlotState, request_ZxRx2: jax.Array) -> SlotState:
     """Copy prompts between slots. request_ZxRx2: source slot, target slot. All reads happen before all writes."""
-    request_ZxRx2 = _on_rows(request_ZxRx2)
-    source_ZxR, target_ZxR = request_ZxRx2[..., 0], request_ZxRx2[..., 1]
+    _, source_ZxR = _join((), request_ZxRx2[..., 0], state)
+    _, target_ZxR = _join((), request_ZxRx2[..., 1], state)
 
     def whole(x_ZxLxCxKxSxA: jax.Array) -> jax.Array:
         return jax.vmap(lambda x, s, t: x.at[:, t].set(x[:, jnp.minimum(s, x.shape[1] - 1)], mode="drop"))(
@@ -270,8 +287,8 @@ def decode_slots(
 
     Returns the state and (token_ZxRxN, logp_ZxRxN, count_ZxR).
     """
-    model, request = nnx.merge(graphdef, params), _on_rows(request)
-    slot_ZxR = request.slot_ZxR
+    model, shape_2 = nnx.merge(graphdef, params), request.slot_ZxR.shape
+    request, slot_ZxR = _join(request, request.slot_ZxR, state)
     rows = slot_ZxR.size
     flat = jax.tree.map(lambda x_ZxR: x_ZxR.reshape(rows), request)
     before_R, position_R, allowance_R, drawn_R = flat.length_ZxR, flat.position_ZxR, flat.allowance_ZxR, flat.drawn_ZxR
@@ -322,6 +339,6 @@ def decode_slots(
     if seen_RxV is not None:
         seen_ZxRxV = seen_RxV.reshape(*slot_ZxR.shape, -1)
         state = dataclasses.replace(state, seen_ZxCxV=_put_rows(state.seen_ZxCxV, slot_ZxR, seen_ZxRxV))
-    drawn = (x.reshape(*slot_ZxR.shape, *x.shape[1:]) for x in (token_RxN, logp_RxN, count_R))
+    drawn = (x.reshape(*shape_2, *x.shape[1:]) for x in (token_RxN, logp_RxN, count_R))
     token, logp, count = (sharding.constrain(x, "batch", *[None] * (x.ndim - 1)) for x in drawn)
     return _pin(state), (token, logp, count)
