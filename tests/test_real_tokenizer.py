@@ -141,6 +141,15 @@ def random_model(tmp_path_factory) -> Path:
     return make(source, tmp_path_factory.mktemp("random") / "model", hidden=32)
 
 
+@pytest.fixture(scope="module")
+def stopping_model(random_model, tmp_path_factory) -> Path:
+    """The same with a tenth of all tokens as stop tokens, else a random model would never end a turn."""
+    folder = shutil.copytree(random_model, tmp_path_factory.mktemp("stopping") / "model")
+    stops = [151645, 151643, *range(0, 150000, 10)]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    return folder
+
+
 def test_a_random_model_is_a_complete_directory(random_model):
     made, config = hf.load(random_model)
     assert (config.vocab, config.image_token) == (151808, 151655) and made.embedding.shape == (151808, 32)
@@ -186,19 +195,15 @@ FAULTS = [(429, {"Retry-After": "0"}, ""), (500, {}, "x"), (200, {}, "garbage"),
 def replies(number, body):
     """Every third request fails, in four ways; what is asked about in vain says so for ever, and repeats the key."""
     text = body["messages"][1]["content"][-1]["text"]
-    if zlib.crc32(re.search(r"Response: (.*)", text)[1].encode()) % 11 == 0:
+    if zlib.crc32(re.search(r"Response: (.*)", text)[1].encode()) % 5 == 0:
         return 400, {}, KEY
     return FAULTS[number // 3 % 4] if number % 3 == 0 else said("Yes" if number % 2 else "No")
 
 
 def read_turn(text: str, opening: str | None = None) -> ParsedTurn:
     """Stands in for `parse_turn`, because neither model writes calls here: the text's hash decides."""
-    kind = zlib.crc32(text.encode()) % 4
-    if kind == 0:
+    if zlib.crc32(text.encode()) % 2:
         return ParsedTurn(call=ToolCall("image_search_tool", {}))
-    if kind == 1:
-        box = {"bbox_2d": [0, 0, 500, 500], "label": "x", "img_idx": 0}
-        return ParsedTurn(call=ToolCall("image_zoom_in_tool", box))
     return ParsedTurn(answer=f"x{zlib.crc32(text.encode()) % 97}")
 
 
@@ -217,12 +222,12 @@ def fvqa(folder: Path) -> Path:
 
 
 def job(folder: Path, model: Path | None, url: str, **changes):
-    """Ten steps of two questions × four rollouts, judged."""
+    """Ten steps of one question × four rollouts, judged."""
     c = beside(str(ROOT / "configs" / "x"), "tapo_grpo.py")("test,steps=10")
-    c.data.update(source="fvqa", dir=str(folder), prompts_per_step=2)
+    c.data.update(source="fvqa", dir=str(folder), prompts_per_step=1)
     c.model.path = "" if model is None else str(model)
-    c.rollout.update(slots=8, max_turns=3, max_new_tokens=16, max_length=448, decode_chunk=16)
-    c.tools.update(source="recorded", names=("image_zoom_in_tool", "image_search_tool"))
+    c.rollout.update(slots=4, max_turns=3, max_new_tokens=24, max_length=256, decode_chunk=8)
+    c.tools.update(source="recorded", names=("image_search_tool",))
     c.tapo.update(max_tool_steps=3)
     c.train.update(patch_buckets=(), updates_per_batch=1)
     c.log.episodes_every = 1
@@ -244,7 +249,7 @@ def trained(tmp_path: Path, monkeypatch, model: Path | None, **changes) -> list[
         train(job(folder, model, url, **changes), run)
     lines = records.read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11))
-    assert len(bodies) > 20 and all(np.isfinite(line["loss/total"]) for line in lines)
+    assert len(bodies) > 10 and all(np.isfinite(line["loss/total"]) for line in lines)
     assert 0 < sum(line["reward/unjudged"] for line in lines) < 10 and lines[-1]["eval/unjudged"] >= 0
     assert sum(line["tools/calls/image_search_tool"] for line in lines) > 0
     played = [one for path in sorted((run / "episodes").glob("*.npz")) for one in records.load(path)]
@@ -258,14 +263,16 @@ def trained(tmp_path: Path, monkeypatch, model: Path | None, **changes) -> list[
     return lines
 
 
+@pytest.mark.nightly
 def test_ten_steps_on_fvqa_rows_with_the_shipped_model(tmp_path, monkeypatch):
     trained(tmp_path, monkeypatch, None)
 
 
+@pytest.mark.nightly
 def test_ten_steps_on_fvqa_rows_with_a_random_model_that_has_the_published_tokenizer(
-    tmp_path, monkeypatch, random_model
+    tmp_path, monkeypatch, stopping_model
 ):
-    lines = trained(tmp_path, monkeypatch, random_model, **{"rollout.max_think_tokens": 6})
+    lines = trained(tmp_path, monkeypatch, stopping_model, **{"rollout.max_think_tokens": 6})
     assert 0 < sum(line["rollout/thoughts_closed"] for line in lines) <= sum(line["rollout/turns"] for line in lines)
     exported = {path.name for path in (tmp_path / "run" / "export").iterdir()}
-    assert {path.name for path in random_model.iterdir()} <= exported
+    assert {path.name for path in stopping_model.iterdir()} <= exported
