@@ -156,6 +156,8 @@ class Agent:
     ) -> None:
         """Play and score episodes and keep none. In a pod all processes must call this together.
 
+        An error of the scoring ends the rollout within a round, and is raised in every process.
+
         starts: (index of the prompt, sample) of each episode, in the order in which they start.
         on_episode: called with the index in `starts` and the scored episode, for one at a time, on another thread.
         """
@@ -165,12 +167,15 @@ class Agent:
             on_episode(index, episode)
 
         scores = ScoreStream(self.score, self.score_workers, scored)
+        players = dataclasses.replace(self.players, wish=lambda: Wish.STOP if scores.failed else Wish.NOTHING)
         try:
-            stream(self.players, params, prompts, starts, sampling, scores.submit)
+            with contextlib.suppress(Stopped):
+                stream(players, params, prompts, starts, sampling, scores.submit)
             self.players.sampler.release()
-            scores.finish()
+            failure = _failure(scores.finish)
         finally:
             scores.close()
+        processes.raise_together(failure)
 
     def broken_service(self) -> str:
         """Return a sentence about a service that fails too often in some process, "" if there is none.

@@ -96,13 +96,18 @@ class ScoreStream:
     def submit(self, index: int, episode: Episode) -> None:
         """Start scoring an episode that has ended; wait while twice as many as there are threads wait already.
 
-        Raises the error of a scorer that raised one before.
+        After an error of a scorer episodes are dropped.
         """
         self._room.acquire()
-        if self._error is not None:
+        if self.failed:
             self._room.release()
-            raise self._error
-        self._threads.submit(self._run, index, episode)
+        else:
+            self._threads.submit(self._run, index, episode)
+
+    @property
+    def failed(self) -> bool:
+        """Return whether a scorer has raised an error."""
+        return self._error is not None
 
     def _run(self, index: int, episode: Episode) -> None:
         try:
