@@ -36,6 +36,17 @@ def test_the_page_of_config_fields_is_that_of_the_config():
     assert config_page.PAGE.read_text(encoding="utf-8") == config_page.page(), "run python docs/make/config_page.py"
 
 
+@pytest.mark.nightly
+def test_the_pictures_of_an_episode_and_of_a_rollout_can_be_drawn(tmp_path):
+    import tour_figures
+    from player import make_player, watch
+
+    player = make_player(slots=6)
+    tour_figures.draw_episode(player, tmp_path / "episode.png")
+    tour_figures.draw_round(watch(player, 4, 4, step=2), 6, tmp_path / "rollout.png")
+    assert all((tmp_path / name).stat().st_size > 9_000 for name in ("episode.png", "rollout.png"))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_of_a_page_exist(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)

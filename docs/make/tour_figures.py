@@ -90,7 +90,7 @@ def transferred(player: Player, episodes: Sequence[Episode]) -> tuple[Any, np.nd
     calls = [[(t.call.name, t.call.parameters) for t in tool_steps(e, K)] for e in episodes]
     groups = [calls[start : start + GROUP] for start in range(0, len(calls), GROUP)]
     advantage_PxG = np.asarray(group_advantages(reward_PxG))
-    transfer = tapo.transfer_credit(tapo.encode_steps(groups, steps=K), success_PxG, advantage_PxG)
+    transfer = tapo.transfer(tapo.encode_steps(groups, steps=K), success_PxG, advantage_PxG)
     return transfer, advantage_PxG
 
 
