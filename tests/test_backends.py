@@ -186,6 +186,11 @@ def test_ddgs_without_an_engine_is_a_failure(monkeypatch):
     assert result.error == "service" and "cannot be reached" in result.text and result.origin.source == "live"
 
 
+def opened(made):
+    with contextlib.ExitStack() as at_end:
+        return open_tools(made, at_end)
+
+
 def config(**changes):
     made = tapo_grpo.get_config("test")
     request = changes.pop("request", {})
@@ -238,23 +243,23 @@ def test_the_fields_of_a_request_reach_the_service_and_are_part_of_what_was_aske
 def test_a_misspelt_address_is_one_sentence_before_anything_is_compiled():
     made = config(endpoint="http://127.0.0.1:9", retries=0)
     with pytest.raises(UserError, match=r"'search-r1' at http://127\.0\.0\.1:9 failed: .*cannot be reached.*endpoint"):
-        open_tools(made)
+        opened(made)
 
 
 def test_a_wrong_path_or_key_is_one_sentence(monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", KEY)
     with served(lambda *_: as_json({"message": KEY}, 403)) as (url, requests):
         with pytest.raises(UserError, match="status 403; check tools.endpoint.*SERPER_API_KEY") as caught:
-            open_tools(config(backend="serper", endpoint=url))
+            opened(config(backend="serper", endpoint=url))
         assert KEY not in str(caught.value) and len(requests) == 3
     with served(lambda *_: (404, {}, b"")) as (url, _), pytest.raises(UserError, match="status 404"):
-        open_tools(config(endpoint=f"{url}/retrieve"))
+        opened(config(endpoint=f"{url}/retrieve"))
 
 
 def test_a_service_that_fails_once_is_served_and_a_replay_asks_nothing(tmp_path):
     answers = iter([(500, {}, b""), as_json({"result": []})])
     with served(lambda *_: next(answers)) as (url, requests):
         made = config(endpoint=url, record=str(tmp_path), retries=0)
-        assert [tool.name for tool in open_tools(made)] == list(made.tools.names) and len(requests) == 2
-    assert [tool.name for tool in open_tools(config(replay=str(tmp_path)))] == list(made.tools.names)
-    assert len(open_tools(config())) == 3
+        assert [tool.name for tool in opened(made)] == list(made.tools.names) and len(requests) == 2
+    assert [tool.name for tool in opened(config(replay=str(tmp_path)))] == list(made.tools.names)
+    assert len(opened(config())) == 3

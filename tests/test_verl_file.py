@@ -139,7 +139,7 @@ class Echo:
 
 
 def test_a_list_of_queries_is_searched_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_remote_search", lambda c: Echo())
+    monkeypatch.setattr(sources, "remote_tools", lambda c, own=(): [Echo()])
     text = OTHER.format(class_name="verl.tools.search_tool.SearchTool").replace(
         "{type: object}", "{type: object, properties: {query_list: {type: array, items: {type: string}}}}"
     )

@@ -34,7 +34,7 @@ from tapo_jax.tools.remote_search import RemoteTextSearch
 from tapo_jax.tools.search_store import Kept
 from tapo_jax.tools.visit import Visit
 from tapo_jax.tools.zoom import ZoomTool
-from tapo_jax.types import IMAGE_SEARCH, VISIT, ZOOM, BadPrompt, Episode, Prompt
+from tapo_jax.types import IMAGE_SEARCH, TEXT_SEARCH, VISIT, ZOOM, BadPrompt, Episode, Prompt
 
 
 def prompts(config: Any, split: str) -> Sequence[Prompt]:
@@ -120,7 +120,7 @@ def _known_tool(name: str, c: Any) -> Tool:
         return ZoomTool()
     if name == IMAGE_SEARCH:
         return RecordedImageSearch(results=c.image_top_k)
-    search = next((tool for tool in remote_tools(c) if isinstance(tool, RemoteTextSearch)), None)
+    search = next((tool for tool in remote_tools(c) if tool.name == TEXT_SEARCH), None)
     if search is None:
         raise UserError(f"tools.verl '{c.verl}' has a text search, and no service is named: set tools.endpoint.")
     return search
