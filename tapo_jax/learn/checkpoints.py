@@ -18,13 +18,11 @@ The order of resuming, which `train.py` follows:
 So a run that was killed after any step and resumed writes what the uninterrupted run would have written.
 """
 
-import contextlib
 import gc
 import json
 import logging
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +82,7 @@ class Checkpoints:
         self._manager = _manager(self.directory, keep)
         self._flights = self._open_flights() if self._folder.exists() else None
         logging.getLogger("absl").addFilter(_raised_later)  # once, however often
+        _silence_late_futures()
 
     @property
     def _folder(self) -> Path:
@@ -143,18 +142,16 @@ class Checkpoints:
             items["flight"] = ocp.args.StandardSave({"bytes": array})
         items |= {"data": ocp.args.JsonSave(data), "run": ocp.args.JsonSave(run)}
         try:
-            with _no_late_futures():
-                manager.save(number, args=ocp.args.Composite(**items), force=True)
+            manager.save(number, args=ocp.args.Composite(**items), force=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(error) from error
 
     def wait(self) -> None:
         """Wait until everything saved is on the disk. Raises UserError if it could not be written."""
         try:
-            with _no_late_futures():
-                for manager in self._managers:
-                    manager.wait_until_finished()
-                    manager.check_for_errors()
+            for manager in self._managers:
+                manager.wait_until_finished()
+                manager.check_for_errors()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(error) from error
 
@@ -294,20 +291,25 @@ def _forget_failed_reads() -> None:
     sys.unraisablehook = hook
 
 
-@contextlib.contextmanager
-def _no_late_futures() -> Iterator[None]:
-    """Silence what writes print that end after the event loop of a failed save: its error says it all.
+def _silence_late_futures() -> None:
+    """Print nothing of writes that end after the event loop of a failed save: its error says it all.
 
-    After a failure they stay silent, since they come when they please."""
+    They come on threads of their own when they please, so this holds from the first checkpoint to the end."""
     shown = sys.excepthook
+    if shown.__name__ == "without_late_futures":
+        return
 
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    def without_late_futures(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if not (kind is RuntimeError and str(error) == "Event loop is closed"):
             shown(kind, error, trace)
 
-    sys.excepthook = hook
-    yield
-    sys.excepthook = shown
+    ignored = sys.unraisablehook
+
+    def ignored_without(found: Any) -> None:
+        if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+            ignored(found)
+
+    sys.excepthook, sys.unraisablehook = without_late_futures, ignored_without
 
 
 def _shapes(tree: Any) -> list[list[Any]]:
