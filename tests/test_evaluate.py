@@ -101,7 +101,7 @@ def test_sums_of_two_processes_are_those_of_one(monkeypatch):
 class FakeAgent:
     """Stands in for an Agent: remembers what it was asked to play."""
 
-    players = SimpleNamespace(runner=SimpleNamespace(tools=dict.fromkeys(TOOLS)))
+    players = SimpleNamespace(runner=SimpleNamespace(tools=dict.fromkeys(TOOLS), services=()))
 
     def play(self, params, prompts, group_size, sampling, *, keep_images=True):
         self.asked = (params, list(prompts), group_size, sampling, keep_images)

@@ -24,7 +24,7 @@ from tapo_jax.data import sources
 from tapo_jax.evaluate import checkpoint
 from tapo_jax.rollout import episode
 from tapo_jax.rollout.chat import ParsedTurn
-from tapo_jax.rollout.summary import FINISHES, service_summary
+from tapo_jax.rollout.summary import service_summary
 from tapo_jax.tools.watch import Watch
 from tapo_jax.train import train
 from tapo_jax.types import Episode, Origin, ToolCall, ToolResult, Turn
@@ -226,9 +226,6 @@ class Unprobed:
 
 # The parts.
 
-NAMES = ("turns", "length", "written", *(f"finish_{finish}" for finish in FINISHES))
-PLAYED = {f"rollout/{name}": 0.0 for name in NAMES}
-
 
 def test_all_processes_hear_of_a_service_that_is_broken_for_one(monkeypatch):
     """The sentence of another process stops this one; without a service nothing is asked of the others."""
@@ -257,9 +254,9 @@ def test_all_processes_hear_of_a_service_that_does_not_answer_one_of_them(monkey
     monkeypatch.setattr(sources, "tools", lambda config: [Tool()])
     monkeypatch.setattr(processes, "gather", lambda mine: [mine, "A first search failed."])
     with pytest.raises(UserError, match="A first search failed"):
-        open_tools(None)
+        open_tools(None, contextlib.ExitStack())
     monkeypatch.setattr(processes, "gather", lambda mine: [mine, ""])
-    assert len(open_tools(None)) == 1
+    assert len(open_tools(None, contextlib.ExitStack())) == 1
 
 
 def episodes_of(*results):
@@ -309,8 +306,8 @@ def test_the_numbers_of_a_service():
     assert got["tools/service_calls/idle"] == 0 and np.isnan(got["tools/seconds_p99/idle"])
     assert service_summary(episodes, []) == {}
     (one,) = episodes_of(result())
-    counts = evaluate.tally([dataclasses.replace(one, rewards={"accuracy": 0.0})], {"tools/live/s": 1.0} | PLAYED)
-    assert evaluate.numbers(counts)["tools/live/s"] == 1.0
+    tally = evaluate.Tally.of([dataclasses.replace(one, rewards={"accuracy": 0.0})], (), ("s",))
+    assert tally.metrics()["tools/live/s"] == 1.0
 
 
 if __name__ == "__main__":

@@ -109,12 +109,13 @@ def evaluate_own_data(
         )
     with contextlib.ExitStack() as at_end:
         loaded = load(config, checkpoint, at_end)
-        tools = tuple(loaded.agent.players.runner.tools)
+        runner = loaded.agent.players.runner
+        tools = tuple(runner.tools)
         episodes = evaluate.play(loaded.agent, loaded.params, prompts, evaluate.sampling_of(config), keep_images=page)
         broken = loaded.agent.broken_service()
     if broken:
         raise UserError(f"{broken}: nothing is written; look at the service, then evaluate again.")
-    values = evaluate.Tally.of(episodes, tools).over_processes().metrics()
+    values = evaluate.Tally.of(episodes, tools, runner.services).over_processes().metrics()
     data, name = about_data(config), loaded.name
     label = f"{data['source']}-{data['split']}"
     mine = [asking.answer_of(asking.Question(label, episode.prompt), episode, tools) for episode in episodes]

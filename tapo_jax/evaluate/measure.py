@@ -27,7 +27,8 @@ def evaluate(agent: Agent, params: Any, prompts: Sequence[Prompt], sampling: Sam
     if not prompts:
         return {}
     episodes = play(agent, params, prompts, sampling)
-    return Tally.of(episodes, tuple(agent.players.runner.tools)).over_processes().metrics()
+    runner = agent.players.runner
+    return Tally.of(episodes, tuple(runner.tools), runner.services).over_processes().metrics()
 
 
 def play(
@@ -63,8 +64,8 @@ class Tally:
     "answered"; "sum/NAME" of every metric that is a mean per episode."""
 
     @classmethod
-    def of(cls, episodes: Sequence[Episode], tools: Sequence[str] = ()) -> "Tally":
-        """Count episodes. tools: the names of the tools, whose calls are counted by tool."""
+    def of(cls, episodes: Sequence[Episode], tools: Sequence[str] = (), services: Sequence[str] = ()) -> "Tally":
+        """Count episodes. tools, services: the names by which calls and requests are counted."""
         counts: dict[str, float] = {"played": len(episodes), "episodes": 0, "right": 0, "answered": 0, "reward": 0.0}
         for episode in episodes:
             counts["answered"] += float(episode.answer is not None)
@@ -74,7 +75,7 @@ class Tally:
             hops = f"hops_{episode.prompt.hops}"
             counts[f"episodes/{hops}"] = counts.get(f"episodes/{hops}", 0) + float(episode.judged)
             counts[f"right/{hops}"] = counts.get(f"right/{hops}", 0) + float(episode.success)
-        means = summary(episodes, tools, 1.0)
+        means = summary(episodes, tools, 1.0, services)
         return cls(counts | {f"sum/{name}": means[source] * len(episodes) for name, source in _shown(means).items()})
 
     def over_processes(self) -> "Tally":
