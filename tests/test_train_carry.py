@@ -57,8 +57,7 @@ def test_a_run_killed_in_rollouts_ends_with_the_metrics_of_one_that_was_not(whol
     broken = tmp_path / "broken"
     for at in (4, 14, 24):
         finish(start(broken, *CARRY, f"signal={int(signal.SIGKILL)}", f"round={at}", **cache), broken, -signal.SIGKILL)
-    printed = finish(start(broken, *CARRY, **cache), broken)
-    assert "resumed after step" in printed
+    finish(start(broken, *CARRY, **cache), broken)  # from a checkpoint if the kill has not come before its end
     assert repeatable(broken) == repeatable(whole)
     name = "model.safetensors"
     assert (whole / "export" / name).read_bytes() == (broken / "export" / name).read_bytes()
@@ -98,6 +97,7 @@ def test_sigterm_in_an_evaluation_leaves_it_to_the_next_start(start, cache, tmp_
     assert repeatable(two) == repeatable(one)
 
 
+@pytest.mark.nightly
 def test_saves_by_the_clock_are_made_within_rollouts(start, cache, tmp_path):  # noqa: F811
     """So often that every round is saved: the run ends as usual, and one that is killed goes on from the last save."""
     saving = tmp_path / "saving"
@@ -112,6 +112,7 @@ def test_saves_by_the_clock_are_made_within_rollouts(start, cache, tmp_path):  #
     close(repeatable(saving), repeatable(plain))
 
 
+@pytest.mark.nightly
 def test_two_processes_carry_and_stop_together(start, cache, tmp_path):  # noqa: F811
     """One of them gets the signal; both end, and both go on with their own conversations."""
     workdir, fields = tmp_path / "two", (*CARRY, "eval.at_end=False")
