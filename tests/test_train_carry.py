@@ -63,7 +63,7 @@ def test_a_run_killed_in_rollouts_ends_with_the_metrics_of_one_that_was_not(whol
     assert (whole / "export" / name).read_bytes() == (broken / "export" / name).read_bytes()
 
 
-@pytest.mark.parametrize("at", [6, 24])
+@pytest.mark.parametrize("at", [pytest.param(6, marks=pytest.mark.nightly), 24])
 def test_sigterm_in_a_rollout_keeps_what_is_in_flight_and_changes_no_metric(whole, start, cache, tmp_path, at):  # noqa: F811
     """The slots are so small that they are saved too, so nothing is read again and every bit is the same."""
     stopped = tmp_path / "stopped"
@@ -86,6 +86,7 @@ def close(got: list[dict], want: list[dict]) -> None:
             assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], name)
 
 
+@pytest.mark.nightly
 def test_sigterm_in_an_evaluation_leaves_it_to_the_next_start(start, cache, tmp_path):  # noqa: F811
     """The step before it is trained and saved, its line waits for the numbers of the evaluation."""
     one, two = tmp_path / "one", tmp_path / "two"
