@@ -84,7 +84,8 @@ class Board:
         placed = {(s.player.prompt, s.player.conversation.sample) for s in self._slots if s.player}
         seats = [(g, sample) for g, group in enumerate(groups) for sample in range(len(group.seats))]
         begun = [(g, sample) for g, sample in seats if isinstance(groups[g].seats[sample], Conversation)]
-        fresh = starts or [(g, sample) for g, sample in seats if groups[g].seats[sample] is None]
+        waiting = [(g, sample) for g, sample in seats if groups[g].seats[sample] is None]
+        fresh = waiting if starts is None else starts
         self._queue = collections.deque([*(seat for seat in begun if seat not in placed), *fresh])
 
     def get_places(self) -> list[dict[str, Any]]:

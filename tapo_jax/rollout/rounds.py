@@ -79,9 +79,10 @@ def stream(
     Returns seconds as time/*. Raises what `rollout` raises.
     """
     keys = sampling.prompt_keys or range(sampling.first_prompt, sampling.first_prompt + len(prompts))
-    samples = [1 + max((s for p, s in starts if p == index), default=-1) for index in range(len(prompts))]
-    parts = zip(prompts, samples, keys, strict=True)
-    groups = [Group(prompt, [None] * count, number=key, key=key) for prompt, count, key in parts]
+    groups = [Group(prompt, [], number=key, key=key) for prompt, key in zip(prompts, keys, strict=True)]
+    for prompt, sample in starts:
+        seats = groups[prompt].seats
+        seats += [None] * (sample + 1 - len(seats))
     index = {start: number for number, start in enumerate(starts)}
 
     def passed(group: int, episode: Episode) -> None:
