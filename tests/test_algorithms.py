@@ -24,7 +24,7 @@ def test_each_algorithm_trains_for_twenty_steps(model, tmp_path, name):
     """Every step logs TAPO's diagnostics; what it corrects moves advantages only where it is on."""
     fields = ["total_steps=20", "log.episodes_every=20", "checkpoint.every=20", f"name={name}.py"]
     command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(tmp_path), str(model), *fields]
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     lines = records.read_metrics(tmp_path / "metrics.jsonl")[1:]

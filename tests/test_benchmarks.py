@@ -31,7 +31,7 @@ def evaluated(tmp_path: Path, out: str, judge: str, *words: str) -> subprocess.C
     environment = os.environ | {
         "PYTHONPATH": str(program.parents[1]),
         "JUDGE_API_KEY": KEY,
-        "XLA_FLAGS": "",
+        "JAX_NUM_CPU_DEVICES": "1",
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

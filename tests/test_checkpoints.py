@@ -150,7 +150,7 @@ run_main(main, words=True)
 def test_on_a_full_disk_a_program_prints_one_line(tmp_path):
     """Threads of orbax log a page for each array that they could not write."""
     path = f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"
-    env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "8"}
     env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # its files would be cut too
     command = [sys.executable, "-c", FULL, str(tmp_path)]
     ended = subprocess.run(command, env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)

@@ -218,7 +218,9 @@ def test_the_programs_of_the_test_config_compile_for_a_tpu(tmp_path):
         "--config.mesh.tensor=2", "--config.rollout.mesh.tensor=2", "--programs=train,reshard,decode",
         f"--out={tmp_path / 'out.json'}",
     ]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
+    }
     done = subprocess.run(
         command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=1800
     )

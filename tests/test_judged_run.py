@@ -126,7 +126,7 @@ def test_a_judge_that_fails_in_one_process_ends_all_of_them(tmp_path, case):
         for rank, url in enumerate((good, bad)):
             environment = os.environ | {
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(rank),
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JUDGE_API_KEY": KEY,
+                "JAX_NUM_CPU_DEVICES": "1", "JUDGE_API_KEY": KEY,
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             }  # fmt: skip
             if case == "without a key" and rank == 1:

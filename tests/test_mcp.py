@@ -232,7 +232,7 @@ def test_three_steps_with_pictures_a_counter_and_crashes(tmp_path):
     """In a process of its own, so that it has one device and its end shows what is left running."""
     file = write(tmp_path, pictures=SERVER | {"env": {"PICTURES_KEY": "${PICTURES_TOKEN}"}})
     model = tiny_run.write_model(tmp_path / "model")
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PICTURES_TOKEN": KEY}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PICTURES_TOKEN": KEY}
     command = [sys.executable, __file__, str(tmp_path / "run"), str(model), file]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -24,7 +24,7 @@ def execute(name: str, tmp_path: Path, **parameters):
     assert parameters.keys() <= {name.strip() for name in notebook.cells[place].source.split("=")[0].split(",")}
     given = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(given))
-    environment = os.environ | {"XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(tmp_path)}
     environment["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as in a notebook
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     resources = {"metadata": {"path": str(tmp_path)}}

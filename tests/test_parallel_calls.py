@@ -253,7 +253,7 @@ def run(workdir: str, model: str) -> None:
 def test_a_run_with_several_calls_in_a_turn(tmp_path):
     """In a process of its own, so that it has one device."""
     model = tiny_run.write_model(tmp_path / "model")
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, __file__, str(tmp_path / "run"), str(model)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -208,7 +208,7 @@ run_main(started, words=True)
 def test_a_sweep_that_is_stopped_goes_on_and_ends_with_a_report(tmp_path, monkeypatch):
     """Two rows and one whose checkpoint is damaged; SIGTERM in the first run, then the same again."""
     jax.devices()  # this process keeps its eight
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")  # one device
     model = tiny_run.write_model(tmp_path / "model")
     runs = []
     for row, fields in {"grpo": {"algorithm__credit": "trajectory"}, "broken": {}, "tapo_grpo": {}}.items():

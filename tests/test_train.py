@@ -43,8 +43,7 @@ def start(model):
     started = []
 
     def run(workdir: Path, *fields: str, devices: int = 1, **environment: str) -> subprocess.Popen:
-        patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # as in conftest.py
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {patience}"} | environment
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
         command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(workdir), str(model), *fields]
         with open(f"{workdir}.log", "a") as log:

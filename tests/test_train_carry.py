@@ -32,7 +32,7 @@ def cache(tmp_path_factory) -> dict[str, str]:
 def whole(model, tmp_path_factory, cache) -> Path:  # noqa: F811
     """The folder of a run that nothing disturbs."""
     root, workdir = Path(__file__).parents[1], tmp_path_factory.mktemp("undisturbed") / "run"
-    env = os.environ | cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = os.environ | cache | {"JAX_NUM_CPU_DEVICES": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(root), env.get("PYTHONPATH", "")])
     command = [sys.executable, str(root / "tests" / "tiny_run.py"), str(workdir), str(model), *CARRY]
     subprocess.run(command, env=env, check=True, capture_output=True, timeout=900)
