@@ -26,6 +26,17 @@ class BadImage(UserError):
     """An image that cannot be shown. The message names it and says why. Training skips its question."""
 
 
+def key_from(variable: str) -> str:
+    """Return the key that an environment variable holds, "" if it is not set.
+
+    Raises UserError if it has characters that no header has; the message does not show it.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"The key in the environment variable {variable} has characters that no key has.")
+    return key
+
+
 def run_main(main: Callable[[list[str]], None], *, words: bool = False) -> None:
     """Run `main` as absl's `app.run` does; a UserError is printed as its message and ends the program with code 1.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tapo_jax.config import UserError
-from tapo_jax.tools import dense_index, embeddings, passage_index, retrieval_service
+from tapo_jax.tools import dense_index, embeddings, passage_index, patience, retrieval_service
 from tapo_jax.tools.arguments import BadCall
 from tapo_jax.tools.dense_index import DenseIndex, HybridIndex, fuse, nearest, open_vectors
 from tapo_jax.tools.embeddings import Embeddings
@@ -67,7 +67,7 @@ def embedding(*answers):
 def waits(monkeypatch):
     """The waits between tries, which take no time."""
     found = []
-    monkeypatch.setattr(embeddings.time, "sleep", found.append)
+    monkeypatch.setattr(patience.time, "sleep", found.append)
     return found
 
 
@@ -168,7 +168,7 @@ def test_an_embeddings_service_that_is_of_no_use_is_one_sentence(answer, says, a
 def test_an_embeddings_service_that_is_slow_large_or_gone_is_one_sentence(monkeypatch):
     held = threading.Event()
     with embedding(lambda body: (held.wait(5), good(body))[1]) as (address, _):
-        with pytest.raises(BadCall, match="no vectors in 0.2 seconds") as error:
+        with pytest.raises(BadCall, match="no result in 0.2 seconds") as error:
             client(address, timeout_s=0.2)(["lima"])
         held.set()
         assert error.value.kind == "timeout"
@@ -184,6 +184,10 @@ def test_the_key_comes_from_the_environment_and_addresses_are_checked(monkeypatc
     with embedding(good) as (address, requests):
         client(address)(["lima"])
     assert requests[0][1]["Authorization"] == "Bearer planted"
+    monkeypatch.setenv(embeddings.KEY, "plant\u00e9d")
+    with pytest.raises(UserError, match=f"{embeddings.KEY} has characters that no key has"):
+        client(address)
+    monkeypatch.delenv(embeddings.KEY)
     for bad in ("nowhere", "ftp://host", "http://", "http://host?key=1", "http://user:word@host/v1", "http://[::1"):
         with pytest.raises(UserError, match="--embeddings") as error:
             client(bad)

@@ -114,6 +114,10 @@ def test_a_key_that_is_not_set_is_a_sentence(monkeypatch):
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
     with pytest.raises(UserError, match="JUDGE_API_KEY"):
         Judge(Settings("http://127.0.0.1:1/v1", "m"))
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-\u2026planted")
+    with pytest.raises(UserError, match="JUDGE_API_KEY has characters that no key has") as caught:
+        Judge(Settings("http://127.0.0.1:1/v1", "m"))
+    assert "planted" not in str(caught.value)
 
 
 def test_a_closed_judge_holds_no_connection_and_no_file(tmp_path):

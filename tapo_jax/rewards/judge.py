@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import sqlite3
@@ -22,7 +21,7 @@ import httpx
 import numpy as np
 from PIL import Image as PillowImage
 
-from tapo_jax.config import UserError
+from tapo_jax.config import UserError, key_from
 from tapo_jax.types import Prompt
 
 RULES = (
@@ -88,7 +87,7 @@ class Judge:
     """
 
     def __init__(self, settings: Settings):
-        key = os.environ.get(settings.key_variable, "") if settings.key_variable else ""
+        key = key_from(settings.key_variable) if settings.key_variable else ""
         if settings.key_variable and not key:
             raise UserError(f"The judge's key is not set: set the environment variable {settings.key_variable}.")
         self._settings = settings

@@ -10,11 +10,10 @@
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tapo_jax.config import UserError
+from tapo_jax.config import UserError, key_from
 from tapo_jax.tools.arguments import BadCall
 from tapo_jax.tools.http_client import WHAT, Client, json_value
 from tapo_jax.tools.patience import Failed, Patience, TryAgain, ask
@@ -122,11 +121,9 @@ def address_of(name: str, endpoint: str) -> str:
 def key_of(name: str) -> str:
     """Return the key of a back-end from its environment variable. Raises UserError if it is missing or no header."""
     backend = BACKENDS[name]
-    key = os.environ.get(backend.variable, "").strip()
+    key = key_from(backend.variable)
     if backend.keyed and not key:
         raise UserError(f"tools.backend is '{name}': set the environment variable {backend.variable} to your key.")
-    if not key.isascii() or not key.isprintable():
-        raise UserError(f"The key in the environment variable {backend.variable} has characters that no key has.")
     return key
 
 

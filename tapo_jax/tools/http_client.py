@@ -21,7 +21,7 @@ WHAT = "search service"
 
 
 def json_value(data: bytes, content_type: str) -> Any:
-    """Return the value of a reply that is JSON. Raises BadCall for any other."""
+    """Return the value of a search service's reply that is JSON. Raises BadCall for any other."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -36,6 +36,8 @@ class Client:
     headers: sent with every request, and shown nowhere.
     secret: a key among the headers; a reply that repeats it is read without it.
     max_reply: max bytes of a reply.
+    what: names the service in messages.
+    setting: names the address in messages.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Client:
         headers: Mapping[str, str] | None = None,
         secret: str = "",
         max_reply: int = MAX_REPLY,
+        what: str = WHAT,
+        setting: str = "tools.endpoint",
     ):
-        self.endpoint = checked(endpoint)
+        self.endpoint, self._what = checked(endpoint, setting), what
         sent = {"Accept": "application/json, text/plain", "Accept-Encoding": "identity"}  # no decompression bombs
         limits = httpx.Limits(max_connections=256, max_keepalive_connections=256)
         sent |= headers or {}
@@ -68,7 +72,7 @@ class Client:
             except httpx.HTTPError as error:
                 raise TryAgain(f"cannot be reached ({type(error).__name__})") from None
 
-        return ask(request, self._patience, what=WHAT)
+        return ask(request, self._patience, what=self._what)
 
     def _once(self, path: str, body: Any, deadline: float) -> tuple[bytes, str]:
         """Send one request. Its time limit holds for every piece of the reply, so that a trickling one ends too."""
@@ -79,30 +83,34 @@ class Client:
                 wait_s = retry_after(headers.get("retry-after", ""))
                 raise TryAgain(f"answered with status {status}", wait_s=wait_s)
             if status != 200:
-                raise BadCall("service", f"The {WHAT} answered with status {status}.")
+                raise BadCall("service", f"The {self._what} answered with status {status}.")
             if headers.get("content-encoding", "identity") != "identity":
-                raise BadCall("service", f"The {WHAT} sent a compressed reply, which was not asked for.")
+                raise BadCall("service", f"The {self._what} sent a compressed reply, which was not asked for.")
             data = bytearray()
             for piece in reply.iter_raw():
                 data += piece
                 if len(data) > self._max_reply:
-                    raise BadCall("service", f"The {WHAT} sent more than {self._max_reply >> 10} KiB.")
+                    raise BadCall("service", f"The {self._what} sent more than {self._max_reply >> 10} KiB.")
                 if time.monotonic() > deadline:
                     raise TimeoutError
         whole = bytes(data).replace(self._secret, b"[key]") if self._secret else bytes(data)
         return whole, headers.get("content-type", "")
 
 
-def checked(endpoint: str) -> str:
-    """Return the address without a trailing slash. Raises UserError if it is no http address or has a password."""
+def checked(endpoint: str, setting: str) -> str:
+    """Return the address without a trailing slash. Raises UserError if it is no http address or has a password.
+
+    setting: names the address in messages.
+    """
+    none = f"{setting} is '{endpoint}', which is no address: give \"http://host:port\"."
     try:
         url = httpx.URL(endpoint)
     except (httpx.InvalidURL, TypeError) as error:
-        raise UserError(f"tools.endpoint is '{endpoint}', which is no address: give \"http://host:port\".") from error
+        raise UserError(none) from error
     if url.userinfo:
-        raise UserError("tools.endpoint holds a user name or a password: give the address alone.")
+        raise UserError(f"{setting} holds a user name or a password: give the address alone.")
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-        raise UserError(f"tools.endpoint is '{endpoint}', which is no address: give \"http://host:port\".")
+        raise UserError(none)
     return str(url).rstrip("/")
 
 
