@@ -14,11 +14,27 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "agg")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-# Eight devices that share two busy cores may wait for each other longer than the 40 seconds after which XLA gives up.
-# Most of the suite is compilation of small programs: the CPU's code is not optimised here.
 FLAGS = (
+    # Devices that share two busy cores may wait for each other longer than the 40 seconds after which XLA gives up.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    # Most of the suite is compilation of small programs: their code is not optimised.
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+
+# Files with whole runs, longest first: they begin before the others, so that no process is left alone with them.
+LONG = (
+    "test_train_carry", "test_train", "test_algorithms", "test_faulty_search", "test_notebooks", "test_benchmarks",
+    "test_sweep", "test_compilation_cache", "test_judged_run", "test_train_step", "test_mcp", "test_parallel_calls",
+)  # fmt: skip
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # several processes: keep the order below
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))

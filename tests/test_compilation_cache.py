@@ -28,6 +28,7 @@ def start(tmp_path: Path, name: str) -> tuple[int, int]:
     """Run one step in a folder of its own. Returns (programs read from the disk, programs compiled)."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERS"))}
     env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env["JAX_NUM_CPU_DEVICES"] = "1"
     found = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "model"), str(tmp_path / name)],
         env=env, capture_output=True, text=True, check=True, timeout=600,

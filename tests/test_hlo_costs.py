@@ -127,6 +127,36 @@ def test_a_fused_slice_reads_only_its_part():
     assert costs(text).traffic == 32 + 4 + 32  # the part, the index, the result
 
 
+NESTED = """
+%bits (b: f32[8,8]) -> f32[8,8] {
+  %b = f32[8,8]{1,0} parameter(0)
+  ROOT %c = f32[8,8]{1,0} bitcast(%b)
+}
+
+%product (s: f32[100,8], n: s32[], w: f32[8,8]) -> f32[1,8] {
+  %s = f32[100,8]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %w = f32[8,8]{1,0} parameter(2)
+  %row = f32[1,8]{1,0} fusion(%s, %n), kind=kLoop, calls=%slice
+  %all = f32[8,8]{1,0} fusion(%w), kind=kLoop, calls=%bits
+  ROOT %d = f32[1,8]{1,0} dot(%row, %all), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+"""
+
+
+def test_a_slice_in_a_fusion_within_a_fusion_reads_only_its_part():
+    """As the compiler writes a product with one layer of a stack of weights; the other factor is read whole."""
+    text = entry(
+        "%a = f32[100,8]{1,0} parameter(0)",
+        "%i = s32[] parameter(1)",
+        "%v = f32[8,8]{1,0} parameter(2)",
+        "ROOT %f = f32[1,8]{1,0} fusion(%a, %i, %v), kind=kOutput, calls=%product",
+        before=SLICE + NESTED,
+    )
+    assert costs(text).traffic == 32 + 4 + 256 + 32 and costs(text).flops == 2 * 8 * 8
+
+
 def test_a_fused_update_in_place_writes_only_its_part():
     text = entry(
         "%a = f32[100,8]{1,0} parameter(0)",

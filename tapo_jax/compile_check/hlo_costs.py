@@ -205,7 +205,7 @@ class _Reader:
         for index in range(len(i.operands)):
             outer = computation.operand_shapes(i, index)
             if index in inner.parameters and any(shape.main for shape in outer):
-                total += min(_main_bytes(outer), _read_bytes(inner, inner.parameters[index]))
+                total += min(_main_bytes(outer), _read_bytes(self.module, inner, index))
         leaves = [inner.by_name[name] for name in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
         for leaf, shape in zip(leaves, i.shapes, strict=False):
             total += _written_bytes(inner, leaf) if shape.main else 0.0
@@ -254,19 +254,32 @@ def _through_bitcasts(inner: Computation, i: Instruction) -> Instruction:
     return i
 
 
-def _read_bytes(inner: Computation, parameter: Instruction) -> float:
-    """Return the bytes that a fusion reads of a parameter: slices of it, 0 if it is only updated in place, or all."""
-    total, waiting = 0.0, [parameter]
+def _read_bytes(module: Module, inner: Computation, index: int) -> float:
+    """Return the bytes that a fusion reads of a parameter: slices of it, 0 if it is only updated in place, or all.
+
+    A fusion within the fusion that slices the parameter, such as a layer's weights out of a stack, reads the slice.
+    """
+    whole = sum(shape.bytes for shape in inner.parameters[index].shapes)
+    total, waiting = 0.0, [inner.parameters[index]]
     while waiting:
         value = waiting.pop()
+        if value.name == inner.root.name:
+            return whole
         for user in inner.users[value.name]:
             if user.opcode == "bitcast":
                 waiting.append(user)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value.name:
                 total += sum(shape.bytes for shape in user.shapes)
+            elif user.opcode == "fusion":
+                within = module.computations[user.called("calls")]
+                for place in (place for place, name in enumerate(user.operands) if name == value.name):
+                    if _through_bitcasts(within, within.root) is within.parameters[place]:
+                        waiting.append(user)
+                    else:
+                        total += _read_bytes(module, within, place)
             elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == value.name):
-                return sum(shape.bytes for shape in parameter.shapes)
-    return total
+                return whole
+    return min(total, whole)
 
 
 def _written_bytes(inner: Computation, leaf: Instruction) -> float:
