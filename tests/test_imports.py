@@ -232,9 +232,9 @@ def test_only_the_rollout_joins_device_and_tools():
 
 
 def test_the_package_needs_no_tensorflow_and_no_torch():
-    """One benchmark compares with PyTorch where that is installed; nothing else imports it at once."""
+    """Two benchmarks compare with PyTorch where that is installed; nothing else imports it at once."""
     users = {file for file in FILES if {"tensorflow", "torch"} & tops(file)}
-    assert users <= {"tapo_jax/bench/model_torch.py"}
+    assert users <= {"tapo_jax/bench/model_torch.py", "tapo_jax/bench/rollout_torch.py"}
     assert not [file for file in FILES if users & inside(file, at_once=True)]
 
 

@@ -1,0 +1,147 @@
+"""Compare whole rollouts with loops over transformers: several turns with tool responses between them, text only.
+
+Every conversation writes given numbers of tokens, so that the work is the same on all sides; no token ends a turn. Ours
+is the rollout of training (rounds, slots, tools on threads). transformers keeps its cache between the turns; "prompt
+copied" also pre-fills a question once and copies its keys and values for the conversations of its group. The sides
+take turns in one run, after a greedy rollout each, which compiles and by which they are compared.
+
+prefilled/distinct: tokens given to pre-filling calls over those that have to be.
+computed/prefilled: with the padding of these calls.
+idle: share of decoding steps × conversations at a time in which no token was written.
+compiled: programs compiled in the measured rollouts.
+agree: share of equal tokens in the greedy rollouts.
+times faster: seconds there over seconds here, the median of the rounds.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+
+from tapo_jax.bench.rollout_work import Played, Side, Work, forbidden, make_work
+from tapo_jax.models.config import Qwen3VLConfig
+
+SIZES = ("tiny", "small", "2b", "4b")
+
+
+def add_arguments(parser) -> None:
+    parser.set_defaults(repeats=3)
+    parser.add_argument(
+        "--size", default="tiny", choices=SIZES, help="tiny: hidden 128 × 4 layers; small: hidden 512 × 8 layers"
+    )
+    parser.add_argument("--turns", type=int, default=4, help="turns of a conversation; the most of uneven ones")
+    parser.add_argument("--question", type=int, default=128, help="tokens of a question; the mean of uneven ones")
+    parser.add_argument("--written", type=int, default=32, help="tokens of a turn; the mean of uneven ones")
+    parser.add_argument("--response", type=int, default=64, help="tokens of a response; the mean of uneven ones")
+    parser.add_argument("--questions", type=int, default=8, help="different questions")
+    parser.add_argument("--group", type=int, default=8, help="conversations of a question")
+    parser.add_argument("--lengths", default="both", choices=("even", "uneven", "both"))
+    parser.add_argument("--slots", type=int, default=0, help="our conversations at a time; 0: all")
+    parser.add_argument("--chunk", type=int, default=16, help="our tokens between two looks at which turns have ended")
+    parser.add_argument("--no-torch", action="store_true", help="only the rollout here")
+
+
+def run(args) -> list[dict]:
+    # Both frameworks share the GPU: neither may take all of its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from tapo_jax.bench import model, model_jax  # noqa: PLC0415 - jax starts its devices only after the line above
+
+    size = size_of(args.size)
+    ours = model_jax.random_model(size.config, size.dtype)
+    there = None if args.no_torch else model.reference(ours, size)
+    rows = []
+    for lengths in ("even", "uneven"):
+        if args.lengths in (lengths, "both"):
+            work = work_of(args, size.config, uneven=lengths == "uneven")
+            rows += compare(sides(args, ours, there, work), work, lengths, args.repeats)
+    return rows
+
+
+def size_of(name: str) -> Any:
+    """Return the model of a size, as `bench/model.py` keeps them."""
+    from tapo_jax.bench import model  # noqa: PLC0415 - see run
+
+    if name in ("2b", "4b"):
+        return model.SIZES[name]
+    tiny = model.SIZES["atlas"]
+    small = dict(hidden=512, mlp=1536, layers=8, heads=8, kv_heads=4, head_dim=64, mrope_section=(12, 10, 10))
+    vision = dataclasses.replace(tiny.config.vision, out=512)
+    return (
+        tiny
+        if name == "tiny"
+        else dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, vision=vision, **small))
+    )
+
+
+def work_of(args, config: Qwen3VLConfig, *, uneven: bool) -> Work:
+    names = ("questions", "group", "turns", "question", "written", "response")
+    return make_work(config, **{name: vars(args)[name] for name in names}, uneven=uneven)
+
+
+def sides(args, model: Any, there: Any, work: Work) -> list[Side]:
+    """Return the ways to play, ours first. there: the same weights in transformers, or None."""
+    from tapo_jax.bench import rollout_ours  # noqa: PLC0415 - see run
+
+    made: list[Side] = [rollout_ours.OurRollout(model, work, slots=args.slots or work.rows, chunk=args.chunk)]
+    if there is not None:
+        from tapo_jax.bench import rollout_torch  # noqa: PLC0415 - torch belongs to the test extra
+
+        common = (there.model, work, forbidden(model.config))
+        made += [rollout_torch.TransformersRollout(*common, copies=copies) for copies in (False, True)]
+    return made
+
+
+def compare(players: list[Side], work: Work, lengths: str, repeats: int) -> list[dict]:
+    """Play the work on every side, in turns; return a row of each."""
+    from tapo_jax.metrics import compile_count  # noqa: PLC0415 - see run
+
+    greedy = [side.play(temperature=0.0, seed=0) for side in players]
+    rounds: list[list[Played]] = [[] for _ in players]
+    compiled = [0] * len(players)
+    for seed in range(1, repeats + 1):
+        for at, side in enumerate(players):
+            before = compile_count()
+            rounds[at].append(side.play(temperature=1.0, seed=seed))
+            compiled[at] += compile_count() - before
+    for side in players:
+        side.close()
+    rows = []
+    for at, side in enumerate(players):
+        ratios = [there.seconds / here.seconds for there, here in zip(rounds[at], rounds[0], strict=True)]
+        first = at == 0
+        rows.append(
+            {"lengths": lengths, "by": side.name}
+            | numbers(rounds[at], work)
+            | {
+                "compiled": compiled[at] if first else "",
+                "agree": "" if first else f"{100 * agreement(greedy[0], greedy[at]):.1f} %",
+                "times faster": "" if first else float(np.median(ratios)),
+            }
+        )
+    return rows
+
+
+def numbers(played: list[Played], work: Work) -> dict[str, float]:
+    """Return the medians of the rounds of one side."""
+    middle = {
+        name: float(np.median([vars(one)[name] for one in played]))
+        for name in ("seconds", "prefill_s", "decode_s", "idle")
+    }
+    rates = [work.total_written / one.seconds for one in played]
+    return {
+        "s": middle["seconds"],
+        "prefill s": middle["prefill_s"],
+        "decode s": middle["decode_s"],
+        "written tokens/s": float(np.median(rates)),
+        "prefilled/distinct": played[0].prefilled / work.distinct,
+        "computed/prefilled": played[0].computed / played[0].prefilled,
+        "idle": middle["idle"],
+    }
+
+
+def agreement(here: Played, there: Played) -> float:
+    """Return the share of equal tokens; 0 where a side has written another number of them."""
+    if [len(ids) for ids in here.written] != [len(ids) for ids in there.written]:
+        return 0.0
+    return float(np.mean(np.concatenate(here.written) == np.concatenate(there.written)))
