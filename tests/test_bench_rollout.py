@@ -14,6 +14,17 @@ from tapo_jax.bench.rollout_work import Played
 SHAPE = dict(questions=2, group=3, turns=3, question=12, written=6, response=9)
 
 
+@pytest.fixture
+def one_thread(monkeypatch):
+    """PyTorch's threads wait for each other in busy loops: between tests that share two cores one is faster."""
+    import torch
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    yield
+    torch.set_num_threads(before)
+
+
 def work(*, uneven: bool) -> rollout_work.Work:
     return rollout_work.make_work(world.config(), **SHAPE, uneven=uneven)
 
@@ -34,7 +45,7 @@ def test_lengths_are_even_or_spread_around_the_same_means():
 
 def test_agreement_counts_equal_tokens_and_is_nothing_where_the_work_differs():
     def played(*written):
-        return Played(1.0, 0.5, 0.5, 1, 1, 0.0, [list(ids) for ids in written])
+        return Played(1.0, 1.0, 0.5, 0.5, 1, 1, 0.0, [list(ids) for ids in written])
 
     assert rollout.agreement(played((1, 2), (3, 4)), played((1, 2), (3, 4))) == 1.0
     assert rollout.agreement(played((1, 2), (3, 4)), played((1, 2), (3, 5))) == 0.75
@@ -42,7 +53,7 @@ def test_agreement_counts_equal_tokens_and_is_nothing_where_the_work_differs():
 
 
 def test_the_command_plays_the_same_greedy_tokens_on_all_sides_and_compiles_nothing_while_it_measures(
-    tmp_path, capsys, monkeypatch
+    tmp_path, capsys, monkeypatch, one_thread
 ):
     toy = dataclasses.replace(model.SIZES["atlas"], config=world.config())
     monkeypatch.setattr(rollout, "size_of", lambda name: toy)

@@ -10,7 +10,7 @@ computed/prefilled: with the padding of these calls.
 idle: share of decoding steps × conversations at a time in which no token was written.
 compiled: programs compiled in the measured rollouts.
 agree: share of equal tokens in the greedy rollouts.
-times faster: seconds there over seconds here, the median of the rounds.
+times faster, times less cpu: seconds there over seconds here, by the clock and of all threads; medians of the rounds.
 """
 
 import dataclasses
@@ -108,15 +108,15 @@ def compare(players: list[Side], work: Work, lengths: str, repeats: int) -> list
         side.close()
     rows = []
     for at, side in enumerate(players):
-        ratios = [there.seconds / here.seconds for there, here in zip(rounds[at], rounds[0], strict=True)]
-        first = at == 0
+        first, pairs = at == 0, list(zip(rounds[at], rounds[0], strict=True))
         rows.append(
             {"lengths": lengths, "by": side.name}
             | numbers(rounds[at], work)
             | {
                 "compiled": compiled[at] if first else "",
                 "agree": "" if first else f"{100 * agreement(greedy[0], greedy[at]):.1f} %",
-                "times faster": "" if first else float(np.median(ratios)),
+                "times faster": "" if first else float(np.median([a.seconds / b.seconds for a, b in pairs])),
+                "times less cpu": "" if first else float(np.median([a.cpu_s / b.cpu_s for a, b in pairs])),
             }
         )
     return rows

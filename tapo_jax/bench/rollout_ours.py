@@ -71,13 +71,14 @@ class OurRollout:
     def play(self, *, temperature: float, seed: int) -> Played:
         sampler, counts = self.sampler, Counts()
         sampler.prefilled = sampler.computed = 0
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         groups = make_groups(prompts(self.work), self.work.group)
         seconds = play_groups(self.players, self.params, groups, Sampling(temperature, seed=seed), counts=counts)
         episodes = [episode for group in groups for episode in group.episodes]
         sampler.release()
         return Played(
             seconds=time.perf_counter() - began,
+            cpu_s=time.process_time() - began_cpu,
             prefill_s=seconds["time/prefill"],
             decode_s=seconds["time/decode"],
             prefilled=sampler.prefilled,

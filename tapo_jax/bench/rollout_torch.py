@@ -47,7 +47,7 @@ class _Rollout:
         self.prefilled = self.computed = self.steps = 0
 
     def run(self) -> Played:
-        work, began = self.work, time.perf_counter()
+        work, began, began_cpu = self.work, time.perf_counter(), time.process_time()
         written: list[list[int]] = [[] for _ in range(work.rows)]
         rows = list(range(work.rows))
         logits_BxV = self._questions()
@@ -63,6 +63,7 @@ class _Rollout:
         self._wait()
         return Played(
             seconds=time.perf_counter() - began,
+            cpu_s=time.process_time() - began_cpu,
             prefill_s=self.seconds["prefill"],
             decode_s=self.seconds["decode"],
             prefilled=self.prefilled,

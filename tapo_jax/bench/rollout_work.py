@@ -99,6 +99,8 @@ class Played:
     """The measurements of one whole rollout."""
 
     seconds: float
+    cpu_s: float
+    """CPU seconds of all threads."""
     prefill_s: float
     decode_s: float
     prefilled: int
