@@ -109,7 +109,7 @@ MAY_IMPORT = {
     "types": set(),
     "batch": set(),
     "sharding": {"config"},
-    "processes": {"config"},
+    "processes": {"config", "records"},
     "tapo": {"types"},
     "models": VOCABULARY | {"sharding"},
     "tools": VOCABULARY,
