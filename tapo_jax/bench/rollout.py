@@ -2,8 +2,9 @@
 
 Every conversation writes given numbers of tokens, so that the work is the same on all sides; no token ends a turn. Ours
 is the rollout of training (rounds, slots, tools on threads). transformers keeps its cache between the turns; "prompt
-copied" also pre-fills a question once and copies its keys and values for the conversations of its group. The sides
-take turns in one run, after a greedy rollout each, which compiles and by which they are compared.
+copied" also pre-fills a question once and copies its keys and values for the conversations of its group. Tunix's
+sampler takes part where it is installed; it is given the whole conversation in every turn. The sides take turns in one
+run, after two rollouts each that compile; the tokens of the first, which is greedy, are compared.
 
 prefilled/distinct: tokens given to pre-filling calls over those that have to be.
 computed/prefilled: with the padding of these calls.
@@ -14,6 +15,7 @@ times faster, times less cpu: seconds there over seconds here, by the clock and 
 """
 
 import dataclasses
+import importlib.util
 import os
 from typing import Any
 
@@ -62,16 +64,13 @@ def size_of(name: str) -> Any:
     """Return the model of a size, as `bench/model.py` keeps them."""
     from tapo_jax.bench import model  # noqa: PLC0415 - see run
 
-    if name in ("2b", "4b"):
-        return model.SIZES[name]
-    tiny = model.SIZES["atlas"]
-    small = dict(hidden=512, mlp=1536, layers=8, heads=8, kv_heads=4, head_dim=64, mrope_section=(12, 10, 10))
-    vision = dataclasses.replace(tiny.config.vision, out=512)
-    return (
-        tiny
-        if name == "tiny"
-        else dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, vision=vision, **small))
-    )
+    size = model.SIZES["atlas" if name in ("tiny", "small") else name]
+    # Tunix's Qwen3 has this base, whatever its config says.
+    config = dataclasses.replace(size.config, rope_theta=1e6)
+    if name == "small":
+        small = dict(hidden=512, mlp=1536, layers=8, heads=8, kv_heads=4, head_dim=64, mrope_section=(12, 10, 10))
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, out=512), **small)
+    return dataclasses.replace(size, config=config)
 
 
 def work_of(args, config: Qwen3VLConfig, *, uneven: bool) -> Work:
@@ -89,6 +88,12 @@ def sides(args, model: Any, there: Any, work: Work) -> list[Side]:
 
         common = (there.model, work, forbidden(model.config))
         made += [rollout_torch.TransformersRollout(*common, copies=copies) for copies in (False, True)]
+        # Tunix's models have no own table for the logits here, and its sampler reads text alone.
+        if importlib.util.find_spec("tunix") is not None and model.config.tied:
+            from tapo_jax.bench import rollout_tunix  # noqa: PLC0415 - of no extra
+
+            decoder = there.model.model.language_model
+            made.append(rollout_tunix.TunixRollout(decoder, model.config, work, str(model.dtype)))
     return made
 
 
@@ -97,6 +102,8 @@ def compare(players: list[Side], work: Work, lengths: str, repeats: int) -> list
     from tapo_jax.metrics import compile_count  # noqa: PLC0415 - see run
 
     greedy = [side.play(temperature=0.0, seed=0) for side in players]
+    for side in players:
+        side.play(temperature=1.0, seed=0)
     rounds: list[list[Played]] = [[] for _ in players]
     compiled = [0] * len(players)
     for seed in range(1, repeats + 1):
@@ -113,7 +120,7 @@ def compare(players: list[Side], work: Work, lengths: str, repeats: int) -> list
             {"lengths": lengths, "by": side.name}
             | numbers(rounds[at], work)
             | {
-                "compiled": compiled[at] if first else "",
+                "compiled": compiled[at],
                 "agree": "" if first else f"{100 * agreement(greedy[0], greedy[at]):.1f} %",
                 "times faster": "" if first else float(np.median([a.seconds / b.seconds for a, b in pairs])),
                 "times less cpu": "" if first else float(np.median([a.cpu_s / b.cpu_s for a, b in pairs])),
@@ -122,21 +129,22 @@ def compare(players: list[Side], work: Work, lengths: str, repeats: int) -> list
     return rows
 
 
-def numbers(played: list[Played], work: Work) -> dict[str, float]:
+def numbers(played: list[Played], work: Work) -> dict[str, Any]:
     """Return the medians of the rounds of one side."""
-    middle = {
-        name: float(np.median([vars(one)[name] for one in played]))
-        for name in ("seconds", "prefill_s", "decode_s", "idle")
-    }
+
+    def middle(name: str) -> Any:
+        values = [vars(one)[name] for one in played]
+        return "" if None in values else float(np.median(values))
+
     rates = [work.total_written / one.seconds for one in played]
     return {
-        "s": middle["seconds"],
-        "prefill s": middle["prefill_s"],
-        "decode s": middle["decode_s"],
+        "s": middle("seconds"),
+        "prefill s": middle("prefill_s"),
+        "decode s": middle("decode_s"),
         "written tokens/s": float(np.median(rates)),
         "prefilled/distinct": played[0].prefilled / work.distinct,
         "computed/prefilled": played[0].computed / played[0].prefilled,
-        "idle": middle["idle"],
+        "idle": middle("idle"),
     }
 
 

@@ -101,8 +101,9 @@ class Played:
     seconds: float
     cpu_s: float
     """CPU seconds of all threads."""
-    prefill_s: float
-    decode_s: float
+    prefill_s: float | None
+    """None where one program does both."""
+    decode_s: float | None
     prefilled: int
     """Tokens that were given to pre-filling calls."""
     computed: int
