@@ -17,6 +17,7 @@ times faster, times less cpu: seconds there over seconds here, by the clock and 
 import dataclasses
 import importlib.util
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -101,15 +102,20 @@ def compare(players: list[Side], work: Work, lengths: str, repeats: int) -> list
     """Play the work on every side, in turns; return a row of each."""
     from tapo_jax.metrics import compile_count  # noqa: PLC0415 - see run
 
-    greedy = [side.play(temperature=0.0, seed=0) for side in players]
+    def play(side: Side, temperature: float, seed: int) -> Played:
+        found = side.play(temperature=temperature, seed=seed)
+        print(f"{lengths}, round {seed} of {repeats}: {side.name} {found.seconds:.2f} s", file=sys.stderr, flush=True)
+        return found
+
+    greedy = [play(side, 0.0, 0) for side in players]
     for side in players:
-        side.play(temperature=1.0, seed=0)
+        play(side, 1.0, 0)
     rounds: list[list[Played]] = [[] for _ in players]
     compiled = [0] * len(players)
     for seed in range(1, repeats + 1):
         for at, side in enumerate(players):
             before = compile_count()
-            rounds[at].append(side.play(temperature=1.0, seed=seed))
+            rounds[at].append(play(side, 1.0, seed))
             compiled[at] += compile_count() - before
     for side in players:
         side.close()
