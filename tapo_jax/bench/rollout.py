@@ -93,8 +93,7 @@ def sides(args, model: Any, there: Any, work: Work) -> list[Side]:
         if importlib.util.find_spec("tunix") is not None and model.config.tied:
             from tapo_jax.bench import rollout_tunix  # noqa: PLC0415 - of no extra
 
-            decoder = there.model.model.language_model
-            made.append(rollout_tunix.TunixRollout(decoder, model.config, work, str(model.dtype)))
+            made.append(rollout_tunix.TunixRollout(there.model.model, model.config, work, str(model.dtype)))
     return made
 
 
@@ -145,6 +144,7 @@ def numbers(played: list[Played], work: Work) -> dict[str, Any]:
     rates = [work.total_written / one.seconds for one in played]
     return {
         "s": middle("seconds"),
+        "cpu s": middle("cpu_s"),
         "prefill s": middle("prefill_s"),
         "decode s": middle("decode_s"),
         "written tokens/s": float(np.median(rates)),

@@ -22,21 +22,21 @@ class TunixRollout:
     The sampler keeps nothing between two calls. A turn is as long as its longest row, whose shorter ones go on with
     tokens that are thrown away: the sampler has no length of a row.
 
-    decoder: the decoder in transformers, whose weights these are.
+    whole: the model in transformers, whose decoder's weights these are.
     config: the model's.
     dtype: of weights and computation.
     """
 
     name = "tunix"
 
-    def __init__(self, decoder: Any, config: Qwen3VLConfig, work: Work, dtype: str):
+    def __init__(self, whole: Any, config: Qwen3VLConfig, work: Work, dtype: str):
         self.work, self.forbidden = work, np.flatnonzero(forbidden(config)).tolist()
         longest = max(
             length + max(work.written[row][turn] for row in rows)
             for turn, rows, length in ((turn, *self._batch(turn)) for turn in range(max(map(len, work.written))))
         )
         cache = CacheConfig(longest, config.layers, config.kv_heads, config.head_dim)
-        self.sampler = Sampler(make(decoder, config, dtype), Numbers(config), cache)
+        self.sampler = Sampler(make(whole, config, dtype), Numbers(config), cache)
 
     def _batch(self, turn: int) -> tuple[list[int], int]:
         """Return the rows that play a turn, and the tokens of the longest of their histories."""
@@ -88,8 +88,8 @@ class TunixRollout:
         pass
 
 
-def make(decoder: Any, config: Qwen3VLConfig, dtype: str) -> Any:
-    """Return Tunix's model with the weights of the decoder in transformers."""
+def make(whole: Any, config: Qwen3VLConfig, dtype: str) -> Any:
+    """Return Tunix's model with the weights of the decoder of the model in transformers."""
     shapes = qwen3.ModelConfig(
         num_layers=config.layers,
         vocab_size=config.vocab,
@@ -105,7 +105,8 @@ def make(decoder: Any, config: Qwen3VLConfig, dtype: str) -> Any:
         param_dtype=jnp.dtype(dtype),
     )
     with tempfile.TemporaryDirectory() as folder:
-        arrays = {f"model.{name}": value.contiguous().cpu() for name, value in decoder.state_dict().items()}
+        found = whole.language_model.state_dict()
+        arrays = {f"model.{name}": value.contiguous().cpu() for name, value in found.items()}
         save_file(arrays, Path(folder) / "model.safetensors")
         return qwen3_params.create_model_from_safe_tensors(folder, shapes, dtype=jnp.dtype(dtype))
 
