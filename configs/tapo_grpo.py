@@ -157,6 +157,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.export = ConfigDict(dict(dtype=""))  # of the trained model's files: "float32", "bfloat16"; "": that of model.path
     c.log = ConfigDict(dict(
         episodes_every=20, tensorboard=True,
+        progress_s=30.0,  # seconds between two lines about the episodes of a rollout, and before the first; 0: none
+        late_s=60.0,  # seconds that some processes wait for others before it is said which are late; 0: never
         profile_steps=(),  # the first and the last step that the profiler traces, into WORKDIR/profile; (): none
     ))  # fmt: skip
     c.compilation_cache = ""  # of compiled programs: "" is in the user's cache folder, "off", a folder or gs://…

@@ -27,6 +27,7 @@ from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Limits
 from tapo_jax.rollout.flight import Flight
 from tapo_jax.rollout.players import Players, Wish, nothing
+from tapo_jax.rollout.progress import Moment
 from tapo_jax.rollout.rounds import Stopped, play_groups, rollout, stream
 from tapo_jax.rollout.sampler import Sampler, make_shapes
 from tapo_jax.rollout.schedule import Sampling, Shapes
@@ -185,6 +186,10 @@ class Agent:
         if not self.players.runner.services:
             return ""
         return next(filter(None, processes.gather(self.watch.broken())), "")
+
+    def watched(self, watch: Callable[[Moment], None]) -> "Agent":
+        """Return the same agent, whose rollouts tell where they are, as in `Players`."""
+        return dataclasses.replace(self, players=dataclasses.replace(self.players, watch=watch))
 
     def close(self) -> None:
         """Close the judge, if there is one. Nothing can be played afterwards."""

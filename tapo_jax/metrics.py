@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,29 @@ def profiling(step: int, window: Sequence[int], folder: Path) -> contextlib.Abst
 
 
 class Clock:
-    """Sum seconds by name: `with clock("rollout"): …`; `take()` returns {"time/rollout": …} and resets the sums."""
+    """Sum seconds by name: `with clock("rollout"): …`; `take()` returns {"time/rollout": …} and resets the sums.
 
-    def __init__(self) -> None:
+    enter: called with the name when one begins, and with that of the outer one, or "", when it ends.
+
+    The attribute `step` is the step of training that is timed.
+    """
+
+    def __init__(self, enter: Callable[[str], None] | None = None) -> None:
         self._seconds: dict[str, float] = {}
+        self.step = 0
+        self._open = [""]
+        self._enter = enter or (lambda name: None)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._open.append(name)
+        self._enter(name)
         try:
             yield
         finally:
+            self._open.pop()
+            self._enter(self._open[-1])
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:

@@ -56,6 +56,7 @@ def one_step(
     Raises rollout.rounds.Stopped in every process if the rollout is stopped; the state is not touched then.
     """
     config, clock, compiled = run.config, run.clock, compile_count()
+    clock.step = step
     with clock("step"):
         with clock("rollout"):
             episodes, played = run.agent.play_on(state.params, run.flight, sampling(run, step), save)

@@ -1,22 +1,26 @@
 """Connect the processes of a run and exchange small host values between them."""
 
 import contextlib
+import dataclasses
 import fcntl
 import glob
 import importlib.util
 import json
 import os
 import signal
+import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from tapo_jax.config import UserError
+from tapo_jax.records import write_whole
 
 
 def join() -> None:
@@ -160,3 +164,126 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Beat:
+    """What a process was doing at a time of its own clock."""
+
+    count: int = 0
+    """Places that it has come to. All processes come to the same places in the same order."""
+    doing: str = ""
+    """What it does, at the newest one."""
+    step: int = 0
+    """Of training."""
+    age_s: float = 0.0
+    """How long it has been doing that."""
+    host: str = ""
+    number: int = 0
+    """Of the beat: it grows as long as the process lives."""
+
+
+class Heartbeat:
+    """Say which process the others wait for.
+
+    Each process notes the places that it comes to (`come`) and what else it does (`note`). A thread of each writes the
+    newest note to a small file, and that of process 0 reads the files: nothing here waits for another process.
+
+    folder: of the files; all processes have to share it.
+    late_s: seconds that processes may wait for others before that is said, and between two such lines; 0: nothing is
+        written.
+    say: gets a line of text, in process 0.
+
+    Alone, a process writes nothing.
+    """
+
+    def __init__(self, folder: Path, late_s: float, say: Callable[[str], None]):
+        self._folder, self._late_s, self._say = folder, late_s, say
+        self._index, self._processes = jax.process_index(), jax.process_count()
+        self.step = 0
+        """The step of training, as it is said."""
+        self._now = (0, "start", time.monotonic())  # replaced as a whole: two threads read it
+        self._seen: dict[int, tuple[Beat, float]] = {}  # the newest beat of each process, and when it came
+        self._said, self._number = -float("inf"), 0
+        self._ended = threading.Event()
+
+    def come(self, place: str) -> None:
+        """Note a place that every process comes to, and no process leaves before the others if it exchanges values."""
+        self._now = (self._now[0] + 1, place, time.monotonic())
+
+    def note(self, doing: str) -> None:
+        """Note what this process does now at the place where it is."""
+        self._now = (self._now[0], doing, time.monotonic())
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Write and read within the `with` block, if there are several processes."""
+        if self._processes == 1 or not self._late_s:
+            yield
+            return
+        if self._index == 0:  # what is left of a run that was killed is no sign of this one
+            for path in self._folder.glob("process_*.json"):
+                path.unlink(missing_ok=True)
+        thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
+            with contextlib.suppress(OSError):  # the last one removes the folder
+                self._path(self._index).unlink(missing_ok=True)
+                self._folder.rmdir()
+
+    def _run(self) -> None:
+        while not self._ended.wait(min(self._late_s / 4, 10.0)):
+            with contextlib.suppress(OSError):  # a full disk is the run's to report
+                self._write()
+            if self._index == 0:
+                self._look(time.monotonic())
+
+    def _path(self, process: int) -> Path:
+        return self._folder / f"process_{process:05d}.json"
+
+    def _write(self) -> None:
+        self._number += 1
+        write_whole(self._path(self._index), json.dumps(dataclasses.asdict(self._beat(time.monotonic()))))
+
+    def _beat(self, now: float) -> Beat:
+        count, doing, since = self._now
+        return Beat(count, doing, self.step, now - since, socket.gethostname(), self._number)
+
+    def _read(self, process: int) -> Beat | None:
+        """Return the newest beat of another process, None if it is not there."""
+        try:
+            found = json.loads(self._path(process).read_text())
+            return Beat(**{name: kind(found[name]) for name, kind in get_type_hints(Beat).items()})
+        except (OSError, ValueError, TypeError, LookupError):
+            return None
+
+    def _look(self, now: float) -> None:
+        """Read all beats, and say who is late if the others have waited for long."""
+        for process in range(1, self._processes):
+            beat = self._read(process)
+            if beat is not None and (process not in self._seen or beat.number != self._seen[process][0].number):
+                self._seen[process] = beat, now
+        self._seen[0] = self._beat(now), now
+        front = max(beat.count for beat, _ in self._seen.values())
+        waited = max(beat.age_s + now - came for beat, came in self._seen.values() if beat.count == front)
+        late = [process for process in range(self._processes) if self._count(process) < front]
+        if late and min(waited, now - self._said) >= self._late_s:
+            self._said = now
+            those = "; ".join(self._about(process, now) for process in late)
+            self._say(f"waiting for {len(late)} of {self._processes} processes for {waited:.0f} s: {those}")
+
+    def _count(self, process: int) -> int:
+        return self._seen[process][0].count if process in self._seen else -1
+
+    def _about(self, process: int, now: float) -> str:
+        """Return what is known of a process."""
+        if process not in self._seen:
+            return f"process {process} has given no sign in {self._folder}"
+        beat, came = self._seen[process]
+        silent = f", last sign {now - came:.0f} s ago" if now - came >= self._late_s else ""
+        since = time.strftime("%H:%M:%S", time.localtime(time.time() - (beat.age_s + now - came)))
+        return f"process {process} ({beat.host}): {beat.doing} of step {beat.step} since {since}{silent}"

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from tapo_jax.programs import adaptive_settings, keep_compiled, make_encoder, ma
 from tapo_jax.report.curve import write_curve
 from tapo_jax.rollout.flight import Flight
 from tapo_jax.rollout.players import Wish
+from tapo_jax.rollout.progress import Moment, ProgressLine
 from tapo_jax.rollout.rounds import Stopped
 from tapo_jax.tapo import adaptive
 from tapo_jax.types import Prompt
@@ -90,11 +91,11 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, mesh=mesh)
     parts, flight = {"prompts": prompts, "witnesses": encoder}, make_flight(config, prompts, local, total)
     state, resumed, line = restore(checkpoints, state, parts, flight, agent, config)
+    agent, clock, heart = watched(agent, config, workdir, resumed, lambda text: writer.say(text))
     programs = make_programs(config, graphdef, optimizer, schedule, state, agent, mesh)
     reference = load_reference(config, directory, mesh)
-    evaluator = examiner(agent, config)
-    at_end.callback(evaluator.close)
-    run = Run(config, workdir, mesh, agent, evaluator, programs, encoder, reference, local, flight, Clock())
+    run = Run(config, workdir, mesh, agent, examiner(agent, config), programs, encoder, reference, local, flight, clock)
+    at_end.callback(run.examiner.close)
     written = resumed - 1 if line else resumed
     writer = MetricWriter(workdir, total_steps=total, resumed_step=written, tensorboard=config.log.tensorboard)
     write_config(config, workdir, resumed, writer)
@@ -110,7 +111,7 @@ def train_alone(config: ConfigDict, workdir: Path, at_end: contextlib.ExitStack)
         checkpoints.save_flight(step, state, data=data, seed=config.seed, flight=flight.pack(), slots=slots)
         wishes.saved()
 
-    with wishes.stop:
+    with wishes.stop, heart.beating():
         try:
             if first:
                 writer.write(0, evaluated(run, state, held_out))
@@ -170,6 +171,33 @@ class Wishes:
 
     def saved(self) -> None:
         self._last = time.monotonic()
+
+
+def watched(
+    agent: Agent, config: ConfigDict, workdir: Path, resumed: int | None, say: Callable[[str], None]
+) -> tuple[Agent, Clock, processes.Heartbeat]:
+    """Return the agent and the clock of a run, which tell the heartbeat where the run is, and the heartbeat.
+
+    Rollouts also tell the user, in process 0. say: gets a line of text.
+    """
+    heart = processes.Heartbeat(workdir / "heartbeat", config.log.late_s, say)
+    mine = "process 0, " if jax.process_count() > 1 else ""
+    tell = ProgressLine(lambda text: say(mine + text), config.log.progress_s if jax.process_index() == 0 else 0.0)
+
+    def watch(moment: Moment) -> None:
+        if moment.in_tools:
+            heart.note("rollout, waiting for tools,")
+        else:
+            heart.come("rollout")
+        tell(moment)
+
+    def enter(phase: str) -> None:
+        heart.step = clock.step
+        heart.come({"step": "a part between phases", "": "metrics or checkpoint"}.get(phase, phase))
+
+    clock = Clock(enter)
+    clock.step = resumed or 0
+    return agent.watched(watch), clock, heart
 
 
 # -------------------------------------------------------------------------------------------- parts of a run

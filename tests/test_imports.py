@@ -109,7 +109,7 @@ MAY_IMPORT = {
     "types": set(),
     "batch": set(),
     "sharding": {"config"},
-    "processes": {"config"},
+    "processes": {"config", "records"},
     "tapo": {"types"},
     "models": VOCABULARY | {"sharding"},
     "tools": VOCABULARY,
@@ -232,9 +232,10 @@ def test_only_the_rollout_joins_device_and_tools():
 
 
 def test_the_package_needs_no_tensorflow_and_no_torch():
-    """One benchmark compares with PyTorch where that is installed; nothing else imports it at once."""
-    users = {file for file in FILES if {"tensorflow", "torch"} & tops(file)}
-    assert users <= {"tapo_jax/bench/model_torch.py"}
+    """Two benchmarks compare with PyTorch, one with Tunix, where these are installed; nothing else imports them at
+    once."""
+    users = {file for file in FILES if {"tensorflow", "torch", "tunix"} & tops(file)}
+    assert users <= {f"tapo_jax/bench/{name}.py" for name in ("model_torch", "rollout_torch", "rollout_tunix")}
     assert not [file for file in FILES if users & inside(file, at_once=True)]
 
 

@@ -20,6 +20,7 @@ VALUES = (-1, 0, math.nan, "", (), None)
 ZERO_IS_FINE = {
     "seed", "total_epochs", "data.world_seed", "model.lora_rank", "rollout.max_image_tokens", "rollout.max_pixels",
     "rollout.max_think_tokens", "rollout.mesh.tensor", "rollout.carry", "checkpoint.minutes",
+    "log.progress_s", "log.late_s",
     "tools.requests_per_second", "tools.max_failures",
     "rollout.tool_wait_s", "tools.retries", "tools.thumbnails", "algorithm.gigpo_omega", "algorithm.gigpo_discount",
     "algorithm.clip_low", "algorithm.clip_high", "algorithm.kl_coef", "algorithm.overlong_buffer", "tapo.theta",

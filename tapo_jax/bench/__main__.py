@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-NAMES = ("tapo", "losses", "model", "search")
+NAMES = ("tapo", "losses", "model", "rollout", "search")
 
 
 def table(rows: list[dict]) -> str:

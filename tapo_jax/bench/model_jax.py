@@ -16,6 +16,7 @@ from tapo_jax.learn import train_step
 from tapo_jax.learn.optimizer import Settings, make_optimizer
 from tapo_jax.learn.state import init_state, split_model
 from tapo_jax.models import flops, positions
+from tapo_jax.models.config import Qwen3VLConfig
 from tapo_jax.models.parameters import logical_axes
 from tapo_jax.models.qwen3_vl import Qwen3VL
 from tapo_jax.rollout import schedule, slots
@@ -26,10 +27,7 @@ class OurModel:
 
     def __init__(self, size: Size):
         self.size, self.config = size, size.config
-        dtype = jnp.dtype(size.dtype)
-        make = jax.jit(lambda: nnx.state(Qwen3VL(self.config, rngs=nnx.Rngs(0), param_dtype=dtype, dtype=dtype)))
-        self.model = nnx.eval_shape(lambda: Qwen3VL(self.config, rngs=nnx.Rngs(0), param_dtype=dtype, dtype=dtype))
-        nnx.update(self.model, make())
+        self.model = random_model(size.config, size.dtype)
         self.graphdef, self.params = split_model(self.model)
         self.forbidden_V = np.zeros(self.config.vocab, bool)
         self.policy = train_step.Policy(self.graphdef, self.forbidden_V, sharding.one_device())
@@ -132,6 +130,17 @@ class OurModel:
         conversation = conversations(self.config, rows, tokens, self.size.patches)
         fields = positions.row_inputs(*conversation, None, self.config)
         return jax.device_put(ModelInputs(**fields)), [tokens] * rows, [self.size.patches] * rows
+
+
+def random_model(config: Qwen3VLConfig, dtype: str) -> Qwen3VL:
+    """Return a model of random weights, which are made on the device."""
+
+    def make() -> Qwen3VL:
+        return Qwen3VL(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype), dtype=jnp.dtype(dtype))
+
+    model = nnx.eval_shape(make)
+    nnx.update(model, jax.jit(lambda: nnx.state(make()))())
+    return model
 
 
 def timed(call: Callable, *, calls: int, steps: int = 1) -> Measured:

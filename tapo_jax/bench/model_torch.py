@@ -20,7 +20,7 @@ def make(model: nnx.Module, size: Size) -> "TransformersModel | None":
     kind = "cpu" if jax.default_backend() == "cpu" else "cuda"
     if kind == "cuda" and not torch.cuda.is_available():
         return None
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as directory:
         hf.save(model, size.config, directory)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[size.dtype]

@@ -218,6 +218,8 @@ RANGES: dict[str, Range] = {
     "checkpoint.keep": whole(1),
     "log.episodes_every": whole(1),
     "log.tensorboard": FLAG,
+    "log.progress_s": number(0),
+    "log.late_s": number(0),
     "log.profile_steps": each(whole(1), 0, 2),
     "compilation_cache": text(),
     "eval.split": text(1),

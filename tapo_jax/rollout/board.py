@@ -87,6 +87,10 @@ class Board:
         waiting = [(g, sample) for g, sample in seats if groups[g].seats[sample] is None]
         fresh = waiting if starts is None else starts
         self._queue = collections.deque([*(seat for seat in begun if seat not in placed), *fresh])
+        self.finished = sum(len(group.episodes) for group in groups)
+        """Episodes that have ended."""
+        self.episodes = self.finished + len(placed) + len(self._queue)
+        """Episodes that have ended, play or wait."""
 
     def get_places(self) -> list[dict[str, Any]]:
         """Return who is in which slot and what its cache holds, as JSON-able values, between two rounds."""
@@ -114,6 +118,7 @@ class Board:
     def _finish(self, prompt: int, conversation: Conversation) -> None:
         """Keep an episode that has ended and report it to `on_episode`."""
         episode = self.groups[prompt].seats[conversation.sample] = conversation.episode()
+        self.finished += 1
         if self._on_episode is not None:
             self._on_episode(prompt, episode)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tapo_jax.models.inputs import PixelStore
 from tapo_jax.rollout.chat import Chat
 from tapo_jax.rollout.episode import Conversation, Limits, Opening, open_prompt
+from tapo_jax.rollout.progress import Moment, unwatched
 from tapo_jax.rollout.sampler import Sampler
 from tapo_jax.tools.base import ToolRunner
 from tapo_jax.types import Prompt
@@ -47,6 +48,8 @@ class Players:
     The tokens of an episode do not depend on it."""
     wish: Callable[[], Wish] = nothing
     """Asked once a round."""
+    watch: Callable[[Moment], None] = unwatched
+    """Told where the rollout is: once a round, and when it begins to wait for tools."""
 
     def open(self, prompt: Prompt) -> Opening:
         """Return a question as the policy sees it."""

@@ -19,6 +19,7 @@ from tapo_jax.config import UserError
 from tapo_jax.rollout.board import Board
 from tapo_jax.rollout.groups import Group, make_groups
 from tapo_jax.rollout.players import Players, Wish
+from tapo_jax.rollout.progress import Moment
 from tapo_jax.rollout.sampler import Chunk
 from tapo_jax.rollout.schedule import Sampling
 from tapo_jax.rollout.summary import summary
@@ -167,12 +168,14 @@ def _play(
     weights = jax.block_until_ready(sampler.reshard(params))
     seconds["time/reshard"] = time.perf_counter() - began
     exact = True  # whether the caches hold what the conversations say
+    watch = _watch(players, board, counts)
     try:
         while True:
             board.fill_slots()
             counts.recomputed += board.take_recomputed()
             needs = board.needs()
             more = board.playing and not (until is not None and until.reached(board.groups))
+            watch()
             plan = sampler.plan(needs, more=more, wish=players.wish())
             if not plan.more:
                 break
@@ -193,6 +196,7 @@ def _play(
             written = chunk.fetch() if chunk else []
             seconds["time/decode"] += (decoded := time.perf_counter()) - decoding
             idle = not needs.draws and not needs.extensions
+            watch(in_tools=True)
             waited = _wait(board.futures(), players.tool_wait_s, idle=idle, stopping=players.stopping)
             seconds["time/tool_wait"] += time.perf_counter() - decoded
             if not waited:
@@ -209,6 +213,19 @@ def _play(
         raise
     counts.places = None
     return seconds
+
+
+def _watch(players: Players, board: Board, counts: Counts) -> Callable[..., None]:
+    """Return a function that tells `players.watch` where the rollout is that begins now."""
+    began, before = time.perf_counter(), dataclasses.replace(counts)
+
+    def watch(*, in_tools: bool = False) -> None:
+        if not in_tools or board.futures():
+            played = {"drawn": counts.drawn - before.drawn, "steps": counts.steps - before.steps}
+            episodes = {"finished": board.finished, "episodes": board.episodes, "slots": players.sampler.slots}
+            players.watch(Moment(time.perf_counter() - began, **episodes, **played, in_tools=in_tools))
+
+    return watch
 
 
 def _while_decoding(futures: set[concurrent.futures.Future], chunk: Chunk | None) -> bool:
