@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-NAMES = ("tapo", "losses", "model", "rollout", "search")
+NAMES = ("tapo", "losses", "model", "rollout", "carry", "search")
 
 
 def table(rows: list[dict]) -> str:
