@@ -233,7 +233,7 @@ def abstract_slots(run: Abstract) -> Slots:
     shards = sharding.batch_shards(rows)
     shapes = sampler_shapes(config, model_config, mesh, image_patches(config, model_config))
     together = sharding.batch_shards(mesh)
-    sizes = {"slots": shards // together * shapes.slots, "capacity": shapes.capacity}
+    sizes = shapes.slot_sizes(shards // together)
     with jax.set_mesh(mesh):
         empty = slots.init_slots.lower(model_config, together, **sizes, dtype=jnp.dtype(config.model.dtype))
         state = placed(empty.out_info, empty.compile().output_shardings)
