@@ -89,6 +89,22 @@ def test_rows_of_different_lengths_then_decoding_as_in_slots():
         assert not np.asarray(part)[:, [1, 3, 5, 6, 8, 10]].any()
 
 
+@pytest.mark.parametrize("name", ["grouped", "deep_stacked"], ids=["a part for each layer", "one part, scanned"])
+def test_decoding_copies_no_pool(name):
+    """The compiled loop of decoding steps needs room for the rows' own pages of a layer, not for another pool."""
+    graph, state = model(name)
+    pool = cache.init_cache(CONFIGS[name], slots=257, capacity=64)
+    held = cache.Cache(pool.k, pool.v, pool.length_B[:8], jnp.arange(1, 33, dtype=jnp.int32).reshape(8, 4))
+
+    def steps(held):
+        return jax.lax.fori_loop(0, 4, lambda _, held: _extend(graph, state, held, text([[1]] * 8))[1], held)
+
+    compiled = jax.jit(steps, donate_argnums=0).lower(held).compile()
+    size = sum(part.nbytes for part in (*held.k, *held.v))
+    assert compiled.memory_analysis().alias_size_in_bytes >= size
+    assert compiled.memory_analysis().temp_size_in_bytes < size / 4
+
+
 # The kernels, step by step on this machine.
 
 
