@@ -147,6 +147,13 @@ def test_on_eight_devices_in_pairs_the_tokens_and_log_probabilities_are_the_plai
     assert (Z, N, K, P) == (4, 14, 4, 16) and pool.sharding.shard_shape(pool.shape) == (1, L, N, 2, P, A)
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_decoding_gathers_no_weight_and_no_pages(tensor):
+    sampler = paged_sampler(sharding.rollout_mesh(layout.training(), tensor=tensor), 13)
+    page = layout.CONFIG.kv_heads // tensor * 16 * layout.CONFIG.head_dim
+    assert layout.largest_gathered(sampler) < min([*layout.kernel_sizes(), 13 * page])
+
+
 def test_rows_may_be_put_in_smaller_pieces_than_the_pages_are_split_into(monkeypatch, watched):
     """As in a pod whose processes hold parts of a tensor group: every device's rows have pages of their own."""
     mesh = sharding.rollout_mesh(layout.training(), tensor=4)
