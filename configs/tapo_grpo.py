@@ -54,6 +54,9 @@ def get_config(arg: str = "") -> ConfigDict:
         system="",  # what the policy is told before everything else; recipes.py says how to answer
         group_size=8,
         slots=64,  # conversations that are played at a time, over all devices
+        # Keys and values in pages: a conversation takes what it fills, the samples of a question share its prompt's.
+        page_size=0,  # tokens of a page; on TPU a multiple of 128; 0: none, every slot takes max_length tokens
+        pages=0,  # of all devices; when they run out the youngest conversation waits; 0: as many as full slots need
         max_turns=6,
         max_new_tokens=96,  # of one turn
         max_think_tokens=0,  # of a turn before its thought is closed by force, outside of the loss; 0: no such budget

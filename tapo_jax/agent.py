@@ -29,7 +29,7 @@ from tapo_jax.rollout.flight import Flight
 from tapo_jax.rollout.players import Players, Wish, nothing
 from tapo_jax.rollout.progress import Moment
 from tapo_jax.rollout.rounds import Stopped, play_groups, rollout, stream
-from tapo_jax.rollout.sampler import Sampler, make_shapes
+from tapo_jax.rollout.sampler import Sampler, make_shapes, with_pages
 from tapo_jax.rollout.schedule import Sampling, Shapes
 from tapo_jax.rollout.summary import summary
 from tapo_jax.tools.base import Tool, ToolRunner, stop
@@ -126,6 +126,8 @@ class Agent:
         metrics = seconds | played | {"time/reward": pool.waited_s}
         if flight.carries:
             metrics |= flight.metrics(taken, self.players.sampler.slots)
+        if self.players.sampler.shapes.page:
+            metrics |= flight.page_metrics()
         return self._totalled(episodes), metrics
 
     @contextlib.contextmanager
@@ -258,7 +260,7 @@ def open_tools(config: ConfigDict, at_end: contextlib.ExitStack) -> list[Tool]:
 def sampler_shapes(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh, image_patches: int) -> Shapes:
     """Return the shapes of the sampler's calls on the rollout's mesh. image_patches: patches of the largest image."""
     r = config.rollout
-    return make_shapes(
+    shapes = make_shapes(
         model_config,
         mesh,
         slots=r.slots,
@@ -267,6 +269,7 @@ def sampler_shapes(config: ConfigDict, model_config: Qwen3VLConfig, mesh: Mesh, 
         image_patches=image_patches,
         most_patches=most_patches(r.max_image_tokens, r.max_length, model_config.vision.merge),
     )
+    return with_pages(shapes, model_config, mesh, r.page_size, r.pages)
 
 
 def make_agent(
@@ -288,7 +291,8 @@ def make_agent(
     wish: asked once a round of a rollout.
 
     Raises UserError for a directory without a usable tokenizer, a rollout.mesh that does not fit the devices or the
-    model, slots that it does not divide, or a judge whose key is not set.
+    model, slots or pages that it does not divide, pages that do not hold a conversation, or a judge whose key is not
+    set.
     """
     chat = Chat.from_dir(directory)
     r = config.rollout

@@ -1,7 +1,8 @@
-"""One of two processes of a rollout test: python rollout_process.py PORT RANK FIRST STOP OUT TENSOR plays prompts
-FIRST … STOP - 1. TENSOR 2: a layout of its own, in which every two devices that share the heads belong to two
-processes; 0: that of training."""
+"""One of two processes of a rollout test: python rollout_process.py PORT RANK FIRST STOP OUT TENSOR PAGE plays
+prompts FIRST … STOP - 1. TENSOR 2: a layout of its own, in which every two devices that share the heads belong to two
+processes; 0: that of training. PAGE: tokens of a page, of which there are as few as are allowed; 0: no pages."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from tapo_jax.rollout import episode as episode_module
 from tapo_jax.rollout.schedule import Shapes
 
 
-def main(port: str, rank: int, first: int, stop: int, out: str, tensor: int) -> None:
+def main(port: str, rank: int, first: int, stop: int, out: str, tensor: int, page: int) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     episode_module.parse_turn = world.read_turn
     devices = jax.devices()
@@ -28,6 +29,8 @@ def main(port: str, rank: int, first: int, stop: int, out: str, tensor: int) -> 
     shapes = Shapes(
         extend_rows=(1,), decode_rows=(1,), lengths=(192,), patches=(128,), windows=(192,), chunk=5, merge=2
     )
+    if page:
+        shapes = dataclasses.replace(shapes, page=page, pages=-(-192 // page) + 1)
     sampler = test_rollout.make_sampler(shapes=shapes, mesh=sharding.rollout_mesh(mesh, tensor=tensor))
     params = sharding.put_replicated(jax.device_get(world.params()), mesh)
     questions = world.prompts(4)[first:stop]
@@ -42,4 +45,4 @@ def main(port: str, rank: int, first: int, stop: int, out: str, tensor: int) -> 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], int(sys.argv[6]))
+    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5], *map(int, sys.argv[6:8]))

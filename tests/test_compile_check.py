@@ -164,6 +164,27 @@ def test_a_layout_of_its_own_puts_the_sampler_s_weights_beside_the_parameters(tm
     assert made["decoder", "gate"].shard_shape(gate.shape) == (L, D, M // 2)
 
 
+def test_twice_the_conversations_take_the_memory_of_half_of_them_in_as_many_pages(tmp_path):
+    """A page of each shard is nobody's. The programs take a table of the pages of their rows."""
+    plain = abstract(tmp_path)
+    rollout = plain.config.rollout
+    width = -(-rollout.max_length // 16)
+    paged = abstract(
+        tmp_path,
+        **{"rollout.slots": 2 * rollout.slots, "rollout.page_size": 16, "rollout.pages": rollout.slots * width},
+    )
+    sizes = [programs.bytes_of_one((run.state.k, run.state.v)) for run in map(programs.abstract_slots, (plain, paged))]
+    shards = 2
+    pages = rollout.slots * width // shards
+    assert sizes[1] == pytest.approx(sizes[0] * (pages + 1) * 16 / (rollout.slots // shards * rollout.max_length))
+    found = programs.abstract_slots(paged).table(5, rollout.max_length)
+    assert found.shape == (shards, 5, width) and programs.abstract_slots(plain).table(5, rollout.max_length) is None
+    for name in ("decode", "extend"):
+        program, half = (programs.PROGRAMS[name](run) for run in (paged, plain))
+        assert program.tokens >= half.tokens * (2 if name == "decode" else 1)
+        assert f"x{width}xi32>" in program.lower().as_text() and f"x{width}xi32>" not in half.lower().as_text()
+
+
 def test_low_rank_updates_lie_beside_the_merged_weights(tmp_path):
     run = abstract(tmp_path, **{"model.lora_rank": 4})
     found = programs.abstract_slots(run).reshard.beside(run.params)

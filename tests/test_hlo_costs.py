@@ -158,6 +158,7 @@ def test_a_slice_in_a_fusion_within_a_fusion_reads_only_its_part():
 
 
 def test_a_fused_update_in_place_writes_only_its_part():
+    """Also in a fusion of a fusion."""
     text = entry(
         "%a = f32[100,8]{1,0} parameter(0)",
         "%n = f32[1,8]{1,0} parameter(1)",
@@ -166,6 +167,37 @@ def test_a_fused_update_in_place_writes_only_its_part():
         before=UPDATE,
     )
     assert costs(text).traffic == 32 + 4 + 32
+    nested = """\
+%outer (whole: f32[100,8], new: f32[1,8], at: s32[]) -> f32[100,8] {
+  %whole = f32[100,8]{1,0} parameter(0)
+  %new = f32[1,8]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %out = f32[100,8]{1,0} fusion(%whole, %new, %at), kind=kLoop, calls=%update
+}
+
+"""
+    both = text.replace("calls=%update", "calls=%outer").replace(UPDATE, UPDATE + nested)
+    assert costs(both).traffic == 32 + 4 + 32
+
+
+def test_a_fused_scatter_writes_only_its_part():
+    scatter = """\
+%scatter_two (whole: f32[100,8], at: s32[2,1], new: f32[2,8]) -> f32[100,8] {
+  %whole = f32[100,8]{1,0} parameter(0)
+  %at = s32[2,1]{1,0} parameter(1)
+  %new = f32[2,8]{1,0} parameter(2)
+  ROOT %out = f32[100,8]{1,0} scatter(%whole, %at, %new), update_window_dims={1}, to_apply=%take
+}
+
+"""
+    text = entry(
+        "%a = f32[100,8]{1,0} parameter(0)",
+        "%i = s32[2,1]{1,0} parameter(1)",
+        "%n = f32[2,8]{1,0} parameter(2)",
+        "ROOT %f = f32[100,8]{1,0} fusion(%a, %i, %n), kind=kLoop, calls=%scatter_two",
+        before=scatter,
+    )
+    assert costs(text).traffic == 64 + 8 + 64
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ ZERO_IS_FINE = {
     "seed", "total_epochs", "data.world_seed", "model.lora_rank", "rollout.max_image_tokens", "rollout.max_pixels",
     "rollout.max_think_tokens", "rollout.mesh.tensor", "rollout.carry", "checkpoint.minutes",
     "log.progress_s", "log.late_s",
+    "rollout.page_size", "rollout.pages",
     "tools.requests_per_second", "tools.max_failures",
     "rollout.tool_wait_s", "tools.retries", "tools.thumbnails", "algorithm.gigpo_omega", "algorithm.gigpo_discount",
     "algorithm.clip_low", "algorithm.clip_high", "algorithm.kl_coef", "algorithm.overlong_buffer", "tapo.theta",
@@ -106,7 +107,7 @@ def test_one_wrong_value_is_one_sentence_that_names_the_field(name):
     [
         ("seed", 2**31), ("seed", True), ("seed", 1.0), ("rollout.top_p", 1.5), ("rollout.slots", True),
         ("optimizer.lr", math.inf), ("rollout.tool_wait_s", math.nan), ("optimizer.b2", 1.0), ("tapo.clip", 1),
-        ("rollout.carry", 1000),
+        ("rollout.carry", 1000), ("rollout.pages", 8),
         ("tapo.theta", "0.7"), ("data.hops", 1), ("data.hops", (1, "2")), ("data.hops", (True,)), ("data.hops", "1"),
         ("data.sizes", (1, 2, 3)), ("data.outline", (0.3, 0.2)), ("data.outlines", 7), ("tools.names", "zoom"),
         ("algorithm.clip_dual", 1.0), ("tapo.chunks", 3), ("algorithm.overlong_buffer", 10_000), ("mesh.data", 0),

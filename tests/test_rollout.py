@@ -364,8 +364,10 @@ def test_slots_that_the_mesh_does_not_divide_are_refused():
         make_shapes(world.config(), sharding.make_mesh(data=8), slots=12, **sizes)
 
 
-@pytest.mark.parametrize("tensor", [0, 2], ids=["training's layout", "its own layout"])
-def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tensor, tmp_path):
+@pytest.mark.parametrize(
+    ("tensor", "page"), [(0, 0), (2, 0), (2, 16)], ids=["training's layout", "its own layout", "and pages"]
+)
+def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tensor, page, tmp_path):
     """The first process has three prompts and the second one: it goes on making calls after its own episodes have
     ended. In the layout of its own both processes work on the rows of either."""
     with socket.socket() as probe:
@@ -376,7 +378,7 @@ def test_two_processes_in_lockstep_play_the_episodes_of_one(sampled, tensor, tmp
     started = []
     for rank, (first, stop) in enumerate(parts):
         log = open(tmp_path / f"{rank}.log", "w")  # noqa: SIM115  (the process writes to it)
-        arguments = [port, str(rank), str(first), str(stop), str(tmp_path / f"{rank}.json"), str(tensor)]
+        arguments = [port, str(rank), str(first), str(stop), str(tmp_path / f"{rank}.json"), str(tensor), str(page)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         started.append(
             subprocess.Popen([sys.executable, str(script), *arguments], stdout=log, stderr=log, env=environment)

@@ -180,13 +180,17 @@ def largest_gathered(sampler: Sampler) -> int:
         one(jnp.int32), one(jnp.int32), one(jnp.float32), one(jnp.float32), one(bool, CONFIG.vocab), one(jnp.int32, 2)
     )
     with jax.set_mesh(mesh):
-        request = slots.DrawRequest.abstract(shards, sampler.shapes.slots, rows)
+        request, table = slots.DrawRequest.abstract(shards, sampler.shapes.slots, rows), None
+        if sampler.shapes.page:
+            sizes = (shards, sampler.shapes.slots, sampler.shapes.width(CAPACITY))
+            table = jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=rows)
         lowered = slots.decode_slots.lower(
             sampler.reshard.graphdef,
             sampler.reshard.weights(),
             sampler._slots(),
             request,
             rule,
+            table,
             window=CAPACITY,
             chunk=5,
         )

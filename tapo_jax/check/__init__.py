@@ -42,6 +42,10 @@ def check(config: ConfigDict) -> None:
             f"rollout.carry is {rollout.carry} and data.prompts_per_step {config.data.prompts_per_step}: carry at most "
             "as many groups as a step trains on."
         )
+    if rollout.pages and not rollout.page_size:
+        raise UserError(
+            f"rollout.pages is {rollout.pages} and rollout.page_size 0: set the tokens of a page, or pages to 0."
+        )
     if config.algorithm.overlong_buffer > rollout.max_length:
         raise UserError(
             f"algorithm.overlong_buffer is {config.algorithm.overlong_buffer} and rollout.max_length is "

@@ -111,6 +111,8 @@ RANGES: dict[str, Range] = {
     "rollout.system": text(),
     "rollout.group_size": whole(1),
     "rollout.slots": whole(1),
+    "rollout.page_size": whole(0),
+    "rollout.pages": whole(0),
     "rollout.max_turns": whole(1),
     "rollout.max_new_tokens": whole(1),
     "rollout.max_think_tokens": whole(0),

@@ -17,6 +17,7 @@ import numpy as np
 
 from tapo_jax.compile_check.hlo_text import Computation, Instruction, Module, Shape, read
 
+IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # opcodes that change part of an operand -> where the part is
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Operations that move no data by themselves.
 FREE = {
@@ -183,9 +184,8 @@ class _Reader:
         first = computation.operand_shapes(i, 0) if i.operands else ()
         if i.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * _main_bytes(i.shapes)
-        if i.opcode in ("dynamic-update-slice", "scatter"):
-            update = computation.operand_shapes(i, 1 if i.opcode == "dynamic-update-slice" else 2)
-            return 2 * _main_bytes(update)
+        if i.opcode in IN_PLACE:
+            return 2 * _main_bytes(computation.operand_shapes(i, IN_PLACE[i.opcode]))
         if i.opcode in ("copy-start", "slice-start"):  # the value is (target, source, …) or (source, target, …)
             target = i.shapes[0 if i.opcode == "copy-start" else 1]
             return target.bytes * (target.main + first[0].main)
@@ -205,10 +205,10 @@ class _Reader:
         for index in range(len(i.operands)):
             outer = computation.operand_shapes(i, index)
             if index in inner.parameters and any(shape.main for shape in outer):
-                total += min(_main_bytes(outer), _read_bytes(self.module, inner, index))
+                total += min(_main_bytes(outer), _read_bytes(self.module, inner, inner.parameters[index]))
         leaves = [inner.by_name[name] for name in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
         for leaf, shape in zip(leaves, i.shapes, strict=False):
-            total += _written_bytes(inner, leaf) if shape.main else 0.0
+            total += _written_bytes(self.module, inner, leaf) if shape.main else 0.0
         return total
 
     # Collectives.
@@ -254,13 +254,12 @@ def _through_bitcasts(inner: Computation, i: Instruction) -> Instruction:
     return i
 
 
-def _read_bytes(module: Module, inner: Computation, index: int) -> float:
+def _read_bytes(module: Module, inner: Computation, parameter: Instruction) -> float:
     """Return the bytes that a fusion reads of a parameter: slices of it, 0 if it is only updated in place, or all.
 
-    A fusion within the fusion that slices the parameter, such as a layer's weights out of a stack, reads the slice.
-    """
-    whole = sum(shape.bytes for shape in inner.parameters[index].shapes)
-    total, waiting = 0.0, [inner.parameters[index]]
+    A fusion may have fusions inside, which take slices of what is theirs: of stacked kernels the one of a layer."""
+    whole = sum(shape.bytes for shape in parameter.shapes)
+    total, waiting = 0.0, [parameter]
     while waiting:
         value = waiting.pop()
         if value.name == inner.root.name:
@@ -271,21 +270,24 @@ def _read_bytes(module: Module, inner: Computation, index: int) -> float:
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value.name:
                 total += sum(shape.bytes for shape in user.shapes)
             elif user.opcode == "fusion":
-                within = module.computations[user.called("calls")]
+                called = module.computations[user.called("calls")]
                 for place in (place for place, name in enumerate(user.operands) if name == value.name):
-                    if _through_bitcasts(within, within.root) is within.parameters[place]:
-                        waiting.append(user)
+                    if _through_bitcasts(called, called.root) is called.parameters[place]:
+                        waiting.append(user)  # only the parameter itself, written otherwise
                     else:
-                        total += _read_bytes(module, within, place)
-            elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == value.name):
+                        total += _read_bytes(module, called, called.parameters[place])
+            elif not (user.opcode in IN_PLACE and user.operands[0] == value.name):
                 return whole
     return min(total, whole)
 
 
-def _written_bytes(inner: Computation, leaf: Instruction) -> float:
+def _written_bytes(module: Module, inner: Computation, leaf: Instruction) -> float:
     leaf = _through_bitcasts(inner, leaf)
-    if leaf.opcode == "dynamic-update-slice":
-        return sum(shape.bytes for shape in inner.operand_shapes(leaf, 1))
+    if leaf.opcode == "fusion" and len(leaf.shapes) == 1:
+        called = module.computations[leaf.called("calls")]
+        return _written_bytes(module, called, called.root)
+    if leaf.opcode in IN_PLACE:
+        return sum(shape.bytes for shape in inner.operand_shapes(leaf, IN_PLACE[leaf.opcode]))
     return sum(shape.bytes for shape in leaf.shapes)
 
 

@@ -225,6 +225,12 @@ class Slots:
     """Bytes in use on one chip besides the weights and the slots: the parameters that the weights are copies of, the
     optimizer's state and the reference's weights."""
 
+    def table(self, rows: int, window: int) -> jax.ShapeDtypeStruct | None:
+        """Return the table of the pages of a call's rows; None without pages."""
+        if not self.shapes.page:
+            return None
+        return _array((self.shards, rows, self.shapes.width(window)), jnp.int32, self.rows)
+
 
 def abstract_slots(run: Abstract) -> Slots:
     config, model_config = run.config, run.model_config
@@ -233,7 +239,7 @@ def abstract_slots(run: Abstract) -> Slots:
     shards = sharding.batch_shards(rows)
     shapes = sampler_shapes(config, model_config, mesh, image_patches(config, model_config))
     together = sharding.batch_shards(mesh)
-    sizes = {"slots": shards // together * shapes.slots, "capacity": shapes.capacity}
+    sizes = shapes.slot_sizes(shards // together)
     with jax.set_mesh(mesh):
         empty = slots.init_slots.lower(model_config, together, **sizes, dtype=jnp.dtype(config.model.dtype))
         state = placed(empty.out_info, empty.compile().output_shardings)
@@ -270,6 +276,7 @@ def decode_program(run: Abstract) -> Program:
                 found.state,
                 slots.DrawRequest.abstract(found.shards, R, found.rows),
                 rule,
+                found.table(R, capacity),
                 window=capacity,
                 chunk=chunk,
             )
@@ -291,7 +298,8 @@ def extend_program(run: Abstract) -> Program:
         with jax.set_mesh(found.mesh):
             request = _array((found.shards, piece.rows, 3), jnp.int32, found.rows)
             model = found.reshard.graphdef, found.reshard.weights()
-            return slots.extend_slots.lower(*model, found.state, inputs, request, window=piece.window)
+            table = found.table(piece.rows, piece.window)
+            return slots.extend_slots.lower(*model, found.state, inputs, request, table, window=piece.window)
 
     lengths, images = [piece.length] * B, [piece.patches] * B
     text = flops.decoder(run.model_config, tokens=sum(lengths), pairs=flops.causal_pairs(lengths), logits=0)

@@ -1,4 +1,4 @@
-"""The key/value cache: a fixed set of slots, each with its own length."""
+"""The key/value cache: a fixed set of slots, each with its own length; or pages, and a table of them for each slot."""
 
 import dataclasses
 
@@ -19,6 +19,8 @@ class Cache:
     K: key/value heads; S: entries of a slot; A: head dimension. A shallow model has one array for each layer, so that
     no layer is ever sliced out (on a CPU a slice is a copy); a deep one has a single array, so that its layers can be
     scanned.
+
+    With a table the arrays are [layers, N, K, P, A]: N pages of P entries (`models/pages.py`).
     """
 
     k: tuple[jax.Array, ...]
@@ -27,6 +29,8 @@ class Cache:
     """Values."""
     length_B: jax.Array
     """int32, number of filled entries of each slot. Entries past it are never read."""
+    table_BxM: jax.Array | None = None
+    """int32, the pages of each slot in order, 0 where it has none; None: slot b is entry b of the second axis."""
 
     @property
     def slots(self) -> int:
@@ -38,7 +42,7 @@ class Cache:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return the sizes of one slot's keys in one layer."""
+        """Return the sizes of the keys of one slot, or page, in one layer."""
         kv_heads, capacity, head_dim = self.k[0].shape[2:]
         return {"kv_heads": kv_heads, "capacity": capacity, "head_dim": head_dim}
 

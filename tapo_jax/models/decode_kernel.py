@@ -3,6 +3,10 @@
 The compiler alone would keep the cache in one layout for writing and copy every layer to another for reading. These
 two Pallas kernels work on the cache as it is, [L, B, K, S, A], and read only the entries that a slot has filled.
 Axes: L layers, B slots, K key/value heads, G query heads of each, S entries of a slot, A head dimension.
+
+With a table (`models/pages.py`) the cache is a pool of pages, [L, N, K, P, A], and slot b has the pages of row b. Only
+the kernels' index maps differ. JAX has kernels for pages, `paged_attention` and `ragged_paged_attention`; theirs have
+no axis of layers, so that a scan over layers would copy the pool's layers out and in.
 """
 
 import functools
@@ -15,16 +19,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tapo_jax import sharding
 from tapo_jax.models.layers import MASKED
+from tapo_jax.models.pages import page_of
 
 BLOCKS = (512, 256, 128)
 ROWS = 16  # rows of the smallest tile of a 16-bit array
 QUERIES = 8  # min query rows of a head: the rows of a float32 tile
 WRITE, ATTEND = "cache_write", "cache_attend"  # names that identify the kernels in a compiled program
+WRITE_PAGES, ATTEND_PAGES = "page_write", "page_attend"
 _CACHE = (None, "batch", "kv_heads", None, None)
 
 
 def suits(kv_heads: int, capacity: int, head_dim: int) -> bool:
-    """Return whether the kernels take such a cache: whole blocks of entries, whole lanes, heads split by the mesh."""
+    """Return whether the kernels take such a cache: whole blocks of entries, whole lanes, heads split by the mesh.
+
+    capacity: entries of a slot, or of a page."""
     return capacity % BLOCKS[-1] == 0 and head_dim % 128 == 0 and kv_heads % sharding.pieces("kv_heads") == 0
 
 
@@ -34,6 +42,7 @@ def write(
     layer: jax.Array,
     place_B: jax.Array,
     active_B: jax.Array,
+    table_BxM: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -42,9 +51,10 @@ def write(
     Returns the cache; it is changed in place if it is donated."""
     layer_B = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), place_B.shape)
     axes = (_CACHE, ("batch", "kv_heads", None), ("batch",), ("batch",), ("batch",))
-    own_part = functools.partial(_write, interpret=interpret)
-    active_B = active_B.astype(jnp.int32)
-    return sharding.on_shards(own_part, axes, cache_LxBxKxSxA, new_BxKxA, layer_B, place_B, active_B)
+    arrays = (cache_LxBxKxSxA, new_BxKxA, layer_B, place_B, active_B.astype(jnp.int32))
+    if table_BxM is not None:
+        axes, arrays = (*axes, ("batch", None)), (*arrays, table_BxM)
+    return sharding.on_shards(functools.partial(_write, interpret=interpret), axes, *arrays)
 
 
 def attend(
@@ -53,6 +63,7 @@ def attend(
     v_LxBxKxSxA: jax.Array,
     layer: jax.Array,
     length_B: jax.Array,
+    table_BxM: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -61,20 +72,27 @@ def attend(
     Returns [B, H, A] in the dtype of q; 0 for a slot of length 0."""
     layer_B = jnp.broadcast_to(jnp.asarray(layer, jnp.int32), length_B.shape)
     axes = (("batch", "heads", None), _CACHE, _CACHE, ("batch",), ("batch",))
-    own_part = functools.partial(_attend, interpret=interpret)
-    return sharding.on_shards(own_part, axes, q_BxHxA, k_LxBxKxSxA, v_LxBxKxSxA, layer_B, length_B)
+    arrays = (q_BxHxA, k_LxBxKxSxA, v_LxBxKxSxA, layer_B, length_B)
+    if table_BxM is not None:
+        axes, arrays = (*axes, ("batch", None)), (*arrays, table_BxM)
+    return sharding.on_shards(functools.partial(_attend, interpret=interpret), axes, *arrays)
 
 
 # On one device.
 
 
-def _write(cache, new_BxKxA, layer_B, place_B, active_B, *, interpret: bool):
+def _write(cache, new_BxKxA, layer_B, place_B, active_B, table_BxM=None, *, interpret: bool):
     B, K, A = new_BxKxA.shape
-    place_B = jnp.minimum(place_B, cache.shape[3] - 1)  # the index of a full slot, which is not active, is past the end
-    place = lambda b, layer, place, active: (layer[b], b, 0, place[b] // ROWS, 0)  # noqa: E731
+    S = cache.shape[3]
+    if table_BxM is None:
+        place_B = jnp.minimum(place_B, S - 1)  # the index of a full slot, which is not active, is past the end
+        scalars = (layer_B, place_B, active_B)
+    else:  # slots that are not active write to page 0
+        scalars = (layer_B, place_B % S, active_B, page_of(table_BxM, place_B, active_B > 0, S))
+    place = lambda b, layer, place, active, *page: (layer[b], page[0][b] if page else b, 0, place[b] // ROWS, 0)  # noqa: E731
     tile = pl.BlockSpec((None, None, K, ROWS, A), place)
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
+        num_scalar_prefetch=len(scalars),
         grid=(B,),
         in_specs=[pl.BlockSpec((None, K, 1, A), lambda b, *_: (b, 0, 0, 0)), tile],
         out_specs=tile,
@@ -83,36 +101,43 @@ def _write(cache, new_BxKxA, layer_B, place_B, active_B, *, interpret: bool):
         _write_kernel,
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
-        input_output_aliases={4: 0},
+        input_output_aliases={len(scalars) + 1: 0},
         interpret=interpret,
-        name=WRITE,
-    )(layer_B, place_B, active_B, new_BxKxA[:, :, None].astype(cache.dtype), cache)
+        name=WRITE if table_BxM is None else WRITE_PAGES,
+    )(*scalars, new_BxKxA[:, :, None].astype(cache.dtype), cache)
 
 
-def _write_kernel(layer_ref, place_ref, active_ref, new_ref, old_ref, out_ref):
+def _write_kernel(layer_ref, place_ref, active_ref, *refs):
     del layer_ref
+    new_ref, old_ref, out_ref = refs[-3:]  # behind the pages, if there are some
     b = pl.program_id(0)
     row = jax.lax.broadcasted_iota(jnp.int32, out_ref.shape, 1)
     here = (row == place_ref[b] % ROWS) & (active_ref[b] > 0)
     out_ref[...] = jnp.where(here, new_ref[...], old_ref[...])
 
 
-def _attend(q_BxHxA, k, v, layer_B, length_B, *, interpret: bool):
+def _attend(q_BxHxA, k, v, layer_B, length_B, table_BxM=None, *, interpret: bool):
     B, H, A = q_BxHxA.shape
-    K, S = k.shape[2:4]
+    K, S = k.shape[2:4]  # S: of a slot, or of a page
+    M, scalars = 1, (layer_B, length_B)
+    if table_BxM is not None:
+        M, scalars = table_BxM.shape[1], (*scalars, table_BxM.reshape(-1))  # two axes would be padded to tiles
     size = next(block for block in BLOCKS if S % block == 0)
     q_BxKxGxA = (q_BxHxA * A**-0.5).reshape(B, K, H // K, A)
     q_BxKxGxA = jnp.pad(q_BxKxGxA, ((0, 0), (0, 0), (0, -(H // K) % QUERIES), (0, 0)))
     G = q_BxKxGxA.shape[2]
 
-    def block(b, j, layer, length):  # past the end the last block is repeated, so that nothing is read
-        return layer[b], b, 0, jnp.minimum(j, jnp.maximum(length[b] - 1, 0) // size), 0
+    def block(b, j, layer, length, *table):  # past the end the last block is repeated, so that nothing is read
+        j = jnp.minimum(j, jnp.maximum(length[b] - 1, 0) // size)
+        if not table:
+            return layer[b], b, 0, j, 0
+        return layer[b], table[0][b * M + j // (S // size)], 0, j % (S // size), 0
 
     query = pl.BlockSpec((None, K, G, A), lambda b, j, *_: (b, 0, 0, 0))
     places = pl.BlockSpec((None, None, K, size, A), block)
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
-        grid=(B, S // size),
+        num_scalar_prefetch=len(scalars),
+        grid=(B, M * S // size),
         in_specs=[query, places, places],
         out_specs=query,
         scratch_shapes=[pltpu.VMEM((K, G, 128), jnp.float32)] * 2 + [pltpu.VMEM((K, G, A), jnp.float32)],
@@ -122,14 +147,15 @@ def _attend(q_BxHxA, k, v, layer_B, length_B, *, interpret: bool):
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct(q_BxKxGxA.shape, q_BxHxA.dtype),
         interpret=interpret,
-        name=ATTEND,
-    )(layer_B, length_B, q_BxKxGxA, k, v)
+        name=ATTEND if table_BxM is None else ATTEND_PAGES,
+    )(*scalars, q_BxKxGxA, k, v)
     return out_BxKxGxA[:, :, : H // K].reshape(B, H, A)
 
 
-def _attend_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, sum_ref, *, size: int):
+def _attend_kernel(layer_ref, length_ref, *refs, size: int):
     """Process one block of entries: update the running max score, the sum of weights and the weighted values."""
     del layer_ref
+    q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, sum_ref = refs[-7:]  # behind the table, if there is one
     b, j = pl.program_id(0), pl.program_id(1)
 
     @pl.when(j == 0)
@@ -164,9 +190,9 @@ def kernel_flops(op_name: str, dims: Sequence[tuple[int, ...]], filled: float = 
 
     The first arguments are those of `splash.kernel_flops`. filled: the share of the slots' entries that are filled.
     Rows that pad a tile of queries are counted too."""
-    if ATTEND not in op_name:
+    if ATTEND not in op_name and ATTEND_PAGES not in op_name:
         return 0.0
-    (B, K, G, A), (_, _, _, S, _) = dims[2:4]
+    (B, K, G, A), S = _attended(op_name, dims)
     return 4.0 * B * K * G * S * A * filled
 
 
@@ -174,10 +200,17 @@ def kernel_numbers(op_name: str, dims: Sequence[tuple[int, ...]], filled: float 
     """Return how many numbers one of the kernels moves between memory and core.
 
     None for other kernels, which move their operands and results. filled: as in `kernel_flops`."""
-    if ATTEND in op_name:
-        (B, K, G, A), (_, _, _, S, _) = dims[2:4]
+    if ATTEND in op_name or ATTEND_PAGES in op_name:
+        (B, K, G, A), S = _attended(op_name, dims)
         return 2.0 * B * K * (G + S * filled) * A
-    if WRITE in op_name:
-        B, K, _, A = dims[3]
+    if WRITE in op_name or WRITE_PAGES in op_name:
+        B, K, _, A = dims[3 if WRITE in op_name else 4]
         return 2.0 * B * K * ROWS * A
     return None
+
+
+def _attended(op_name: str, dims: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], int]:
+    """Return the shape of the queries, and the entries of a slot."""
+    if ATTEND in op_name:
+        return dims[2], dims[3][3]
+    return dims[3], dims[2][0] // dims[3][0] * dims[4][3]

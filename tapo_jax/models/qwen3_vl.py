@@ -14,7 +14,7 @@ from flax import nnx
 from tapo_jax import sharding
 from tapo_jax.batch import ModelInputs
 from tapo_jax.models import cache as cache_lib
-from tapo_jax.models import decode_kernel, positions, vision
+from tapo_jax.models import decode_kernel, pages, positions, vision
 from tapo_jax.models.attention import attention, cached_attention, decodes_in_place
 from tapo_jax.models.cache import Cache
 from tapo_jax.models.config import Qwen3VLConfig
@@ -89,6 +89,7 @@ def times_table(table_VxD: jax.Array, hidden_xD: jax.Array) -> jax.Array:
 def extend(model: Qwen3VL, cache: Cache, inputs: ModelInputs) -> tuple[jax.Array, Cache]:
     """Add the rows' tokens to their slots (row r is slot r) and attend over all entries of each slot.
 
+    cache: with a table, the pages of the new tokens must be their slot's own.
     inputs: R rows; the valid tokens (segment > 0) are at the left. T = 1 without images is a decoding step.
 
     Returns (hidden_RxTxD after the final norm, cache with the counts added to the lengths). A row without tokens leaves
@@ -102,15 +103,23 @@ def extend(model: Qwen3VL, cache: Cache, inputs: ModelInputs) -> tuple[jax.Array
     angles = rotary(inputs.position_BxTx3, config)
 
     in_place = inputs.token_BxT.shape[1] == 1 and decodes_in_place(**cache.sizes)
+    table_RxM = cache.table_BxM
 
     def layer(x_RxTxD, k_cache, v_cache, p, index, place):
         q, k, v = _qkv(x_RxTxD, p, angles, config)
         if in_place:
-            k_cache = decode_kernel.write(k_cache, k[:, 0], place, length_R, count_R)
-            v_cache = decode_kernel.write(v_cache, v[:, 0], place, length_R, count_R)
+            k_cache = decode_kernel.write(k_cache, k[:, 0], place, length_R, count_R, table_RxM)
+            v_cache = decode_kernel.write(v_cache, v[:, 0], place, length_R, count_R, table_RxM)
             # A row without a token reads nothing: its output is not used.
-            out = decode_kernel.attend(q[:, 0], k_cache, v_cache, place, jnp.where(count_R > 0, length_R + 1, 0))
+            reach_R = jnp.where(count_R > 0, length_R + 1, 0)
+            out = decode_kernel.attend(q[:, 0], k_cache, v_cache, place, reach_R, table_RxM)
             return _add_deep(_rest(x_RxTxD, out[:, None], p, config), deep, index), k_cache, v_cache
+        if table_RxM is not None:
+            k_cache = pages.write(k_cache, k.swapaxes(1, 2), place, table_RxM, length_R, count_R)
+            v_cache = pages.write(v_cache, v.swapaxes(1, 2), place, table_RxM, length_R, count_R)
+            seen = [pages.read(c, place, table_RxM).astype(q.dtype) for c in (k_cache, v_cache)]
+            out = cached_attention(q, *seen, length_R)
+            return _add_deep(_rest(x_RxTxD, out, p, config), deep, index), k_cache, v_cache
         k_cache = write(k_cache, k.swapaxes(1, 2), place)
         v_cache = write(v_cache, v.swapaxes(1, 2), place)
         seen = [c[place].astype(q.dtype) for c in (k_cache, v_cache)]
@@ -131,7 +140,7 @@ def extend(model: Qwen3VL, cache: Cache, inputs: ModelInputs) -> tuple[jax.Array
         k_new, v_new = [k_0], [v_0]
     length_B = length_R + count_R
     hidden_RxTxD = rms_norm(x_RxTxD, params["norm"], config.norm_epsilon)
-    return hidden_RxTxD, Cache(tuple(k_new), tuple(v_new), length_B)
+    return hidden_RxTxD, Cache(tuple(k_new), tuple(v_new), length_B, table_RxM)
 
 
 def forward(

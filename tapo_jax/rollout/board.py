@@ -127,6 +127,10 @@ class Board:
         taken, self._recomputed = self._recomputed, 0
         return taken
 
+    def take_evicted(self) -> tuple[int, int]:
+        """Return how many conversations had to leave their slot since the last call, and their tokens in its cache."""
+        return 0, 0
+
     @property
     def playing(self) -> bool:
         return any(slot.player for slot in self._slots)
@@ -135,8 +139,8 @@ class Board:
 
     def fill_slots(self) -> None:
         """Give every free slot the next episode, as long as the images in play leave room for more."""
-        for slot in self._slots:
-            while slot.player is None and self._queue and self._has_room():
+        for number, slot in enumerate(self._slots):
+            while slot.player is None and self._queue and self._has_room(number):
                 prompt, sample = self._queue.popleft()
                 seat = self.groups[prompt].seats[sample]
                 if isinstance(seat, Conversation):
@@ -144,7 +148,8 @@ class Board:
                 else:
                     slot.player = self._start(prompt, sample)
 
-    def _has_room(self) -> bool:
+    def _has_room(self, number: int) -> bool:
+        """Return whether the next episode of the queue may start in a slot."""
         most = self._with.most_image_bytes
         if most == float("inf"):
             return True
@@ -178,9 +183,7 @@ class Board:
     def _start(self, prompt: int, sample: int) -> Player | None:
         """Return the player of an episode, or None if the episode is over at once."""
         group = self.groups[prompt]
-        if self._opened is None or self._opened[0] != prompt:
-            self._opened = prompt, *self._open(group.prompt)
-        _, opening, row, row_end = self._opened
+        opening, row, row_end = self._opening(prompt)
         conversation = self._with.converse(opening, sample, self._step)
         group.seats[sample] = conversation
         group.begun = self._step if group.begun is None else group.begun
@@ -188,6 +191,12 @@ class Board:
             self._finish(prompt, conversation)
             return None
         return Player(conversation, prompt, row=row, row_end=row_end)
+
+    def _opening(self, prompt: int) -> tuple[Opening, Row | None, int]:
+        """Return what `_open` returns, which is kept for the next samples of the same question."""
+        if self._opened is None or self._opened[0] != prompt:
+            self._opened = prompt, *self._open(self.groups[prompt].prompt)
+        return self._opened[1:]
 
     def _open(self, prompt: Prompt) -> tuple[Opening, Row | None, int]:
         """Return a prompt as the policy sees it, its row and the position after the row; no row if it is too long."""
@@ -206,9 +215,14 @@ class Board:
         ]
         return Needs(extensions, copies, draws)
 
-    def _additions(self) -> tuple[list[Extension], list[tuple[int, int]]]:
+    def give_pages(self, needs: Needs) -> Needs:
+        """Return the needs of a round that will be played, with the pages of its slots if there are pages."""
+        return needs
+
+    def _additions(self) -> tuple[list[Extension], list[tuple[int, ...]]]:
         """Return the tokens to add, and the prompts to copy from a slot of the same shard that holds them."""
-        extensions, copies = [], []
+        extensions: list[Extension] = []
+        copies: list[tuple[int, ...]] = []
         starting = {number for number, slot in enumerate(self._slots) if slot.player and slot.player.starts}
         source = {
             (self._shard(number), slot.held): number
@@ -246,7 +260,8 @@ class Board:
 
     def mark_sent(self, needs: Needs) -> None:
         """Note that the tokens of extensions and copies are in the cache."""
-        for number in [extension.slot for extension in needs.extensions] + [target for _, target in needs.copies]:
+        targets = [target for _, target, *_ in needs.copies]
+        for number in dict.fromkeys([extension.slot for extension in needs.extensions] + targets):
             slot = self._slots[number]
             player = slot.player
             if not player.sent:  # the cache of a conversation that goes on begins with no prompt that can be copied

@@ -118,6 +118,13 @@ class Flight:
             "rollout/carried": float(sum(group.begun is not None for group in self.groups)),
         }
 
+    def page_metrics(self) -> dict[str, float]:
+        """Return the metrics of pages that had run out, for this process."""
+        return {
+            "rollout/evicted": float(self.counts.evicted),
+            "rollout/evicted_tokens": float(self.counts.evicted_tokens),
+        }
+
     def unscored(self) -> list[Episode]:
         """Return the episodes that have ended and have no rewards yet."""
         return [episode for group in self.groups for episode in group.episodes if not episode.rewards]

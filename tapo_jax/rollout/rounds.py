@@ -18,6 +18,7 @@ import jax
 from tapo_jax.config import UserError
 from tapo_jax.rollout.board import Board
 from tapo_jax.rollout.groups import Group, make_groups
+from tapo_jax.rollout.paged_board import PagedBoard
 from tapo_jax.rollout.players import Players, Wish
 from tapo_jax.rollout.progress import Moment
 from tapo_jax.rollout.sampler import Chunk
@@ -90,7 +91,7 @@ def stream(
         groups[group].seats[episode.sample] = None
         on_episode(index[group, episode.sample], episode)
 
-    return _play(players, params, Board(players, groups, sampling.step, passed, starts), sampling)
+    return _play(players, params, _board(players)(players, groups, sampling.step, passed, starts), sampling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,10 @@ class Counts:
     """Tokens that were drawn in them."""
     recomputed: int = 0
     """Tokens of carried conversations whose keys and values were computed anew."""
+    evicted: int = 0
+    """How often a conversation had to leave its slot because the pages had run out."""
+    evicted_tokens: int = 0
+    """Tokens of theirs that were in the cache, whose keys and values are computed anew."""
     places: list[dict[str, Any]] | None = None
     """Where everybody was when a stop or a save was wished (`Board.get_places`); None when nobody plays."""
 
@@ -142,8 +147,12 @@ def play_groups(
     The other arguments, and what is raised, are as for `rollout`. Returns seconds as time/*.
     """
     passed, counts = None if on_episode is None else lambda _, episode: on_episode(episode), counts or Counts()
-    board = Board(players, groups, sampling.step, passed, places=counts.places)
+    board = _board(players)(players, groups, sampling.step, passed, places=counts.places)
     return _play(players, params, board, sampling, until=until, counts=counts, save=save)
+
+
+def _board(players: Players) -> type[Board]:
+    return PagedBoard if players.sampler.shapes.page else Board
 
 
 def _play(
@@ -173,6 +182,8 @@ def _play(
         while True:
             board.fill_slots()
             counts.recomputed += board.take_recomputed()
+            evicted, lost = board.take_evicted()
+            counts.evicted, counts.evicted_tokens = counts.evicted + evicted, counts.evicted_tokens + lost
             needs = board.needs()
             more = board.playing and not (until is not None and until.reached(board.groups))
             watch()
@@ -185,6 +196,7 @@ def _play(
                 raise Stopped
             if plan.wish == Wish.SAVE and save is not None:
                 save()
+            needs = board.give_pages(needs)
             began = time.perf_counter()
             sampler.extend(weights, plan, needs.extensions)
             sampler.copy(plan, needs.copies)

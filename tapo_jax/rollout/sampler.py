@@ -113,6 +113,35 @@ def make_shapes(
     )
 
 
+def with_pages(shapes: Shapes, config: Qwen3VLConfig, mesh: Mesh, page_size: int, pages: int) -> Shapes:
+    """Return the shapes for slots whose keys and values lie in pages.
+
+    shapes: those without pages, for the same config and mesh.
+    page_size: tokens of a page; 0 returns `shapes`.
+    pages: number of pages over all devices; 0: as many as all slots need when they are full.
+
+    Raises UserError if the mesh does not divide the pages, or they do not hold the longest conversation.
+    """
+    if page_size == 0:
+        return shapes
+    shards = sharding.batch_shards(sharding.rows_mesh(mesh))
+    most = -(-shapes.capacity // page_size)
+    if pages % shards:
+        raise UserError(f"rollout.pages is {pages}, split {shards} ways by the mesh: give a multiple of {shards}.")
+    if pages and pages // shards <= most:
+        raise UserError(
+            f"rollout.pages is {pages}, {pages // shards} for each of {shards} parts of the slots: a conversation of "
+            f"rollout.max_length {shapes.capacity} takes {most} pages of {page_size} tokens, and a shared prompt one "
+            f"more; give at least {(most + 1) * shards}."
+        )
+    with jax.set_mesh(mesh):
+        in_place = decodes_in_place(kv_heads=config.kv_heads, capacity=page_size, head_dim=config.head_dim)
+    changes: dict[str, Any] = {"page": page_size, "pages": pages // shards or shapes.slots * most + 1}
+    if in_place:
+        changes |= {"decode_rows": (shapes.slots,), "windows": (shapes.capacity,)}
+    return dataclasses.replace(shapes, **changes)
+
+
 class Sampler:
     """The slots and the calls on them. Weights are given to every call: they change, the shapes do not.
 
@@ -165,6 +194,7 @@ class Sampler:
             fields = [(self._inside(extension.slot), extension.before, int(extension.fresh)) for extension in queue]
             request_ZxRx3 = np.array([*fields, (self.slots_per_shard, 0, 0)], np.int32)[index_ZxR]
             sizes = {"length": piece.length, "patches": piece.patches}
+            table = self._table([extension.pages for extension in queue], index_ZxR, piece.window)
             inputs = model_inputs(rows, **sizes, config=self.config, dtype=self._dtype)
             with jax.set_mesh(self.mesh):
                 self._state = extend_slots(
@@ -173,19 +203,23 @@ class Sampler:
                     self._slots(),
                     self._rows(inputs, piece.rows),
                     self._rows(request_ZxRx3, 1),
+                    table,
                     window=piece.window,
                 )
             used = set(index_ZxR.flat)
             waiting[piece.length, piece.patches] = [extension for i, extension in enumerate(queue) if i not in used]
 
-    def copy(self, plan: Round, copies: Sequence[tuple[int, int]]) -> None:
-        """Give each target slot the prompt of its source slot, in the same shard."""
+    def copy(self, plan: Round, copies: Sequence[tuple[int, ...]]) -> None:
+        """Give each target slot the prompt of its source slot, in the same shard (`Needs.copies`)."""
         if plan.copy_rows:
-            index_ZxR = self._place([target for _, target in copies], plan.copy_rows)
-            fields = [(self._inside(source), self._inside(target)) for source, target in copies]
+            index_ZxR = self._place([target for _, target, *_ in copies], plan.copy_rows)
+            fields = [(self._inside(source), self._inside(target)) for source, target, *_ in copies]
             request_ZxRx2 = np.array([*fields, [self.slots_per_shard] * 2], np.int32)[index_ZxR]
+            pages = None
+            if self.shapes.page:
+                pages = np.array([*(pair for _, _, *pair in copies), (0, 0)], np.int32)[index_ZxR]
             with jax.set_mesh(self.mesh):
-                self._state = copy_slots(self._slots(), self._rows(request_ZxRx2, 1))
+                self._state = copy_slots(self._slots(), self._rows(request_ZxRx2, 1), self._rows(pages, 1))
 
     def decode(self, weights: Any, plan: Round, draws: Sequence[Draw], sampling: Sampling) -> Chunk:
         """Start a chunk and do not wait for it."""
@@ -198,6 +232,7 @@ class Sampler:
                 np.int32(sampling.top_k), np.float32(sampling.min_p), np.float32(sampling.presence_penalty)
             )
         rule = DrawRule(**sharding.put_replicated(numbers, self.mesh), **self._constants)
+        table = self._table([draw.pages for draw in draws], index_ZxR, plan.decode_window)
         with jax.set_mesh(self.mesh):
             state, drawn = decode_slots(
                 self.reshard.graphdef,
@@ -205,6 +240,7 @@ class Sampler:
                 self._with_seen() if sampling.limited else self._slots(),
                 self._rows(request, 1),
                 rule,
+                table,
                 window=plan.decode_window,
                 chunk=self.shapes.chunk,
             )
@@ -256,8 +292,8 @@ class Sampler:
         """Return the state, making empty slots if there are none. Call inside `jax.set_mesh`."""
         if self._state is None:
             shards = sharding.batch_shards(self.mesh)
-            sizes = (shards, self._shards // shards * self.slots_per_shard, self.shapes.capacity)
-            self._state = init_slots(self.config, *sizes, self._dtype)
+            sizes = self.shapes.slot_sizes(self._shards // shards)
+            self._state = init_slots(self.config, shards, dtype=self._dtype, **sizes)
         return self._state
 
     def _with_seen(self) -> SlotState:
@@ -269,6 +305,12 @@ class Sampler:
 
     def _inside(self, slot: int) -> int:
         return slot % self.slots_per_shard
+
+    def _table(self, pages: Sequence[Sequence[int]], index_ZxR: np.ndarray, window: int) -> jax.Array | None:
+        """Return the table of the pages of a call's rows on the devices; None without pages."""
+        if not self.shapes.page:
+            return None
+        return self._rows(schedule.tables(pages, index_ZxR, self.shapes.width(window)), 1)
 
     def _place(self, slots: Sequence[int], rows: int) -> np.ndarray:
         return schedule.place(slots, self._local_shards, self.slots_per_shard, rows)

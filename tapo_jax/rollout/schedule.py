@@ -7,6 +7,7 @@ of needs (an elementwise maximum), and the calls follow from the agreed vector a
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,10 @@ class Shapes:
     """Patches along the side of one image token."""
     tokens_per_call: int = 4096
     """Max R·T of one shard; one row always runs, however long."""
+    page: int = 0
+    """Cache entries of a page; 0: there are no pages, every slot has all its entries."""
+    pages: int = 0
+    """Pages of a shard that can be given to slots."""
 
     @classmethod
     def make(
@@ -79,6 +84,15 @@ class Shapes:
     @property
     def capacity(self) -> int:
         return self.windows[-1]
+
+    def slot_sizes(self, pieces: int) -> dict[str, Any]:
+        """Return the sizes of a shard of slots that is made of `pieces` shards (`slots.init_slots`)."""
+        pool = (pieces * (self.pages + 1), self.page) if self.page else None  # page 0 of each piece is nobody's
+        return {"slots": pieces * self.slots, "capacity": self.capacity, "pool": pool}
+
+    def width(self, window: int) -> int:
+        """Return M, the pages that hold a window of entries."""
+        return -(-window // self.page)
 
     def patches_of(self, length: int) -> tuple[int, ...]:
         """Return the N that go with a T; 0 is an extension without images."""
@@ -131,6 +145,8 @@ class Extension:
     """The tokens to add, with their images."""
     fresh: bool
     """Whether they are an episode's prompt."""
+    pages: tuple[int, ...] = ()
+    """Pages of the slot, in order, if there are pages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +165,8 @@ class Draw:
     prompt: int
     sample: int
     turn: int
+    pages: tuple[int, ...] = ()
+    """Pages of the slot, in order, if there are pages: also those for what may be drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +199,9 @@ class Needs:
 
     extensions: Sequence[Extension] = ()
     """Tokens to add."""
-    copies: Sequence[tuple[int, int]] = ()
-    """(source slot, target slot) in one shard: prompts that another slot already holds."""
+    copies: Sequence[tuple[int, ...]] = ()
+    """(source slot, target slot) in one shard: prompts that another slot already holds. With pages also the page to
+    copy and its copy, or 0 and 0: all other pages of a prompt are shared."""
     draws: Sequence[Draw] = ()
     """Turns that draw more tokens."""
 
@@ -226,7 +245,7 @@ def plan(
     head = [
         int(more),
         int(wish),
-        most_in_a_shard([target for _, target in copies], slots),
+        most_in_a_shard([target for _, target, *_ in copies], slots),
         most_in_a_shard([draw.slot for draw in draws], slots),
         max((draw.length for draw in draws), default=0),
     ]
@@ -259,6 +278,19 @@ def group(shapes: Shapes, extensions: Sequence[Extension]) -> dict[tuple[int, in
 def most_in_a_shard(slots: Sequence[int], slots_per_shard: int) -> int:
     """Return the largest number of the given slots in one shard."""
     return int(np.bincount(np.array(slots, np.int64) // slots_per_shard).max()) if len(slots) else 0
+
+
+def tables(pages: Sequence[Sequence[int]], index_ZxR: np.ndarray, width: int) -> np.ndarray:
+    """Return table_ZxRxM int32, the first M pages of each row of a call, 0 where it has fewer or is empty.
+
+    pages: the pages of each thing that the call works on.
+    index_ZxR: which of them each row is (`place`).
+    width: M.
+    """
+    table = np.zeros((len(pages) + 1, width), np.int32)  # the last one is that of empty rows
+    for row, owned in zip(table, pages, strict=False):
+        row[: len(owned)] = owned[:width]
+    return table[index_ZxR]
 
 
 def cover(rows: int, sizes: Sequence[int]) -> list[int]:

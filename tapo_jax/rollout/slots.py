@@ -11,6 +11,9 @@ The first axis of every array is Z, the row shards (devices along the batch): a 
 shard, so that no entry of the cache moves between devices. A request names a slot by its index inside the shard; the
 index C marks an empty row, which reads any slot and writes none. Requests may come in smaller pieces than the state
 (`_join`). N: tokens of a decoding chunk; E: stop ids.
+
+Keys and values lie in the slots, or in pages (`models/pages.py`). Then a call also gets a table of the pages of each
+row, by their index inside the shard, and works on the pages where they lie; hidden states stay with the slots.
 """
 
 import dataclasses
@@ -38,7 +41,8 @@ class SlotState:
     """The cache of all slots. S: cache entries of a slot; A: head dimension."""
 
     k: tuple[jax.Array, ...]
-    """One array [Z, layers, C, K, S, A] for each part of the model's cache."""
+    """One array [Z, layers, C, K, S, A] for each part of the model's cache; with pages, of N pages in place of C slots
+    and the entries of a page in place of S."""
     v: tuple[jax.Array, ...]
     """The same for the values."""
     hidden_ZxCxD: jax.Array
@@ -75,7 +79,7 @@ class DrawRequest:
             return np.array([*(getattr(draw, name) for draw in draws), empty], np.int32)[index_ZxR]
 
         slot_ZxR = np.array([*(draw.slot % slots_per_shard for draw in draws), slots_per_shard], np.int32)[index_ZxR]
-        rest = [field.name for field in dataclasses.fields(Draw) if field.name != "slot"]
+        rest = [field.name for field in dataclasses.fields(Draw) if field.name not in ("slot", "pages")]
         return cls(slot_ZxR, **{f"{name}_ZxR": column(name) for name in rest})
 
     @classmethod
@@ -142,6 +146,16 @@ def _join(request_ZxR: Any, slot_ZxR: jax.Array, state: SlotState) -> tuple[Any,
     return _on_rows((request_ZxR, slot_ZxR))
 
 
+def _join_pages(page_ZxRxM: jax.Array, state: SlotState) -> jax.Array:
+    """Return the pages of rows as `_join` returns their slots: every piece has pages of its own."""
+    shards, pages = state.hidden_ZxCxD.shape[0], state.k[0].shape[2]
+    pieces = page_ZxRxM.shape[0] // shards
+    if pieces > 1:
+        first_Zx1x1 = pages // pieces * (jnp.arange(page_ZxRxM.shape[0], dtype=jnp.int32) % pieces)[:, None, None]
+        page_ZxRxM = (page_ZxRxM + first_Zx1x1).reshape(shards, pieces * page_ZxRxM.shape[1], -1)
+    return _on_rows(page_ZxRxM)
+
+
 def _spread(logits_RxV: jax.Array) -> jax.Array:
     """Give every device whole rows of its own of logits that are split along V, if there are enough rows."""
     if logits_RxV.shape[0] % sharding.pieces("drawn"):
@@ -173,14 +187,31 @@ def _put_kv(x_ZxLxCxKxSxA: jax.Array, rows_LxBxKxWxA: jax.Array, slot_ZxR: jax.A
     )
 
 
-def _take_cache(state: SlotState, slot_ZxR: jax.Array, length_ZxR: jax.Array, window: int) -> Cache:
-    k, v = (tuple(_take_kv(x, slot_ZxR, window) for x in part) for part in (state.k, state.v))
-    return Cache(k, v, length_ZxR.reshape(-1))
+def _take_cache(
+    state: SlotState, slot_ZxR: jax.Array, length_ZxR: jax.Array, window: int, table_ZxRxM: jax.Array | None
+) -> Cache:
+    """Return the rows of a call as the model's cache. With pages it is all of them, uncopied, and the rows' table."""
+    if table_ZxRxM is None:
+        k, v = (tuple(_take_kv(x, slot_ZxR, window) for x in part) for part in (state.k, state.v))
+        return Cache(k, v, length_ZxR.reshape(-1))
+
+    def pool(x_ZxLxNxKxPxA: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x_ZxLxNxKxPxA, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    k, v = (tuple(pool(x) for x in part) for part in (state.k, state.v))
+    table_ZxRxM = _join_pages(table_ZxRxM, state)
+    return Cache(k, v, length_ZxR.reshape(-1), table_ZxRxM.reshape(-1, table_ZxRxM.shape[2]))
 
 
 def _put_cache(state: SlotState, cache: Cache, slot_ZxR: jax.Array) -> SlotState:
+    """Write what `_take_cache` returned back."""
+    if cache.table_BxM is None:
+        put = functools.partial(_put_kv, slot_ZxR=slot_ZxR)
+    else:
+        put = lambda x, pool: jnp.moveaxis(pool.reshape(x.shape[1], x.shape[0], *x.shape[2:]), 1, 0)  # noqa: E731
     k, v = (
-        tuple(_put_kv(x, rows, slot_ZxR) for x, rows in zip(old, new, strict=True))
+        tuple(put(x, rows) for x, rows in zip(old, new, strict=True))
         for old, new in ((state.k, cache.k), (state.v, cache.v))
     )
     return dataclasses.replace(state, k=k, v=v)
@@ -197,10 +228,19 @@ def _take_rows(x_ZxCxD: jax.Array, slot_ZxR: jax.Array) -> jax.Array:
 # The three calls. An empty row has slot C: read from any slot, written nowhere.
 
 
-@functools.partial(jax.jit, static_argnames=("config", "shards", "slots", "capacity", "dtype"))
-def init_slots(config: Qwen3VLConfig, shards: int, slots: int, capacity: int, dtype: jnp.dtype) -> SlotState:
-    """Return empty slots: `slots` of `capacity` entries for each of `shards`."""
-    cache = init_cache(config, slots, capacity, dtype)
+@functools.partial(jax.jit, static_argnames=("config", "shards", "slots", "capacity", "dtype", "pool"))
+def init_slots(
+    config: Qwen3VLConfig,
+    shards: int,
+    slots: int,
+    capacity: int,
+    dtype: jnp.dtype,
+    pool: tuple[int, int] | None = None,
+) -> SlotState:
+    """Return empty slots: `slots` of `capacity` entries for each of `shards`.
+
+    pool: pages of a shard, those that are nobody's included, and the entries of a page; None: no pages."""
+    cache = init_cache(config, *(pool or (slots, capacity)), dtype)
     k, v = (tuple(jnp.zeros((shards, *x.shape), x.dtype) for x in part) for part in (cache.k, cache.v))
     hidden_ZxCxD = jnp.zeros((shards, slots, config.hidden), dtype)
     return _pin(SlotState(k, v, hidden_ZxCxD, hidden_ZxCxD))
@@ -214,7 +254,14 @@ def init_seen(shards: int, slots: int, vocab: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "window"), donate_argnames="state")
 def extend_slots(
-    graphdef: Any, params: Any, state: SlotState, inputs: ModelInputs, request_ZxRx3: jax.Array, *, window: int
+    graphdef: Any,
+    params: Any,
+    state: SlotState,
+    inputs: ModelInputs,
+    request_ZxRx3: jax.Array,
+    table_ZxRxM: jax.Array | None = None,
+    *,
+    window: int,
 ) -> SlotState:
     """Add given tokens to slots.
 
@@ -222,12 +269,13 @@ def extend_slots(
     state: the slots; its buffers are donated.
     inputs: the tokens to add, one row for each of the Z·R rows.
     request_ZxRx3: slot, tokens that the slot already holds, whether the new ones are a prompt.
+    table_ZxRxM: the pages of the rows that hold `window` entries, if there are pages.
     window: cache entries of each slot that the call works on.
     """
     model = nnx.merge(graphdef, params)
     request_ZxRx3, slot_ZxR = _join(request_ZxRx3, request_ZxRx3[..., 0], state)
     inputs, before_ZxR, fresh_ZxR = _on_rows(inputs), request_ZxRx3[..., 1], request_ZxRx3[..., 2]
-    cache = _take_cache(state, slot_ZxR, before_ZxR, window)
+    cache = _take_cache(state, slot_ZxR, before_ZxR, window, table_ZxRxM)
     hidden_BxTxD, cache = qwen3_vl.extend(model, cache, inputs)
     state = _put_cache(state, cache, slot_ZxR)
     count_B = jnp.sum(inputs.segment_BxT > 0, axis=1, dtype=jnp.int32)
@@ -244,14 +292,19 @@ def extend_slots(
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def copy_slots(state: SlotState, request_ZxRx2: jax.Array) -> SlotState:
-    """Copy prompts between slots. request_ZxRx2: source slot, target slot. All reads happen before all writes."""
+def copy_slots(state: SlotState, request_ZxRx2: jax.Array, page_ZxRx2: jax.Array | None = None) -> SlotState:
+    """Copy prompts between slots. request_ZxRx2: source slot, target slot. All reads happen before all writes.
+
+    page_ZxRx2: with pages, the source and the target of the one page that is copied; 0 and 0 copy none."""
     _, source_ZxR = _join((), request_ZxRx2[..., 0], state)
     _, target_ZxR = _join((), request_ZxRx2[..., 1], state)
+    from_ZxR, to_ZxR = source_ZxR, target_ZxR
+    if page_ZxRx2 is not None:
+        from_ZxR, to_ZxR = jnp.moveaxis(_join_pages(page_ZxRx2, state), -1, 0)
 
     def whole(x_ZxLxCxKxSxA: jax.Array) -> jax.Array:
         return jax.vmap(lambda x, s, t: x.at[:, t].set(x[:, jnp.minimum(s, x.shape[1] - 1)], mode="drop"))(
-            x_ZxLxCxKxSxA, source_ZxR, target_ZxR
+            x_ZxLxCxKxSxA, from_ZxR, to_ZxR
         )
 
     prompt_ZxRxD = _take_rows(state.prompt_hidden_ZxCxD, source_ZxR)
@@ -272,6 +325,7 @@ def decode_slots(
     state: SlotState,
     request: DrawRequest,
     rule: DrawRule,
+    table_ZxRxM: jax.Array | None = None,
     *,
     window: int,
     chunk: int,
@@ -282,6 +336,7 @@ def decode_slots(
     state: the slots; its buffers are donated.
     request: the rows of the call.
     rule: how tokens are drawn.
+    table_ZxRxM: as in `extend_slots`.
     window: cache entries of each slot that the call works on.
     chunk: N.
 
@@ -323,7 +378,7 @@ def decode_slots(
     start = (
         jnp.int32(0),
         allowance_R > 0,
-        _take_cache(state, slot_ZxR, before_R, window),
+        _take_cache(state, slot_ZxR, before_R, window, table_ZxRxM),
         _take_rows(state.hidden_ZxCxD, slot_ZxR).reshape(rows, -1),
         jnp.zeros((rows, chunk), jnp.int32),
         jnp.zeros((rows, chunk), jnp.float32),
