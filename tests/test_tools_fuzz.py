@@ -1,5 +1,6 @@
 """Any arguments, schemas, results and service replies: a call is a result that can be shown, or a tool is refused."""
 
+import functools
 import json
 import math
 from unittest import mock
@@ -137,13 +138,18 @@ def try_result(value):
     check(*submit(Tool(function_schema("t", "", {}, ()), value), ToolCall("t", {})))
 
 
+@functools.cache
+def search():
+    """A client of its own for every case would make a TLS context for each."""
+    return RemoteTextSearch("http://service", top_k=2, budget=50, timeout_s=5.0, retries=0)
+
+
 def try_reply(status, body):
     def reply(transport, request):
         return httpx.Response(status, stream=httpx.ByteStream(body))
 
     with mock.patch.object(httpx.HTTPTransport, "handle_request", reply):
-        search = RemoteTextSearch("http://service", top_k=2, budget=50, timeout_s=5.0, retries=0)
-        call, result = submit(search, ToolCall("text_search_tool", {"query": "x"}))
+        call, result = submit(search(), ToolCall("text_search_tool", {"query": "x"}))
     check(call, result)
     assert result.error in (None, "service") and "ConnectError" not in result.text
 
