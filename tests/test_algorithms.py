@@ -12,6 +12,9 @@ import tiny_run
 from tapo_jax import records
 
 ROOT = Path(__file__).parents[1]
+NAMES = ("tapo_grpo", "tapo_gspo", "tapo_sapo", "grpo", "gspo", "sapo")
+FEW = [(name, 6) for name in NAMES[:4]]
+MANY = [pytest.param(name, 20, marks=pytest.mark.nightly) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +22,7 @@ def model(tmp_path_factory) -> Path:
     return tiny_run.write_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("name", ["tapo_grpo", "tapo_gspo", "tapo_sapo", "grpo", "gspo", "sapo"])
-@pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(("name", "steps"), [*FEW, *MANY])
 def test_each_algorithm_trains(model, tmp_path, name, steps):
     """Every step logs TAPO's diagnostics; what it corrects moves advantages only where it is on."""
     fields = [f"total_steps={steps}", f"log.episodes_every={steps}", f"checkpoint.every={steps}", f"name={name}.py"]

@@ -36,6 +36,7 @@ def test_a_run_in_few_pages_counts_who_had_to_leave(whole):
     assert lines[0]["loss/sampler_logp_difference"] < 1e-4  # what was computed anew is what it was
 
 
+@pytest.mark.nightly
 def test_a_run_in_few_pages_that_is_stopped_and_killed_writes_the_same_metrics(whole, start, cache, tmp_path):  # noqa: F811
     """SIGTERM in the first rollout, whose slots are saved with their pages, and SIGKILL in a later one."""
     broken = tmp_path / "broken"
