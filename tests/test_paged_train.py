@@ -1,15 +1,12 @@
 """Whole runs whose rollouts have few pages: what they say of them, and that a stop changes nothing."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import docs_tables
 import pytest
 from test_train import finish, model, repeatable, start  # noqa: F401 - fixtures
-from test_train_carry import CARRY, cache  # noqa: F401 - a fixture
+from test_train_carry import CARRY, cache, undisturbed  # noqa: F401 - a fixture
 
 # A conversation takes up to 7 pages; 8 slots would take 57.
 FIELDS = (*CARRY, "total_steps=3", "eval.at_end=False", "rollout.page_size=16", "rollout.pages=20")
@@ -18,12 +15,7 @@ FIELDS = (*CARRY, "total_steps=3", "eval.at_end=False", "rollout.page_size=16", 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory, cache) -> Path:  # noqa: F811
     """The folder of a run that nothing disturbs."""
-    root, workdir = Path(__file__).parents[1], tmp_path_factory.mktemp("paged") / "run"
-    env = os.environ | cache | {"JAX_NUM_CPU_DEVICES": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(root), env.get("PYTHONPATH", "")])
-    command = [sys.executable, str(root / "tests" / "tiny_run.py"), str(workdir), str(model), *FIELDS]
-    subprocess.run(command, env=env, check=True, capture_output=True, timeout=900)
-    return workdir
+    return undisturbed(tmp_path_factory.mktemp("paged") / "run", model, cache, FIELDS)
 
 
 def test_a_run_in_few_pages_counts_who_had_to_leave(whole):

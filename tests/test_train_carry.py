@@ -31,10 +31,15 @@ def cache(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory, cache) -> Path:  # noqa: F811
     """The folder of a run that nothing disturbs."""
-    root, workdir = Path(__file__).parents[1], tmp_path_factory.mktemp("undisturbed") / "run"
+    return undisturbed(tmp_path_factory.mktemp("undisturbed") / "run", model, cache, CARRY)
+
+
+def undisturbed(workdir: Path, model: Path, cache: dict[str, str], fields: tuple[str, ...]) -> Path:  # noqa: F811
+    """Run to the end in a process of its own with one device. Returns the folder."""
+    root = Path(__file__).parents[1]
     env = os.environ | cache | {"JAX_NUM_CPU_DEVICES": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(root), env.get("PYTHONPATH", "")])
-    command = [sys.executable, str(root / "tests" / "tiny_run.py"), str(workdir), str(model), *CARRY]
+    command = [sys.executable, str(root / "tests" / "tiny_run.py"), str(workdir), str(model), *fields]
     subprocess.run(command, env=env, check=True, capture_output=True, timeout=900)
     return workdir
 
